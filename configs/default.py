@@ -1,0 +1,119 @@
+"""Every configuration key, with its unit and its allowed values.
+
+The other files of this folder start from here and change only what differs. From the command line any key
+can be set with `--config.group.key=value`.
+
+Durations have exactly one suffix: of `x_steps` and `x_epochs` one is set and the other is None. One step is
+one optimiser update on one global batch; one epoch is as many steps as show each noisy training example once.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from ieg_jax import config as config_lib
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    """Returns the configuration with all keys. Argument: `reference=default|authors|paper`."""
+    args = config_lib.parse_arguments(arguments, reference="default")
+    config = ConfigDict()
+
+    config.seed = 0  # initial weights, order of the examples, augmentation, mixup; noise and split have their own
+    config.batch_size = 64  # noisy examples per step, over all devices
+    # Groups inside which examples are mixed: batch-norm statistics, logit normalisation, probe resampling and
+    # mixup partners. 1 = the whole batch; the number of devices = nothing but gradients crosses devices.
+    # batch_size and trusted.batch_size must be multiples of it.
+    config.batch_groups = 1
+    config.eval_batch_size = 256  # test examples per forward pass, over all devices
+    config.num_train_steps = placeholder(int)
+    config.num_train_epochs = 10.0
+    config.log_every_steps = 50  # training metrics are averages over this many steps
+    config.log_every_epochs = placeholder(float)
+    config.eval_every_steps = placeholder(int)
+    config.eval_every_epochs = 1.0  # cycle ends and the last step are evaluated besides
+    config.checkpoint_every_steps = placeholder(int)
+    config.checkpoint_every_epochs = 1.0
+
+    config.data = data = ConfigDict()
+    data.name = "digits"  # digits | fashion_mnist | arrays
+    data.dir = ""  # fashion_mnist: folder with the four IDX .gz files, "" = through TFDS; others: not used
+    data.train = ""  # arrays: the .npz file
+    data.image_size = 0  # pixels of a side, resized (area) while loading; 0 = as it comes
+    data.num_classes = 0  # K; 0 = as the data say
+    # Hold out this many training examples and evaluate on them, with their clean labels, in place of the test
+    # set, which is then not read at all: for choosing settings. 0 = evaluate on the test set.
+    data.validation_size = 0
+
+    config.noise = noise = ConfigDict()
+    noise.kind = "none"  # none | uniform (a new label drawn from all K classes, the true one included)
+    noise.rate = 0.0  # nominal share of examples whose label is drawn anew, in [0, 1]
+    noise.seed = 0
+
+    config.trusted = trusted = ConfigDict()
+    trusted.per_class = 10  # images per class, at least 1 (source=train)
+    trusted.source = "train"  # train: taken, with clean labels, out of the training set | separate: comes with the data
+    trusted.seed = 0
+    trusted.batch_size = 0  # trusted images per step, each augmented afresh; 0 = batch_size
+    trusted.shuffle = False  # True: a new order inside each class at each pass; False: always the same
+
+    config.augment = augment = ConfigDict()
+    # Operations of ieg_jax/data/augment.py, in order, separated by |; "" = none.
+    augment.standard = "crop(pad=1)"  # the standard view of an image, of a trusted image too
+    # On top of the standard view.
+    augment.strong = "affine(rotate=15,shear=0.1,zoom=0.1,translate=0.1)|intensity(0.2)|cutout(0.4)"
+    augment.num_views = 2  # V: the standard view and V - 1 strong ones; at least 2 for ieg and trusted_only
+
+    config.model = model = ConfigDict()
+    model.name = "wide_resnet"  # wide_resnet | resnet29_v2 | tiny
+    model.depth = 10  # wide_resnet: 6 n + 4 layers
+    model.width = 1.0  # wide_resnet, tiny: multiple of the channels; wide_resnet: 16, 32, 64 at width 1
+    model.variant = "authors"  # authors | standard; see ieg_jax/models/
+    model.dtype = "float32"  # float32 | bfloat16: of the computation; parameters and losses are float32
+
+    config.method = method = ConfigDict()
+    method.name = "ieg"  # ieg | l2r | supervised | trusted_only
+    # The rest of this group is read by ieg alone.
+    method.temperature = 0.5  # τ, sharpens the pseudo labels; > 0
+    method.unlabeled_weight = 5.0  # p, of the mixup loss of noisy examples; >= 0
+    method.consistency_weight = 20.0  # k, of the KL between views; >= 0
+    method.threshold = 1.0  # T: below this ω an example counts as possibly mislabelled in mixup
+    method.label_trust_init = 0.9  # λ⁰, in [0, 1]
+    method.normalize_logits = True  # divide logits by their root mean square in pseudo labels and mixup losses
+    method.supervised_scale = 0.5  # factor of (L_ω + L_λ)
+    method.mixup_coefficient = "approximate"  # of Beta(1/2, 1/2): approximate (U²/2) | exact
+
+    config.meta = meta = ConfigDict()  # the lookahead step of ieg and l2r
+    meta.learning_rate = 0.1  # step size of the lookahead, whatever the schedule says; > 0
+    meta.momentum = True  # the lookahead starts from the optimiser's momentum (l2r: never)
+    meta.layers = ".*"  # regular expression: parameters (paths such as 'head/kernel') that the lookahead moves
+    meta.pseudo_label_gradient = False  # True: the meta-gradient also flows through the pseudo labels
+    meta.weight_decay = True  # the trusted loss after the lookahead includes the weight decay term
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "sgd"  # sgd | adam
+    optimizer.momentum = 0.9  # sgd: decay of the momentum; adam: β₁ (β₂ = 0.999); in [0, 1)
+    optimizer.nesterov = False
+    optimizer.weight_decay = 5e-4  # adds weight_decay · ½‖Θ‖² to every loss; >= 0
+    optimizer.weight_decay_on = "all"  # all | kernels (no biases, no batch-norm parameters)
+
+    config.schedule = schedule = ConfigDict()
+    schedule.name = "sgdr"  # sgdr: cosine with warm restarts | cosine: one cosine to 0 at the last step | constant
+    schedule.base_lr = 0.1  # learning rate at step 0; > 0
+    schedule.first_cycle_steps = placeholder(int)  # sgdr: length of the first cycle
+    schedule.first_cycle_epochs = 1.0
+    schedule.cycle_mult = 1.5  # sgdr: each cycle is this many times as long as the one before; >= 1
+    schedule.peak_mult = 0.9  # sgdr: each cycle starts at this many times the rate of the one before; in (0, 1]
+
+    config.ema = ema = ConfigDict()
+    ema.decay = 0.999  # of the moving average of the weights, in [0, 1); 0 = no average
+    ema.warmup = True  # decay min(ema.decay, (1 + t) / (10 + t)) after step t
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # devices over which the batch is split; -1 = all there are
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.keep = 2  # newest checkpoints kept; at least 1
+    checkpoint.keep_every_steps = 0  # keep besides each whose step is a multiple of this; 0 = none
+
+    config_lib.apply_reference(config, args.reference)
+    return config

@@ -1,0 +1,220 @@
+"""Configurations: typed arguments, the paper/authors switch, validation, durations, comparison."""
+
+import math
+import re
+from types import SimpleNamespace
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ieg_jax.errors import UserError, check_choice
+
+# Where the paper and the authors' released code differ: key -> (authors, paper). The default configuration has
+# the authors' values, which produced the published numbers, with one exception: the meta-gradient does not flow
+# through the pseudo labels, as in the paper, which saves a good part of a step.
+REFERENCE = {
+    "method.normalize_logits": (True, False),
+    "method.supervised_scale": (0.5, 1.0),
+    "method.mixup_coefficient": ("approximate", "exact"),
+    "meta.pseudo_label_gradient": (True, False),
+    "meta.weight_decay": (True, False),
+    "model.variant": ("authors", "standard"),
+    "trusted.shuffle": (False, True),
+}
+
+# Each is given as <name>_steps or <name>_epochs, exactly one of them.
+DURATIONS = ("num_train", "log_every", "eval_every", "checkpoint_every", "schedule.first_cycle")
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def parse_arguments(text: str, **defaults: Any) -> SimpleNamespace:
+    """Parses the part behind the colon of `--config=configs/x.py:noise_rate=0.4,method=l2r`.
+
+    Args:
+      text: `name=value` pairs separated by commas; may be empty.
+      **defaults: the known arguments. The type of a default (str, int, float or bool) is the argument's type.
+
+    Returns:
+      A namespace with one attribute for each default.
+
+    Raises:
+      UserError: for an unknown or repeated argument (the known ones are listed) and a value of another type.
+    """
+    values = dict(defaults)
+    seen = set()
+    for pair in filter(None, (text or "").split(",")):
+        name, separator, value = (part.strip() for part in pair.partition("="))
+        known = ", ".join(f"{key} (default {default!r})" for key, default in defaults.items())
+        if not separator:
+            raise UserError(f"config argument {pair!r}: expected name=value; known arguments: {known}")
+        if name not in defaults:
+            raise UserError(f"unknown config argument {name!r}; known arguments: {known}")
+        if name in seen:
+            raise UserError(f"config argument {name!r} is given twice in {text!r}")
+        seen.add(name)
+        kind = type(defaults[name])
+        try:
+            values[name] = _BOOLEANS[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise UserError(f"config argument {name}: got {value!r}, expected {kind.__name__}") from None
+    return SimpleNamespace(**values)
+
+
+def apply_reference(config: ConfigDict, reference: str) -> None:
+    """Sets every key on which the paper and the authors' code differ.
+
+    Args:
+      config: changed in place.
+      reference: `authors` or `paper` set all keys of REFERENCE; `default` leaves them alone.
+
+    Raises:
+      UserError: for another value.
+    """
+    check_choice("config argument reference", reference, ("default", "authors", "paper"))
+    if reference != "default":
+        config.update_from_flattened_dict(
+            {key: values[0 if reference == "authors" else 1] for key, values in REFERENCE.items()}
+        )
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every value that can be judged without the data.
+
+    Raises:
+      UserError: naming the key, the value and what is allowed.
+    """
+    from ieg_jax import methods, models, optimizers, schedules  # they import this module's errors
+    from ieg_jax.data import augment, corruption, sources
+
+    choices = {
+        "data.name": sources.REGISTRY,
+        "noise.kind": corruption.KINDS,
+        "trusted.source": ("train", "separate"),
+        "model.name": models.REGISTRY,
+        "model.variant": ("authors", "standard"),
+        "model.dtype": ("float32", "bfloat16"),
+        "method.name": methods.REGISTRY,
+        "method.mixup_coefficient": ("approximate", "exact"),
+        "optimizer.name": optimizers.NAMES,
+        "optimizer.weight_decay_on": ("all", "kernels"),
+        "schedule.name": schedules.NAMES,
+    }
+    for key, allowed in choices.items():
+        check_choice(key, _get(config, key), allowed)
+
+    bounds = {  # key: (test, what is expected)
+        "batch_size": (lambda v: v >= 1, "at least 1"),
+        "batch_groups": (lambda v: v >= 1, "at least 1"),
+        "eval_batch_size": (lambda v: v >= 1, "at least 1"),
+        "data.image_size": (lambda v: v >= 0, "0 or a number of pixels"),
+        "data.num_classes": (lambda v: v == 0 or v >= 2, "0 (from the data) or at least 2"),
+        "data.validation_size": (lambda v: v >= 0, "0 or a number of examples"),
+        "noise.rate": (lambda v: 0 <= v <= 1, "a share in [0, 1]"),
+        "noise.seed": (lambda v: v >= 0, "at least 0"),
+        "seed": (lambda v: v >= 0, "at least 0"),
+        "trusted.seed": (lambda v: v >= 0, "at least 0"),
+        "trusted.per_class": (lambda v: v >= 1, "at least 1: every method is judged with a trusted set"),
+        "trusted.batch_size": (lambda v: v >= 0, "0 (as batch_size) or a number of images"),
+        "model.depth": (lambda v: v >= 1, "at least 1"),
+        "model.width": (lambda v: v > 0, "above 0"),
+        "method.temperature": (lambda v: v > 0, "above 0"),
+        "method.unlabeled_weight": (lambda v: v >= 0, "at least 0"),
+        "method.consistency_weight": (lambda v: v >= 0, "at least 0"),
+        "method.threshold": (lambda v: v >= 0, "at least 0"),
+        "method.label_trust_init": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+        "method.supervised_scale": (lambda v: v > 0, "above 0"),
+        "meta.learning_rate": (lambda v: v > 0, "above 0"),
+        "optimizer.momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
+        "optimizer.weight_decay": (lambda v: v >= 0, "at least 0"),
+        "schedule.base_lr": (lambda v: v > 0, "above 0"),
+        "schedule.cycle_mult": (lambda v: v >= 1, "at least 1"),
+        "schedule.peak_mult": (lambda v: 0 < v <= 1, "in (0, 1]"),
+        "ema.decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
+        "mesh.data": (lambda v: v == -1 or v >= 1, "-1 (all devices) or at least 1"),
+        "checkpoint.keep": (lambda v: v >= 1, "at least 1"),
+        "checkpoint.keep_every_steps": (lambda v: v >= 0, "0 or a number of steps"),
+    }
+    for key, (test, expected) in bounds.items():
+        value = _get(config, key)
+        if not (isinstance(value, int | float) and math.isfinite(value) and test(value)):
+            raise UserError(f"{key}: got {value!r}, expected {expected}")
+
+    for name in DURATIONS:
+        _check_duration(config, name)
+
+    for key in ("batch_size", "trusted.batch_size"):
+        if _get(config, key) % config.batch_groups:
+            raise UserError(
+                f"{key}={_get(config, key)} is not a multiple of batch_groups={config.batch_groups}; "
+                f"change one of them"
+            )
+
+    for key in ("augment.standard", "augment.strong"):
+        augment.parse_policy(_get(config, key), key)
+    if config.augment.num_views < 1:
+        raise UserError(f"augment.num_views: got {config.augment.num_views}, expected at least 1")
+    if "views" in methods.REGISTRY[config.method.name].NEEDS and config.augment.num_views < 2:
+        raise UserError(
+            f"augment.num_views: got {config.augment.num_views}, but method.name={config.method.name} "
+            f"needs at least 2 (the standard view and a strong one)"
+        )
+    try:
+        re.compile(config.meta.layers)
+    except re.error as error:
+        raise UserError(f"meta.layers: {config.meta.layers!r} is no regular expression: {error}") from None
+
+
+def duration(config: ConfigDict, name: str, steps_per_epoch: float) -> int:
+    """Returns the duration `name` (one of DURATIONS) in steps, rounded, at least 1.
+
+    Args:
+      config: the configuration.
+      name: without its suffix, e.g. `num_train` or `schedule.first_cycle`.
+      steps_per_epoch: steps that show each noisy training example once.
+    """
+    _check_duration(config, name)
+    steps = _get(config, f"{name}_steps")
+    if steps is None:
+        steps = _get(config, f"{name}_epochs") * steps_per_epoch
+    return max(1, round(steps))
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Returns `key: old -> new` for every leaf in which two nested dicts differ."""
+    old, new = _flatten(old), _flatten(new)
+    missing = "(no such key)"
+    return [
+        f"{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    ]
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _check_duration(config: ConfigDict, name: str) -> None:
+    steps, epochs = (_get(config, f"{name}_{unit}") for unit in ("steps", "epochs"))
+    if (steps is None) == (epochs is None):
+        raise UserError(
+            f"exactly one of {name}_steps and {name}_epochs must be set, got {steps!r} and {epochs!r}; "
+            f"set the other to None"
+        )
+    value = epochs if steps is None else steps
+    if not (math.isfinite(value) and value > 0):
+        unit = "epochs" if steps is None else "steps"
+        raise UserError(f"{name}_{unit}: got {value!r}, expected a number above 0")
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

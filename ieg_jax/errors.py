@@ -1,0 +1,20 @@
+"""The error that means: the input is wrong, not the program."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: the message says what was got, what was expected and what to change.
+
+    Commands print the message alone and exit with status 1; any other exception keeps its traceback.
+    """
+
+
+def check_choice(key: str, got: str, allowed: Iterable[str]) -> None:
+    """Raises UserError naming the alternatives when `got`, the value of the config key `key`, is not allowed."""
+    allowed = list(allowed)
+    if got not in allowed:
+        close = difflib.get_close_matches(str(got), allowed, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{key}: got {got!r}, expected one of {', '.join(allowed)}.{hint}")

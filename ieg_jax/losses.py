@@ -1,0 +1,47 @@
+"""Losses, one value per example: `[B]` float32 from logits `[B, K]`."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Cross-entropy of soft targets: −Σ_j target_j log softmax(logits)_j.
+
+    Args:
+      logits: `[B, K]`.
+      target: `[B, K]`, rows that sum to 1.
+
+    Returns:
+      `[B]`, in nats.
+    """
+    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
+
+
+def consistency(logits: jax.Array, view_logits: jax.Array) -> jax.Array:
+    """KL(softmax(logits) ‖ softmax(view_logits)), no gradient through the first argument (paper, equation 7).
+
+    Args:
+      logits: `[B, K]`, of the standard view.
+      view_logits: `[B, K]`, of a strong view.
+
+    Returns:
+      `[B]`, in nats.
+    """
+    log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits))
+    return jnp.sum(jnp.exp(log_p) * (log_p - jax.nn.log_softmax(view_logits)), axis=-1)
+
+
+def weight_decay(params, coefficient: float, on: str) -> jax.Array:
+    """`coefficient` · ½‖Θ‖², a scalar.
+
+    Args:
+      params: nested dict of parameters.
+      coefficient: at least 0.
+      on: `all` parameters, or `kernels`: those of convolutions and dense layers, without biases and batch norm.
+    """
+    leaves = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if on == "all" or path[-1].key == "kernel"
+    ]
+    return 0.5 * coefficient * sum(jnp.sum(jnp.square(leaf)) for leaf in leaves)

@@ -1,0 +1,34 @@
+"""Networks: one file per family, one registry.
+
+Every network is a Flax linen module with the attributes `num_classes`, `batch_groups` and `dtype`, called as
+`network(images, train)`: float32 images `[n, H, W, C]` in, float32 logits `[n, K]` out.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ieg_jax.models import resnet29, tiny, wide_resnet
+
+# name -> function(model config, **attributes common to all networks) -> module
+REGISTRY = {
+    "wide_resnet": wide_resnet.from_config,
+    "resnet29_v2": resnet29.from_config,
+    "tiny": tiny.from_config,
+}
+
+
+def create(model: ConfigDict, num_classes: int, batch_groups: int = 1) -> nn.Module:
+    """Builds the network that `config.model` names.
+
+    Args:
+      model: the group `model` of the configuration.
+      num_classes: K.
+      batch_groups: groups over which batch norm computes its statistics; must divide every training batch.
+
+    Returns:
+      A linen module; float32 parameters, computing in `model.dtype`.
+    """
+    return REGISTRY[model.name](
+        model, num_classes=num_classes, batch_groups=batch_groups, dtype=jnp.dtype(model.dtype)
+    )

@@ -1,0 +1,64 @@
+"""Layers that the networks share."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+DType = jnp.dtype | type
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over groups of the batch (Ioffe and Szegedy 2015).
+
+    In training each of `groups` equal, contiguous parts of the batch is normalised with its own mean and
+    (biased) variance; the moving averages take the mean over the groups of the mean and of the unbiased
+    variance n/(n-1), as TensorFlow does. Statistics are computed in float32 or better.
+
+    Attributes:
+      groups: number of groups; must divide the batch.
+      momentum: share of the old value that a moving average keeps.
+      epsilon: added to the variance.
+      dtype: of the output.
+      param_dtype: of scale, bias and moving averages.
+    """
+
+    groups: int = 1
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Normalises `[n, ..., C]` over all axes but the last."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
+        moving_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), self.param_dtype)
+        moving_var = self.variable("batch_stats", "var", jnp.ones, (channels,), self.param_dtype)
+        shape, x = x.shape, x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if train:
+            x = x.reshape(self.groups, shape[0] // self.groups, *shape[1:])
+            axes = tuple(range(1, x.ndim - 1))
+            mean = x.mean(axes, keepdims=True)
+            var = jnp.square(x - mean).mean(axes, keepdims=True)
+            if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
+                n = x[0].size // channels
+                unbiased = var * (n / max(n - 1, 1))
+                for moving, new in ((moving_mean, mean), (moving_var, unbiased)):
+                    new = new.mean(0).reshape(channels).astype(self.param_dtype)
+                    moving.value = self.momentum * moving.value + (1 - self.momentum) * new
+        else:
+            mean, var = moving_mean.value, moving_var.value
+        y = (x - mean) * jax.lax.rsqrt(var + self.epsilon) * scale + bias
+        return y.reshape(shape).astype(self.dtype)
+
+
+def uniform_fan_out(key: jax.Array, shape: tuple[int, ...], dtype: DType = jnp.float32) -> jax.Array:
+    """U(±1/√K) for a dense kernel `[n, K]`: the initial value of the authors' output layer."""
+    limit = shape[-1] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+"""N(0, 2/(k²·out)) for a k×k convolution (He et al. 2015, counting outputs)."""

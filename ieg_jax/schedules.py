@@ -1,0 +1,50 @@
+"""Learning-rate schedules, from optax."""
+
+import optax
+from ml_collections import ConfigDict
+
+NAMES = ("sgdr", "cosine", "constant")
+
+
+def cycle_ends(first_cycle: int, cycle_mult: float, num_steps: int) -> list[int]:
+    """Steps at which the cycles of `sgdr` end, up to and including the first at or after `num_steps`.
+
+    Args:
+      first_cycle: steps of the first cycle.
+      cycle_mult: each cycle is this many times as long as the one before.
+      num_steps: steps of the run.
+
+    Returns:
+      Increasing steps. The exact ends first · (1 + mult + mult² + ...) are rounded one by one, so that rounding
+      does not add up.
+    """
+    ends, length, exact = [], float(first_cycle), 0.0
+    while not ends or ends[-1] < num_steps:
+        exact += length
+        length *= cycle_mult
+        ends.append(round(exact))
+    return ends
+
+
+def create(schedule: ConfigDict, first_cycle: int, num_steps: int) -> optax.Schedule:
+    """Builds the function step -> learning rate that `config.schedule` names.
+
+    Args:
+      schedule: the group `schedule` of the configuration.
+      first_cycle: steps of the first cycle of `sgdr`.
+      num_steps: steps of the run.
+
+    Returns:
+      For `sgdr` a cosine from the peak to 0 in each cycle, peaks falling by `peak_mult` (Loshchilov and Hutter
+      2017; paper, section 3.1).
+    """
+    if schedule.name == "constant":
+        return optax.constant_schedule(schedule.base_lr)
+    if schedule.name == "cosine":
+        return optax.cosine_decay_schedule(schedule.base_lr, num_steps)
+    ends = cycle_ends(first_cycle, schedule.cycle_mult, num_steps)
+    peaks = [schedule.base_lr * schedule.peak_mult**cycle for cycle in range(len(ends))]
+    return optax.sgdr_schedule(
+        {"init_value": peak, "peak_value": peak, "warmup_steps": 0, "decay_steps": end - start, "end_value": 0.0}
+        for peak, start, end in zip(peaks, [0, *ends[:-1]], ends, strict=True)
+    )

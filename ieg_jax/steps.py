@@ -1,0 +1,153 @@
+"""The train step and the eval step: pure functions of global arrays.
+
+They are written once, for the whole batch, without axis names or collectives; `jax.jit` with shardings runs
+them on one device or on many.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ieg_jax import metrics, optimizers
+from ieg_jax.methods.base import Context, Method
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes."""
+
+    step: jax.Array  # int32 scalar: updates made so far
+    params: Any
+    batch_stats: Any  # moving averages of batch norm
+    opt_state: Any
+    ema_params: Any  # moving average of params; None where ema.decay is 0
+    method_state: Any  # whatever the method remembers, {} by default
+
+
+def create_state(context: Context, method: Method, rng: jax.Array, image_shape: tuple[int, ...], num_examples: int):
+    """The initial TrainState.
+
+    Args:
+      context: static parts of the run.
+      method: the bound method.
+      rng: key for the initial weights.
+      image_shape: (H, W, C).
+      num_examples: N, for methods that remember something per example.
+    """
+    images = jnp.zeros((context.network.batch_groups, *image_shape), jnp.float32)
+    variables = context.network.init(rng, images, train=True)
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=context.optimizer.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if context.config.ema.decay else None,
+        method_state=method.init_state(num_examples),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    rng: jax.Array,
+    *,
+    context: Context,
+    method: Method,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, metrics.Observation]:
+    """One step of any method: supervise, differentiate the loss, update, average.
+
+    Args:
+      state: before the step.
+      batch: `image [B,H,W,C]`, `label [B]`, `clean_label [B]` (-1 = not known), `id [B]`, and where the method
+        needs them `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]`, `probe_label [Bp]`.
+      rng: the base key of the run; folded with the step here.
+      context, method, schedule: static.
+
+    Returns:
+      The state after the step and what to report.
+    """
+    supervise_rng, loss_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+    supervision = jax.lax.stop_gradient(method.supervise(state, batch, supervise_rng))
+    (loss, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(
+        state.params, state, batch, supervision, loss_rng
+    )
+    learning_rate = schedule(state.step)
+    params, opt_state, updates = optimizers.apply(
+        context.optimizer, grads, state.opt_state, state.params, learning_rate
+    )
+    new_state = state.replace(
+        step=state.step + 1,
+        params=params,
+        batch_stats=aux.batch_stats,
+        opt_state=opt_state,
+        ema_params=moving_average(state.ema_params, params, state.step + 1, context.config.ema),
+    )
+    norms = {
+        "optimizer/learning_rate": learning_rate,
+        "optimizer/gradient_norm": optax.global_norm(grads),
+        "optimizer/update_norm": optax.global_norm(updates),
+    }
+    return new_state, _observe(batch, supervision, loss, aux, norms)
+
+
+def moving_average(average, params, step: jax.Array, ema):
+    """The exponential moving average of the weights after update number `step`.
+
+    decay = min(ema.decay, (1 + step) / (10 + step)) with `ema.warmup`, else ema.decay. None stays None.
+    """
+    if average is None:
+        return None
+    decay = jnp.asarray(ema.decay, jnp.float32)
+    if ema.warmup:
+        decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(p.dtype), average, params)
+
+
+def eval_step(params, batch_stats, batch: dict[str, jax.Array], *, context: Context):
+    """Sums of top-1 and top-5 hits (top-K where K < 5) over the examples whose mask is 1.
+
+    Args:
+      params, batch_stats: weights and moving averages.
+      batch: `image [n,H,W,C]`, `label [n]`, `mask [n]`.
+      context: static.
+
+    Returns:
+      `{"accuracy", "top5_accuracy"}` of WeightedAverage.
+    """
+    variables = {"params": params, "batch_stats": batch_stats}
+    logits = context.network.apply(variables, batch["image"], train=False)
+    label, mask = batch["label"], batch["mask"]
+    return {
+        "accuracy": metrics.accuracy(logits, label, mask),
+        "top5_accuracy": metrics.accuracy(logits, label, mask, top=min(5, context.num_classes)),
+    }
+
+
+def _observe(batch, supervision, loss, aux, norms) -> metrics.Observation:
+    average = metrics.WeightedAverage.of
+    known = batch["clean_label"] >= 0
+    clean = known & (batch["label"] == batch["clean_label"])
+    noisy = known & ~clean
+    averages = {"loss/total": average(loss)}
+    averages |= {f"loss/{name}": average(value) for name, value in aux.terms.items()}
+    averages |= {name: average(value) for name, value in norms.items()}
+    averages["train/accuracy"] = metrics.accuracy(aux.logits, batch["label"])
+    averages["train/accuracy_true_label"] = metrics.accuracy(
+        aux.logits, jnp.maximum(batch["clean_label"], 0), known
+    )
+    if supervision.probe_loss is not None:
+        averages["loss/trusted_after_lookahead"] = average(supervision.probe_loss)
+    for name, value in (("weight", supervision.example_weights), ("trust", supervision.label_trust)):
+        if value is not None:
+            averages[f"{name}/clean"] = average(value, clean)
+            averages[f"{name}/noisy"] = average(value, noisy)
+    examples = None
+    if supervision.example_weights is not None:
+        flag = jnp.where(known, clean, -1).astype(jnp.int8)
+        examples = metrics.Examples(supervision.example_weights, flag)
+    return metrics.Observation(averages, examples)

@@ -1,0 +1,40 @@
+"""Settings that must be made before jax is imported, and fixtures of several test files."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import pathlib  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from configs import default  # noqa: E402
+
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@pytest.fixture
+def tiny_config():
+    """A run of a few seconds: digits, the two-convolution network, no work between first and last step."""
+    config = default.get_config()
+    config.model.name = "tiny"
+    config.batch_size = 16
+    config.eval_batch_size = 100
+    config.num_train_epochs = None
+    config.num_train_steps = 4
+    config.log_every_steps = 2
+    config.eval_every_epochs = None
+    config.eval_every_steps = 2
+    config.checkpoint_every_epochs = None
+    config.checkpoint_every_steps = 2
+    config.schedule.first_cycle_epochs = None
+    config.schedule.first_cycle_steps = 4
+    config.noise.kind = "uniform"
+    config.noise.rate = 0.4
+    config.trusted.per_class = 2
+    config.mesh.data = 1
+    return config
