@@ -1,0 +1,155 @@
+"""Augmentation: stateless TensorFlow operations on one image, and policies made of them.
+
+An operation is a function (image, seed, parameters) -> image. An image is float32 `[H, W, C]` in [-1, 1], black
+is -1 and grey 0; a seed is int64 `[2]`, and the same seed gives the same result on every machine. A policy
+is written as operations joined by `|`, such as `crop(pad=4)|flip|cutout(0.5)`. Another operation joins by one
+entry in OPERATIONS.
+"""
+
+import ast
+import functools
+import inspect
+import math
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from ieg_jax.errors import UserError, check_choice
+
+BLACK, GREY = -1.0, 0.0
+Policy = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+def crop(image: tf.Tensor, seed: tf.Tensor, pad: int = 4, fill: float = BLACK) -> tf.Tensor:
+    """Pads each side by `pad` pixels of value `fill` and takes a random window of the old size."""
+    padded = tf.pad(image, [[pad, pad], [pad, pad], [0, 0]], constant_values=fill)
+    offset = tf.random.stateless_uniform([2], seed, 0, 2 * pad + 1, tf.int32)
+    window = tf.slice(padded, [offset[0], offset[1], 0], tf.shape(image))
+    return tf.ensure_shape(window, image.shape)
+
+
+def flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Mirrors left and right with probability 1/2. Not for digits and letters."""
+    return tf.cond(tf.random.stateless_uniform([], seed) < 0.5, lambda: image, lambda: tf.reverse(image, [1]))
+
+
+def affine(
+    image: tf.Tensor,
+    seed: tf.Tensor,
+    rotate: float = 0.0,
+    shear: float = 0.0,
+    zoom: float = 0.0,
+    translate: float = 0.0,
+    fill: float = BLACK,
+) -> tf.Tensor:
+    """A random affine map about the centre, bilinear.
+
+    Args:
+      image: `[H, W, C]`.
+      seed: `[2]`.
+      rotate: angle in ±`rotate` degrees.
+      shear: horizontal shear in ±`shear` pixels per pixel.
+      zoom: factor in [1 − zoom, 1 + zoom].
+      translate: shift in ±`translate` of the side, in each direction.
+      fill: value of pixels from outside.
+    """
+    height, width = image.shape[0], image.shape[1]
+    u = tf.random.stateless_uniform([5], seed, -1.0, 1.0)
+    angle, slant, scale = u[0] * math.radians(rotate), u[1] * shear, 1.0 + u[2] * zoom
+    cos, sin = tf.cos(angle) / scale, tf.sin(angle) / scale
+    # Where an output pixel (x, y) comes from: M (x − c) + c − shift.
+    a, b = cos, slant * cos - sin
+    d, e = sin, slant * sin + cos
+    cx, cy = (width - 1) / 2, (height - 1) / 2
+    tx, ty = u[3] * translate * width, u[4] * translate * height
+    transform = tf.stack([a, b, cx - a * cx - b * cy - tx, d, e, cy - d * cx - e * cy - ty, 0.0, 0.0])
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=image[None],
+        transforms=transform[None],
+        output_shape=[height, width],
+        fill_value=fill,
+        interpolation="BILINEAR",
+        fill_mode="CONSTANT",
+    )[0]
+
+
+def intensity(image: tf.Tensor, seed: tf.Tensor, strength: float = 0.2) -> tf.Tensor:
+    """Contrast factor in [1 − strength, 1 + strength], brightness shift in ±strength, clipped to [-1, 1]."""
+    u = tf.random.stateless_uniform([2], seed, -strength, strength)
+    return tf.clip_by_value(image * (1.0 + u[0]) + u[1], -1.0, 1.0)
+
+
+def cutout(image: tf.Tensor, seed: tf.Tensor, size: float = 0.5, fill: float = GREY) -> tf.Tensor:
+    """Fills a square of `size` times the height, centred on a random pixel and clipped at the border.
+
+    DeVries and Taylor 2017.
+    """
+    height, width = image.shape[0], image.shape[1]
+    side = max(1, round(size * height))
+    u = tf.random.stateless_uniform([2], seed)
+    top = tf.cast(u[0] * height, tf.int32) - side // 2
+    left = tf.cast(u[1] * width, tf.int32) - side // 2
+    rows, columns = tf.range(height), tf.range(width)
+    inside = ((rows >= top) & (rows < top + side))[:, None] & ((columns >= left) & (columns < left + side))[None]
+    return tf.where(inside[..., None], fill, image)
+
+
+OPERATIONS = {"crop": crop, "flip": flip, "affine": affine, "intensity": intensity, "cutout": cutout}
+
+
+def parse_policy(text: str, key: str) -> Policy:
+    """Makes a policy of its text, such as `crop(pad=4)|flip`.
+
+    Args:
+      text: operations with numbers as arguments, joined by `|`; empty for none.
+      key: config key, for error messages.
+
+    Returns:
+      A function (image, seed) -> image.
+
+    Raises:
+      UserError: for text that is no policy, an unknown operation or an argument that it does not take.
+    """
+    operations = _parse(text, key)
+
+    def policy(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        for number, operation in enumerate(operations):
+            image = operation(image, tf.random.experimental.stateless_fold_in(seed, number))
+        return image
+
+    return policy
+
+
+def _parse(text: str, key: str) -> list[Policy]:
+    if not text.strip():
+        return []
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        raise UserError(f"{key}: {text!r} is no policy, expected something like 'crop(pad=4)|flip'") from None
+    nodes = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        nodes.insert(0, node.right)
+        node = node.left
+    return [_operation(part, text, key) for part in [node, *nodes]]
+
+
+def _operation(node: ast.expr, text: str, key: str) -> Policy:
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if not isinstance(call.func, ast.Name):
+        raise UserError(f"{key}: {ast.unparse(node)!r} in {text!r} is no operation")
+    name = call.func.id
+    check_choice(key, name, OPERATIONS)
+    try:
+        values = [float(ast.literal_eval(value)) for value in call.args]
+        keywords = {keyword.arg: float(ast.literal_eval(keyword.value)) for keyword in call.keywords}
+        signature = inspect.signature(OPERATIONS[name])
+        given = signature.bind(None, None, *values, **keywords).arguments
+        types = {parameter: type(default.default) for parameter, default in signature.parameters.items()}
+        parameters = {p: types[p](v) for p, v in given.items() if p not in ("image", "seed")}
+    except (TypeError, ValueError) as error:
+        known = [p for p in inspect.signature(OPERATIONS[name]).parameters if p not in ("image", "seed")]
+        raise UserError(
+            f"{key}: {ast.unparse(node)!r}: {error}; {name} takes numbers for {', '.join(known) or 'nothing'}"
+        ) from None
+    return functools.partial(OPERATIONS[name], **parameters)

@@ -1,0 +1,259 @@
+"""From a configuration to batches as global arrays.
+
+Which example stands at which place of which batch, and how it is augmented, is a function of (seed, position)
+computed with stateless operations: position = step · batch size + place in the batch. So a run that starts at
+step s simply begins to count there, and every host can compute its own part. tf.data runs it beside the
+training, on the host's processors.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from ieg_jax import methods
+from ieg_jax.data import augment, corruption, probe, sources
+from ieg_jax.data.sources import Split
+from ieg_jax.errors import UserError
+
+tf.config.set_visible_devices([], "GPU")  # the accelerators are jax's
+
+# What each random stream of the run's seed is for.
+_ORDER, _TRAIN_IMAGE, _PROBE_IMAGE, _PROBE_ORDER = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run works on.
+
+    Attributes:
+      train: the noisy training set, without trusted and validation examples.
+      trusted: the trusted set, interleaved by class.
+      evaluation: what accuracy is measured on; None where the data have no test set.
+      evaluation_name: `test` or `validation`.
+      name, num_classes: of the data set.
+      noise_report, trusted_report: contents of noise.json and trusted.json.
+    """
+
+    train: Split
+    trusted: Split
+    evaluation: Split | None
+    evaluation_name: str
+    name: str
+    num_classes: int
+    noise_report: dict
+    trusted_report: dict
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.train.images.shape[1:]
+
+
+def load(config: ConfigDict) -> Data:
+    """Loads the data, takes the trusted and the validation examples out, and adds the noise.
+
+    Raises:
+      UserError: see `sources`, `probe`, and where the validation part leaves no training examples.
+    """
+    source = sources.load(config.data)
+    train = source.train
+    if config.noise.kind != "none" and (train.clean_labels < 0).all():
+        # Noise is added to labels that are taken to be right.
+        train = dataclasses.replace(train, clean_labels=train.labels)
+        source = dataclasses.replace(source, train=train)
+    train, trusted = probe.split_trusted(source, config.trusted)
+    evaluation, evaluation_name = source.test, "test"
+    size = config.data.validation_size
+    if size:
+        candidates = np.flatnonzero(train.clean_labels >= 0)
+        if size > len(candidates) or size >= len(train):
+            raise UserError(
+                f"data.validation_size={size}, but there are {len(train)} training examples, "
+                f"{len(candidates)} of them with a known label; lower it"
+            )
+        held_out = candidates[np.argsort(corruption.uniforms(0, 3, train.ids[candidates]), kind="stable")[:size]]
+        evaluation, evaluation_name = train.take(held_out), "validation"
+        evaluation = dataclasses.replace(evaluation, labels=evaluation.clean_labels)
+        train = train.take(np.setdiff1d(np.arange(len(train)), held_out))
+    train = corruption.corrupt(train, config.noise, source.num_classes)
+    return Data(
+        train=train,
+        trusted=trusted,
+        evaluation=evaluation,
+        evaluation_name=evaluation_name,
+        name=source.name,
+        num_classes=source.num_classes,
+        noise_report=corruption.report(train, config.noise, source.num_classes),
+        trusted_report=probe.report(trusted, config.trusted),
+    )
+
+
+def train_batches(
+    config: ConfigDict, data: Data, start_step: int, num_steps: int, sharding: jax.sharding.Sharding
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batches of steps `start_step` ... `num_steps` − 1.
+
+    Args:
+      config: the configuration.
+      data: from `load`.
+      start_step: first step; any, at no cost.
+      num_steps: steps of the whole run.
+      sharding: of the leading dimension of every array.
+
+    Yields:
+      `image [B,H,W,C]` float32 in [-1, 1], `label`, `clean_label`, `id` `[B]` int32, and where the method needs
+      them `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]` and `probe_label [Bp]`.
+    """
+    method = methods.REGISTRY[config.method.name]
+    split = _Tensors(data.trusted if method.TRAINS_ON == "trusted" else data.train)
+    num_views = config.augment.num_views if "views" in method.NEEDS else 1
+    standard = augment.parse_policy(config.augment.standard, "augment.standard")
+    strong = augment.parse_policy(config.augment.strong, "augment.strong")
+    row_of = _row_of(config.seed, _ORDER, split.size)
+
+    def noisy_example(position):
+        row = row_of(position)
+        seed = _seed(config.seed, _TRAIN_IMAGE, position)
+        image = standard(split.image(row), _fold(seed, 0))
+        example = {"image": image, **split.labels(row)}
+        if num_views > 1:
+            example["views"] = tf.stack([strong(image, _fold(seed, view)) for view in range(1, num_views)])
+        return example
+
+    parts = [_batched(noisy_example, config.batch_size, start_step, num_steps)]
+    if "probe" in method.NEEDS:
+        trusted, probe_row_of = _Tensors(data.trusted), _probe_row_of(config, data.trusted)
+
+        def probe_example(position):
+            row = probe_row_of(position)
+            seed = _seed(config.seed, _PROBE_IMAGE, position)
+            return {
+                "probe_image": standard(trusted.image(row), seed),
+                "probe_label": trusted.labels(row)["label"],
+            }
+
+        probe_batch_size = config.trusted.batch_size or config.batch_size
+        parts.append(_batched(probe_example, probe_batch_size, start_step, num_steps))
+
+    merged = tf.data.Dataset.zip(tuple(parts)).map(lambda *batches: {k: v for b in batches for k, v in b.items()})
+    for batch in merged.prefetch(4).as_numpy_iterator():
+        yield to_global(batch, sharding)
+
+
+def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
+    """Yields each example of a split once, the last batch padded and masked.
+
+    Args:
+      split: the examples.
+      batch_size: n, over all devices.
+      sharding: of the leading dimension.
+
+    Yields:
+      `image [n,H,W,C]` float32 in [-1, 1], `label [n]` int32, `mask [n]` float32, 1 for real examples.
+    """
+    processes, process = jax.process_count(), jax.process_index()
+    local = batch_size // processes
+    for start in range(0, len(split), batch_size):
+        position = start + process * local + np.arange(local)
+        rows = np.minimum(position, len(split) - 1)
+        batch = {
+            "image": _to_float(split.images[rows]),
+            "label": split.labels[rows],
+            "mask": (position < len(split)).astype(np.float32),
+        }
+        yield to_global(batch, sharding)
+
+
+def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """Makes global arrays of the parts that each process holds."""
+    return {
+        key: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for key, value in batch.items()
+    }
+
+
+def _batched(example, batch_size: int, start_step: int, num_steps: int) -> tf.data.Dataset:
+    """This process's part of each batch, of `example(position)`."""
+    local = batch_size // jax.process_count()
+    offset = jax.process_index() * local
+
+    def at(count):
+        return example((count // local) * batch_size + offset + count % local)
+
+    positions = tf.data.Dataset.range(start_step * local, num_steps * local)
+    examples = positions.map(at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return examples.batch(local, drop_remainder=True)
+
+
+def _row_of(seed: int, stream: int, size: int):
+    """The row at a position: each epoch shows every row once, in an order of its own."""
+
+    def row_of(position):
+        epoch = position // size
+        # Two 32-bit words of seed: the run's seed with the stream, and the epoch.
+        key = tf.cast(tf.stack([tf.constant(seed * 16 + stream, tf.int64), epoch]) % 2**32, tf.uint32)
+        return tf.random.experimental.index_shuffle(position % size, key, size - 1)
+
+    return row_of
+
+
+def _probe_row_of(config: ConfigDict, trusted: Split):
+    """The trusted row at a position: round and round in the interleaved order, or shuffled inside each class."""
+    size = len(trusted)
+    if not config.trusted.shuffle:
+        return lambda position: position % size
+    labels = trusted.labels
+    by_class = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    first = np.cumsum(counts) - counts
+    rank = np.empty(size, np.int64)  # place of a row among the rows of its class
+    rank[by_class] = np.arange(size) - np.repeat(first, counts)
+
+    def row_of(position):
+        epoch, row = position // size, position % size
+        label = tf.gather(labels, row)
+        key = tf.stack(
+            [tf.constant(config.seed * 16 + _PROBE_ORDER, tf.int64), epoch * len(counts) + tf.cast(label, tf.int64)]
+        )
+        shuffled = tf.random.experimental.index_shuffle(
+            tf.gather(rank, row), tf.cast(key % 2**32, tf.uint32), tf.gather(counts, label) - 1
+        )
+        return tf.gather(by_class, tf.gather(first, label) + shuffled)
+
+    return row_of
+
+
+def _seed(seed: int, stream: int, position: tf.Tensor) -> tf.Tensor:
+    return _fold(tf.constant([seed, stream], tf.int64), position)
+
+
+_fold = tf.random.experimental.stateless_fold_in
+
+
+def _to_float(image):
+    """uint8 or floats in [0, 1] -> float32 in [-1, 1]; TensorFlow or numpy."""
+    if image.dtype in (tf.uint8, np.uint8):
+        image = tf.cast(image, tf.float32) if tf.is_tensor(image) else image.astype(np.float32)
+        return image / 127.5 - 1.0
+    return image * 2.0 - 1.0
+
+
+class _Tensors:
+    """A split as TensorFlow tensors, made once: inside a tf.data function an array would become a constant."""
+
+    def __init__(self, split: Split):
+        self.size = len(split)
+        self._images = tf.constant(split.images)
+        # The ids of a data set fit in 32 bits; jax has no 64-bit integers by default.
+        ids = split.ids.astype(np.int32)
+        self._labels = {"label": split.labels, "clean_label": split.clean_labels, "id": ids}
+        self._labels = {name: tf.constant(values) for name, values in self._labels.items()}
+
+    def image(self, row: tf.Tensor) -> tf.Tensor:
+        return _to_float(self._images[row])
+
+    def labels(self, row: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {name: values[row] for name, values in self._labels.items()}

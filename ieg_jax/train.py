@@ -1,0 +1,347 @@
+"""Training, from a configuration to result.json. Reads from top to bottom.
+
+A run can start in four ways, decided by what is in the work folder:
+
+1. nothing: it starts at step 0;
+2. a run with the same configuration that was interrupted: it goes on from the newest checkpoint, and everything
+   it computes and logs is what it would have been without the interruption;
+3. a finished run with the same configuration: it is reported, nothing is trained;
+4. a run with another configuration: an error that names the differing keys.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import threading
+import time
+from typing import Any
+
+import jax
+import optax
+from clu import metric_writers  # writes TensorBoard files and the log
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from ieg_jax import checkpointing, methods, metrics, models, optimizers, schedules, sharding, steps
+from ieg_jax import config as config_lib
+from ieg_jax.data import pipeline
+from ieg_jax.methods import base
+from ieg_jax.progress import Reporter
+from ieg_jax.workdir import WorkFolder, provenance
+
+
+class NonFiniteError(RuntimeError):
+    """A metric became nan or infinite."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT) and has saved its state."""
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Trains what `config` says in the work folder `workdir`.
+
+    Args:
+      config: see configs/default.py. Not changed.
+      workdir: folder for checkpoints, metrics and the result; local or on a bucket.
+
+    Returns:
+      The contents of result.json.
+
+    Raises:
+      UserError: for a configuration, data or work folder that cannot be used; before anything is compiled.
+      NonFiniteError: where a metric becomes nan or infinite.
+      Interrupted: after SIGTERM or SIGINT, when the state has been saved.
+    """
+    # ---- What is to be done, and has it been done?
+    config = _resolve(config)
+    config_lib.validate(config)
+    layout = sharding.create(config)
+    first_process = jax.process_index() == 0
+    folder = WorkFolder(workdir, writes=first_process)
+    finished = folder.open(config)
+    if finished is not None:
+        return finished
+
+    # ---- Data, network, method, optimiser.
+    data = pipeline.load(config)
+    plan = make_plan(config, data)
+    context = base.Context(
+        config=FrozenConfigDict(config),
+        network=models.create(config.model, data.num_classes, config.batch_groups),
+        optimizer=optimizers.create(config.optimizer),
+        num_classes=data.num_classes,
+    )
+    method = base.bind(methods.REGISTRY[config.method.name], context)
+    init_rng, step_rng = jax.random.split(jax.random.key(config.seed))
+    state = jax.jit(
+        functools.partial(
+            steps.create_state, context, method, image_shape=data.image_shape, num_examples=len(data.train)
+        ),
+        out_shardings=layout.replicated,
+    )(init_rng)
+    folder.write("noise.json", data.noise_report)
+    folder.write("trusted.json", data.trusted_report)
+
+    # ---- The step function, and the window of metrics it fills.
+    step_function = functools.partial(
+        steps.train_step,
+        context=context,
+        method=method,
+        schedule=schedules.create(config.schedule, plan.first_cycle, plan.num_steps),
+    )
+
+    def step_and_record(state, window, batch, rng):
+        state, observation = step_function(state, batch, rng)
+        return state, metrics.add(window, observation, state.step)
+
+    train_step = jax.jit(
+        step_and_record,
+        in_shardings=(layout.replicated, layout.replicated, layout.batch, layout.replicated),
+        out_shardings=layout.replicated,
+        donate_argnums=(0, 1),
+    )
+    eval_step = jax.jit(
+        functools.partial(steps.eval_step, context=context),
+        in_shardings=(layout.replicated, layout.replicated, layout.batch),
+        out_shardings=layout.replicated,
+    )
+    step_rng = jax.device_put(step_rng, layout.replicated)
+    first_batch = next(pipeline.train_batches(config, data, 0, 1, layout.batch))
+    observation = jax.eval_shape(step_function, state, first_batch, step_rng)[1]
+    window = jax.device_put(metrics.empty_window(observation, plan.log_every), layout.replicated)
+
+    # ---- Where an interrupted run goes on.
+    checkpoints = checkpointing.Checkpoints(folder.path / "checkpoints", config.checkpoint)
+    start = checkpoints.latest_step() or 0
+    if start:
+        (state, window), position = checkpoints.restore(start, (state, window))
+        if position != start * config.batch_size:
+            raise config_lib.UserError(f"checkpoint {start} stopped at example {position}, not {start} batches")
+    rows = folder.rewind(start)
+    seconds_before = rows[-1].get("speed/wall_seconds", 0.0) if rows else 0.0
+
+    # ---- The loop.
+    writer = metric_writers.create_default_writer(workdir, just_logging=not first_process)
+    if not start:
+        writer.write_hparams({k: "" if v is None else v for k, v in _flat(config).items()})
+    began = time.monotonic()
+    reporter = Reporter(f"{config.method.name} on {data.name}", start, plan.num_steps, visible=first_process)
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        stack.callback(writer.close)
+        stack.enter_context(reporter)
+        stop_requested = stack.enter_context(_stop_signals())
+        if start:
+            reporter.say(f"goes on from the checkpoint at step {start}")
+        compiled = train_step.lower(state, window, first_batch, step_rng).compile()
+        compile_seconds = time.monotonic() - began
+        reporter.compiled(compile_seconds)
+
+        evaluation_seconds, loop_began = 0.0, time.monotonic()
+        last_log = (start, time.monotonic())
+        batches = pipeline.train_batches(config, data, start, plan.num_steps, layout.batch)
+        for step, batch in enumerate(batches, start=start + 1):
+            state, window = compiled(state, window, batch, step_rng)
+            reporter.step(step)
+            row: dict[str, Any] = {}
+            stopping = stop_requested.is_set()
+            saving = stopping or step % plan.checkpoint_every == 0 or step == plan.num_steps
+            logging = step % plan.log_every == 0 or step == plan.num_steps
+            if logging or saving:
+                host_window = jax.device_get(window)
+                _check_finite(host_window, checkpoints)
+            if logging:
+                row |= metrics.summarize(host_window)
+                now = time.monotonic()
+                speed = (step - last_log[0]) * config.batch_size / (now - last_log[1])
+                row["speed/images_per_second"] = speed
+                if host_window.examples is not None:
+                    omega = metrics.window_examples(host_window)[0]
+                    writer.write_histograms(step, {"weight/relative": omega * config.batch_size})
+                window = jax.device_put(metrics.empty_window(observation, plan.log_every), layout.replicated)
+            if step in plan.eval_steps:
+                evaluation_began = time.monotonic()
+                row |= evaluate(state, data, eval_step, config, layout)
+                evaluation_seconds += time.monotonic() - evaluation_began
+            if row:
+                row["speed/wall_seconds"] = seconds_before + time.monotonic() - began
+                row["speed/eta_seconds"] = reporter.eta(step).total_seconds()
+                writer.write_scalars(step, row)
+                reporter.metrics(step, _headline(row, data.evaluation_name))
+                rows.append({"step": step, **row})
+                folder.append(rows[-1])
+                last_log = (step, time.monotonic()) if logging else last_log
+            if _ends_epoch(step, config.batch_size, len(data.train)) and method.on_epoch_end:
+                state = method.on_epoch_end(state)
+            if saving:
+                # After the row: whatever a checkpoint covers has been written down, a kill in between only
+                # makes the run compute it again.
+                checkpoints.save(step, (state, window), step * config.batch_size)
+            if stopping and step < plan.num_steps:
+                checkpoints.wait()
+                raise Interrupted(f"stopped at step {step} of {plan.num_steps}, saved in {checkpoints.folder}")
+        loop_seconds = time.monotonic() - loop_began - evaluation_seconds
+        checkpoints.wait()
+
+    # ---- The result.
+    result = {
+        "dataset": data.name,
+        "noise": config.noise.kind,
+        "noise_rate": config.noise.rate,
+        "noise_rate_effective": data.noise_report["rate_effective"],
+        "trusted_per_class": min(data.trusted_report["per_class"]),
+        "method": config.method.name,
+        "model": config.model.name,
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "seed": config.seed,
+        "steps": plan.num_steps,
+        **_accuracies(rows, data.evaluation_name),
+        "wall_seconds": seconds_before + time.monotonic() - began,
+        "compile_seconds": compile_seconds,
+        "images_per_second": (plan.num_steps - start) * config.batch_size / max(loop_seconds, 1e-9),
+        "device_kind": jax.devices()[0].device_kind,
+        "num_devices": layout.num_devices,
+        **provenance(),
+    }
+    folder.write("result.json", result)
+    reporter.say(f"done, result in {folder.path / 'result.json'}")
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The durations of a run, in steps."""
+
+    num_steps: int
+    log_every: int
+    checkpoint_every: int
+    first_cycle: int
+    cycle_ends: frozenset[int]  # of the learning rate; empty unless it restarts
+    eval_steps: frozenset[int]
+
+
+def make_plan(config: ConfigDict, data: pipeline.Data) -> Plan:
+    """Turns the durations of the configuration into steps; one epoch is N / batch_size steps."""
+    steps_per_epoch = len(data.train) / config.batch_size
+    in_steps = {name: config_lib.duration(config, name, steps_per_epoch) for name in config_lib.DURATIONS}
+    num_steps, first_cycle = in_steps["num_train"], in_steps["schedule.first_cycle"]
+    ends = set()
+    if config.schedule.name == "sgdr":
+        cycle_ends = schedules.cycle_ends(first_cycle, config.schedule.cycle_mult, num_steps)
+        ends = {end for end in cycle_ends if end <= num_steps}
+    regular = set(range(in_steps["eval_every"], num_steps + 1, in_steps["eval_every"]))
+    return Plan(
+        num_steps=num_steps,
+        log_every=in_steps["log_every"],
+        checkpoint_every=in_steps["checkpoint_every"],
+        first_cycle=first_cycle,
+        cycle_ends=frozenset(ends),
+        eval_steps=frozenset(regular | ends | {num_steps}),
+    )
+
+
+def evaluate(state: steps.TrainState, data: pipeline.Data, eval_step, config: ConfigDict, layout) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of the averaged and of the raw weights, on the evaluation and the trusted set.
+
+    Returns:
+      E.g. `test/accuracy` (averaged weights), `test/accuracy_raw`, `test/top5_accuracy`, `trusted/accuracy`. Each
+      example counts exactly once. Without an average of the weights both are the raw ones.
+    """
+    weights = {"": state.params if state.ema_params is None else state.ema_params, "_raw": state.params}
+    row = {}
+    for name, split in ((data.evaluation_name, data.evaluation), ("trusted", data.trusted)):
+        if split is None:
+            continue
+        sums = {suffix: None for suffix in weights}
+        for batch in pipeline.eval_batches(split, config.eval_batch_size, layout.batch):
+            for suffix, params in weights.items():
+                hits = eval_step(params, state.batch_stats, batch)
+                sums[suffix] = hits if sums[suffix] is None else {k: sums[suffix][k] + hits[k] for k in hits}
+        for suffix, hits in jax.device_get(sums).items():
+            row |= {f"{name}/{metric}{suffix}": value.compute() for metric, value in hits.items()}
+    return row
+
+
+def _resolve(config: ConfigDict) -> ConfigDict:
+    """A copy in which the trusted batch size is a number."""
+    config = ConfigDict(config.copy_and_resolve_references())
+    config.trusted.batch_size = config.trusted.batch_size or config.batch_size
+    return config
+
+
+def _check_finite(window: metrics.Window, checkpoints: checkpointing.Checkpoints) -> None:
+    bad = metrics.first_bad(window)
+    if bad is None:
+        return
+    step, names = bad
+    checkpoints.wait()
+    last = checkpoints.latest_step()
+    where = f"the last good checkpoint is {checkpoints.folder / str(last)}" if last else "there is no checkpoint yet"
+    raise NonFiniteError(
+        f"step {step}: {', '.join(names)} not finite; {where}. A smaller schedule.base_lr, or data without "
+        f"extreme values, is what usually helps"
+    )
+
+
+def _ends_epoch(step: int, batch_size: int, num_examples: int) -> bool:
+    return step * batch_size // num_examples > (step - 1) * batch_size // num_examples
+
+
+def _accuracies(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The accuracies of result.json from the rows of metrics.jsonl."""
+    evaluated = [row for row in rows if f"{name}/accuracy" in row]
+    trusted = [row for row in rows if "trusted/accuracy" in row]
+    auroc = [row["weight/auroc"] for row in rows if "weight/auroc" in row]
+    last = evaluated[-1] if evaluated else {}
+    best = max((row[f"{name}/accuracy"] for row in evaluated), default=None)
+    # The last of the best: a small trusted set is often classified without error from early on.
+    chosen = max(evaluated, key=lambda row: (row["trusted/accuracy"], row["step"]), default={})
+    return {
+        f"{name}_accuracy": last.get(f"{name}/accuracy"),
+        f"{name}_accuracy_raw": last.get(f"{name}/accuracy_raw"),
+        f"{name}_top5_accuracy": last.get(f"{name}/top5_accuracy"),
+        f"{name}_accuracy_best": best,
+        "best_chosen_on": name,
+        f"{name}_accuracy_best_on_trusted": chosen.get(f"{name}/accuracy"),
+        "trusted_accuracy": trusted[-1]["trusted/accuracy"],
+        "weight_auroc": auroc[-1] if auroc else None,
+    }
+
+
+def _headline(row: dict[str, Any], name: str) -> dict[str, float]:
+    keys = {
+        "loss/total": "loss",
+        "train/accuracy": "train",
+        "weight/auroc": "ω-AUROC",
+        f"{name}/accuracy": name,
+        "speed/images_per_second": "images/s",
+    }
+    return {short: row[key] for key, short in keys.items() if key in row}
+
+
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    return flatten_dict(config.to_dict(), sep=".")
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """An event that SIGTERM or SIGINT sets; a second one acts as usual."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested
+        return
+    previous = {}
+
+    def handle(number, frame):
+        requested.set()
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

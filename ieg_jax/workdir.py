@@ -1,0 +1,126 @@
+"""The files of a work folder besides checkpoints and TensorBoard events, and the rules for coming back to one."""
+
+import json
+import pathlib
+import subprocess
+from importlib import metadata
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from ieg_jax import config as config_lib
+from ieg_jax.errors import UserError
+
+
+class WorkFolder:
+    """A work folder, local or on a bucket: config.json, noise.json, trusted.json, metrics.jsonl, result.json."""
+
+    def __init__(self, path: epath.PathLike, writes: bool = True):
+        """Names the folder; nothing is written yet.
+
+        Args:
+          path: the folder.
+          writes: False on all processes but the first: they read only.
+        """
+        self.path = epath.Path(path)
+        self._writes = writes
+
+    def open(self, config: ConfigDict) -> dict[str, Any] | None:
+        """Makes the folder, or comes back to it.
+
+        Returns:
+          The contents of result.json where the run is finished, else None.
+
+        Raises:
+          UserError: where the folder cannot be written, or holds a run with another configuration.
+        """
+        new = json.loads(config.to_json())
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            old = self._read("config.json")
+            if old is None:
+                if self._read_text("metrics.jsonl") is not None or self._read_text("result.json") is not None:
+                    raise UserError(
+                        f"{self.path} holds metrics or a result but no config.json; use another work folder"
+                    )
+                self.write("config.json", new)
+        except OSError as error:
+            raise UserError(f"work folder {self.path} cannot be written: {error}") from None
+        changed = config_lib.differences(old, new) if old is not None else []
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with another configuration (there -> now):\n  "
+                + "\n  ".join(changed)
+                + "\nuse another work folder, or the same configuration"
+            )
+        return self._read("result.json")
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Writes a JSON file, whole or not at all."""
+        if self._writes:
+            temporary = self.path / f"{name}.tmp"
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            temporary.replace(self.path / name)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a line cut short by a kill is left out."""
+        rows = []
+        for line in (self._read_text("metrics.jsonl") or "").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drops the rows after `step`, which a resumed run writes again, and returns the others."""
+        rows = self.rows()
+        kept = [row for row in rows if row["step"] <= step]
+        if self._writes:
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            temporary = self.path / "metrics.jsonl.tmp"
+            temporary.write_text(text)
+            temporary.replace(self.path / "metrics.jsonl")
+        return kept
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds a row, whose first key is `step`, to metrics.jsonl."""
+        if self._writes:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _read_text(self, name: str) -> str | None:
+        path = self.path / name
+        return path.read_text() if path.exists() else None
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        text = self._read_text(name)
+        try:
+            return None if text is None else json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.path / name} is damaged ({error}); restore it or use another folder") from None
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of the packages that matter, and the commit of this project (None outside a git checkout)."""
+    names = ("ieg_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "clu", "numpy")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+
+    def git(*arguments: str) -> str:
+        root = pathlib.Path(__file__).parents[1]
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        is_ours = "ieg_jax/workdir.py" in git("ls-files", "ieg_jax/workdir.py")
+        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "") if is_ours else None
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"versions": versions, "commit": commit}
