@@ -3,12 +3,11 @@
 The other files of this folder start from here and change only what differs. From the command line any key
 can be set with `--config.group.key=value`.
 
-Durations have exactly one suffix: of `x_steps` and `x_epochs` one is set and the other is None. One step is
+Durations have exactly one suffix: of `x_steps` and `x_epochs` one is above 0, the other is 0. One step is
 one optimiser update on one global batch; one epoch is as many steps as show each noisy training example once.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from ieg_jax import config as config_lib
 
@@ -25,13 +24,13 @@ def get_config(arguments: str = "") -> ConfigDict:
     # batch_size and trusted.batch_size must be multiples of it.
     config.batch_groups = 1
     config.eval_batch_size = 256  # test examples per forward pass, over all devices
-    config.num_train_steps = placeholder(int)
+    config.num_train_steps = 0
     config.num_train_epochs = 10.0
     config.log_every_steps = 50  # training metrics are averages over this many steps
-    config.log_every_epochs = placeholder(float)
-    config.eval_every_steps = placeholder(int)
+    config.log_every_epochs = 0.0
+    config.eval_every_steps = 0
     config.eval_every_epochs = 1.0  # cycle ends and the last step are evaluated besides
-    config.checkpoint_every_steps = placeholder(int)
+    config.checkpoint_every_steps = 0
     config.checkpoint_every_epochs = 1.0
 
     config.data = data = ConfigDict()
@@ -99,7 +98,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.schedule = schedule = ConfigDict()
     schedule.name = "sgdr"  # sgdr: cosine with warm restarts | cosine: one cosine to 0 at the last step | constant
     schedule.base_lr = 0.1  # learning rate at step 0; > 0
-    schedule.first_cycle_steps = placeholder(int)  # sgdr: length of the first cycle
+    schedule.first_cycle_steps = 0  # sgdr: length of the first cycle
     schedule.first_cycle_epochs = 1.0
     schedule.cycle_mult = 1.5  # sgdr: each cycle is this many times as long as the one before; >= 1
     schedule.peak_mult = 0.9  # sgdr: each cycle starts at this many times the rate of the one before; in (0, 1]

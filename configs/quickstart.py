@@ -25,11 +25,11 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.noise.rate = args.noise_rate
     config.trusted.per_class = args.trusted_per_class
 
-    config.num_train_epochs = None
+    config.num_train_epochs = 0
     config.num_train_steps = 980
-    config.eval_every_epochs = None
+    config.eval_every_epochs = 0
     config.eval_every_steps = 49
     config.log_every_steps = 49
-    config.checkpoint_every_epochs = None
+    config.checkpoint_every_epochs = 0
     config.checkpoint_every_steps = 490
     return config

@@ -174,9 +174,7 @@ def duration(config: ConfigDict, name: str, steps_per_epoch: float) -> int:
       steps_per_epoch: steps that show each noisy training example once.
     """
     _check_duration(config, name)
-    steps = _get(config, f"{name}_steps")
-    if steps is None:
-        steps = _get(config, f"{name}_epochs") * steps_per_epoch
+    steps = _get(config, f"{name}_steps") or _get(config, f"{name}_epochs") * steps_per_epoch
     return max(1, round(steps))
 
 
@@ -198,16 +196,16 @@ def _get(config: ConfigDict, key: str) -> Any:
 
 
 def _check_duration(config: ConfigDict, name: str) -> None:
-    steps, epochs = (_get(config, f"{name}_{unit}") for unit in ("steps", "epochs"))
-    if (steps is None) == (epochs is None):
+    for unit in ("steps", "epochs"):
+        value = _get(config, f"{name}_{unit}")
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{name}_{unit}: got {value!r}, expected a number above 0, or 0 for not set")
+    steps, epochs = _get(config, f"{name}_steps"), _get(config, f"{name}_epochs")
+    if bool(steps) == bool(epochs):
         raise UserError(
-            f"exactly one of {name}_steps and {name}_epochs must be set, got {steps!r} and {epochs!r}; "
-            f"set the other to None"
+            f"exactly one of {name}_steps and {name}_epochs must be above 0, got {steps!r} and {epochs!r}; "
+            f"set the other to 0"
         )
-    value = epochs if steps is None else steps
-    if not (math.isfinite(value) and value > 0):
-        unit = "epochs" if steps is None else "steps"
-        raise UserError(f"{name}_{unit}: got {value!r}, expected a number above 0")
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:

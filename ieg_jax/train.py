@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ieg_jax import checkpointing, methods, metrics, models, optimizers, schedules, sharding, steps
 from ieg_jax import config as config_lib
 from ieg_jax.data import pipeline
+from ieg_jax.errors import UserError
 from ieg_jax.methods import base
 from ieg_jax.progress import Reporter
 from ieg_jax.workdir import WorkFolder, provenance
@@ -60,7 +61,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     layout = sharding.create(config)
     first_process = jax.process_index() == 0
     folder = WorkFolder(workdir, writes=first_process)
-    finished = folder.open(config)
+    finished = folder.check(config)
     if finished is not None:
         return finished
 
@@ -81,6 +82,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         ),
         out_shardings=layout.replicated,
     )(init_rng)
+    folder.begin(config)
     folder.write("noise.json", data.noise_report)
     folder.write("trusted.json", data.trusted_report)
 
@@ -118,14 +120,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     if start:
         (state, window), position = checkpoints.restore(start, (state, window))
         if position != start * config.batch_size:
-            raise config_lib.UserError(f"checkpoint {start} stopped at example {position}, not {start} batches")
+            raise UserError(f"checkpoint {start} stopped at example {position}, not {start} batches")
     rows = folder.rewind(start)
     seconds_before = rows[-1].get("speed/wall_seconds", 0.0) if rows else 0.0
 
     # ---- The loop.
     writer = metric_writers.create_default_writer(workdir, just_logging=not first_process)
     if not start:
-        writer.write_hparams({k: "" if v is None else v for k, v in _flat(config).items()})
+        writer.write_hparams(flatten_dict(config.to_dict(), sep="."))
     began = time.monotonic()
     reporter = Reporter(f"{config.method.name} on {data.name}", start, plan.num_steps, visible=first_process)
     with contextlib.ExitStack() as stack:
@@ -319,10 +321,6 @@ def _headline(row: dict[str, Any], name: str) -> dict[str, float]:
         "speed/images_per_second": "images/s",
     }
     return {short: row[key] for key, short in keys.items() if key in row}
-
-
-def _flat(config: ConfigDict) -> dict[str, Any]:
-    return flatten_dict(config.to_dict(), sep=".")
 
 
 @contextlib.contextmanager

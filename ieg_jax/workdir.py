@@ -26,8 +26,8 @@ class WorkFolder:
         self.path = epath.Path(path)
         self._writes = writes
 
-    def open(self, config: ConfigDict) -> dict[str, Any] | None:
-        """Makes the folder, or comes back to it.
+    def check(self, config: ConfigDict) -> dict[str, Any] | None:
+        """Makes the folder where it is missing, and looks at what is in it.
 
         Returns:
           The contents of result.json where the run is finished, else None.
@@ -35,19 +35,19 @@ class WorkFolder:
         Raises:
           UserError: where the folder cannot be written, or holds a run with another configuration.
         """
-        new = json.loads(config.to_json())
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            old = self._read("config.json")
-            if old is None:
-                if self._read_text("metrics.jsonl") is not None or self._read_text("result.json") is not None:
-                    raise UserError(
-                        f"{self.path} holds metrics or a result but no config.json; use another work folder"
-                    )
-                self.write("config.json", new)
+            self.write("writable.json", {})
+            if self._writes:
+                (self.path / "writable.json").unlink()
         except OSError as error:
             raise UserError(f"work folder {self.path} cannot be written: {error}") from None
-        changed = config_lib.differences(old, new) if old is not None else []
+        old = self._read("config.json")
+        if old is None:
+            if any((self.path / name).exists() for name in ("metrics.jsonl", "result.json", "checkpoints")):
+                raise UserError(f"{self.path} holds a run but no config.json; use another work folder")
+            return None
+        changed = config_lib.differences(old, json.loads(config.to_json()))
         if changed:
             raise UserError(
                 f"{self.path} holds a run with another configuration (there -> now):\n  "
@@ -55,6 +55,10 @@ class WorkFolder:
                 + "\nuse another work folder, or the same configuration"
             )
         return self._read("result.json")
+
+    def begin(self, config: ConfigDict) -> None:
+        """Claims the folder for a run by writing config.json."""
+        self.write("config.json", json.loads(config.to_json()))
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file, whole or not at all."""

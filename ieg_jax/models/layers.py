@@ -37,20 +37,26 @@ class BatchNorm(nn.Module):
         moving_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), self.param_dtype)
         moving_var = self.variable("batch_stats", "var", jnp.ones, (channels,), self.param_dtype)
         shape, x = x.shape, x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        # Statistics have the shape [groups, C] all along, without axes of size 1: with such axes XLA simplifies
+        # the same forward pass differently with and without a gradient, and no longer shares the two.
+        x = x.reshape(self.groups if train else 1, -1, *shape[1:])
+        axes = tuple(range(1, x.ndim - 1))
+
+        def spread(statistic):
+            return jax.lax.broadcast_in_dim(statistic, x.shape, (0, x.ndim - 1))
+
         if train:
-            x = x.reshape(self.groups, shape[0] // self.groups, *shape[1:])
-            axes = tuple(range(1, x.ndim - 1))
-            mean = x.mean(axes, keepdims=True)
-            var = jnp.square(x - mean).mean(axes, keepdims=True)
+            mean = x.mean(axes)
+            var = jnp.square(x - spread(mean)).mean(axes)
             if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
                 n = x[0].size // channels
                 unbiased = var * (n / max(n - 1, 1))
                 for moving, new in ((moving_mean, mean), (moving_var, unbiased)):
-                    new = new.mean(0).reshape(channels).astype(self.param_dtype)
+                    new = new.mean(0).astype(self.param_dtype)
                     moving.value = self.momentum * moving.value + (1 - self.momentum) * new
         else:
-            mean, var = moving_mean.value, moving_var.value
-        y = (x - mean) * jax.lax.rsqrt(var + self.epsilon) * scale + bias
+            mean, var = moving_mean.value[None], moving_var.value[None]
+        y = (x - spread(mean)) * spread(jax.lax.rsqrt(var + self.epsilon) * scale) + bias
         return y.reshape(shape).astype(self.dtype)
 
 

@@ -1,0 +1,79 @@
+"""What the commands share: flags with a configuration file, and errors as one clear line."""
+
+import runpy
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from ieg_jax.errors import UserError, check_choice
+
+CONFIG_HELP = (
+    "Configuration file, with arguments behind a colon: configs/quickstart.py:method=l2r,noise_rate=0.4. "
+    "Any key is set with --config.group.key=value; configs/default.py lists them."
+)
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """Defines the required flag --config."""
+    holder = config_flags.DEFINE_config_file("config", None, CONFIG_HELP, lock_config=True)
+    flags.mark_flag_as_required("config")
+    return holder
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parses the flags and calls `main`.
+
+    A UserError, and whatever is wrong with the flags, ends the program with one message and status 1. Logs of
+    libraries are shown from warnings up unless --verbosity says otherwise.
+    """
+    try:
+        app.run(main, flags_parser=_parse)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def load_config(specification: str) -> ConfigDict:
+    """Loads `path` or `path:arguments`.
+
+    Raises:
+      UserError: where there is no such file or it does not take the arguments.
+    """
+    path, _, arguments = specification.partition(":")
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+    except (OSError, KeyError) as error:
+        raise UserError(f"--config={specification}: cannot be loaded ({error}); expected a file of configs/") from None
+    return get_config(arguments) if arguments else get_config()
+
+
+def _parse(argv: list[str]) -> list[str]:
+    if not any(argument.startswith(("--verbosity", "-v")) for argument in argv):
+        logging.set_verbosity(logging.WARNING)
+    try:
+        arguments = flags.FLAGS(argv)
+    except Exception as error:
+        # The libraries report some mistakes as tracebacks of their own: look for the mistake first.
+        _check_overrides(argv)
+        raise UserError(str(error)) from None
+    _check_overrides(argv)
+    if len(arguments) > 1:
+        raise UserError(f"unexpected arguments {arguments[1:]}; options begin with --")
+    return arguments
+
+
+def _check_overrides(argv: list[str]) -> None:
+    """Raises UserError for a configuration that does not load and for the first --config.key that is unknown."""
+    values = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
+    if not values:
+        return
+    config = load_config(values[-1])
+    for argument in argv:
+        if argument.startswith("--config."):
+            group, where = config, "config"
+            for part in argument.partition("=")[0].split(".")[1:]:
+                check_choice(f"unknown key in {argument}: under {where}", part, group.keys())
+                group, where = group[part], f"{where}.{part}"
+                if not isinstance(group, ConfigDict):
+                    break
