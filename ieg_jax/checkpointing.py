@@ -24,7 +24,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=checkpoint.keep, keep_period=checkpoint.keep_every_steps or None
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # Named here, so that what is in a checkpoint can be asked before anything is saved or restored.
+        handlers = {"tree": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, None without one."""

@@ -1,0 +1,308 @@
+"""Runs as a whole: what they write, and every way of stopping and starting again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from ieg_jax import checkpointing, metrics, train
+from ieg_jax.data import pipeline
+from ieg_jax.errors import UserError
+
+TIMINGS = ("speed/images_per_second", "speed/wall_seconds", "speed/eta_seconds")
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert all(line.startswith('{"step": ') for line in lines), "step is the first key"
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def variables(folder, step):
+    """Every array of a checkpoint, by path."""
+    with ocp.CheckpointManager(folder / "checkpoints") as manager:
+        tree = manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore()))["tree"]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_same_run(first, second, step):
+    assert rows(first) == rows(second)
+    one, two = variables(first, step), variables(second, step)
+    assert one.keys() == two.keys()
+    for path in one:
+        np.testing.assert_array_equal(one[path], two[path], err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def module_tmp(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture
+def config(tiny_config):
+    tiny_config.num_train_steps = 6
+    tiny_config.log_every_steps = 4  # so that checkpoints at 3 and 6 fall inside a window
+    tiny_config.eval_every_steps = 3
+    tiny_config.checkpoint_every_steps = 3
+    tiny_config.schedule.first_cycle_steps = 100
+    return tiny_config
+
+
+_undisturbed = {}
+
+
+@pytest.fixture
+def undisturbed(config, module_tmp):
+    """A run of 6 steps without interruption, made once."""
+    if not _undisturbed:
+        _undisturbed["result"] = train.train_and_evaluate(config, str(module_tmp / "whole"))
+        _undisturbed["folder"] = module_tmp / "whole"
+    return _undisturbed["folder"], _undisturbed["result"]
+
+
+def test_result_and_files(config, undisturbed):
+    folder, result = undisturbed
+    assert json.loads((folder / "result.json").read_text()) == result
+    expected = (
+        "dataset noise noise_rate noise_rate_effective trusted_per_class method model num_params seed steps "
+        "test_accuracy test_accuracy_raw test_top5_accuracy test_accuracy_best best_chosen_on trusted_accuracy "
+        "weight_auroc wall_seconds compile_seconds images_per_second device_kind num_devices versions commit"
+    ).split()
+    assert set(expected) <= set(result)
+    assert (result["dataset"], result["noise"], result["method"]) == ("digits", "uniform", "ieg")
+    assert 0 <= result["test_accuracy"] <= result["test_accuracy_best"] <= 1
+    assert result["test_top5_accuracy"] >= result["test_accuracy"]
+    assert abs(result["noise_rate_effective"] - 0.36) < 0.05
+    table = rows(folder)
+    assert [row["step"] for row in table] == [3, 4, 6]
+    assert table[-1]["test/accuracy"] == result["test_accuracy"]
+    assert "loss/total" in table[1] and "test/accuracy" not in table[1]
+    noise = json.loads((folder / "noise.json").read_text())
+    assert np.sum(noise["confusion"]) == noise["num_examples"] == 1297 - 20
+    assert json.loads((folder / "trusted.json").read_text())["per_class"] == [2] * 10
+    assert json.loads((folder / "config.json").read_text())["method"]["name"] == "ieg"
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["3", "6"]
+
+
+def test_evaluation_agrees_with_a_count_by_hand(config, undisturbed):
+    """Accuracy of the averaged weights from the checkpoint, one image at a time in numpy."""
+    from ieg_jax import models
+
+    folder, result = undisturbed
+    data = pipeline.load(config)
+    with ocp.CheckpointManager(folder / "checkpoints") as manager:
+        (state, _) = manager.restore(6, args=ocp.args.Composite(tree=ocp.args.StandardRestore()))["tree"]
+    network = models.create(config.model, 10)
+    variables = {"params": state["ema_params"], "batch_stats": state["batch_stats"]}
+    logits = network.apply(variables, data.evaluation.images / np.float32(127.5) - 1, train=False)
+    hits = np.argmax(np.asarray(logits), -1) == data.evaluation.labels
+    assert len(hits) == 500, "not a multiple of the evaluation batch"
+    assert result["test_accuracy"] == pytest.approx(hits.mean(), abs=1e-9)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize("where", ["after the checkpoint", "in the evaluation", "between row and checkpoint"])
+def test_resuming_changes_nothing(config, undisturbed, tmp_path, monkeypatch, where):
+    saved, evaluated = checkpointing.Checkpoints.save, train.evaluate
+    calls = []
+
+    def save(self, step, tree, position):
+        if where == "between row and checkpoint" and step == 6:
+            raise Killed
+        saved(self, step, tree, position)
+        if where == "after the checkpoint" and step == 3:
+            self.wait()
+            raise Killed
+
+    def evaluate(*args):
+        calls.append(1)
+        if where == "in the evaluation" and len(calls) == 2:
+            raise Killed
+        return evaluated(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing.Checkpoints, "save", save)
+        patch.setattr(train, "evaluate", evaluate)
+        with pytest.raises(Killed):
+            train.train_and_evaluate(config, str(tmp_path))
+    assert not (tmp_path / "result.json").exists()
+    if where == "between row and checkpoint":  # and the kill cut a line short
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 6, "test/acc')
+    result = train.train_and_evaluate(config, str(tmp_path))
+    assert_same_run(tmp_path, undisturbed[0], step=6)
+    assert result["test_accuracy"] == undisturbed[1]["test_accuracy"]
+    assert result["weight_auroc"] == undisturbed[1]["weight_auroc"]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(config, undisturbed, tmp_path, monkeypatch):
+    summarize = metrics.summarize
+
+    def terminated(window):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return summarize(window)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "summarize", terminated)  # at step 4: neither a checkpoint nor an evaluation
+        with pytest.raises(train.Interrupted, match="stopped at step 5 of 6"):
+            train.train_and_evaluate(config, str(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handler is gone again"
+    train.train_and_evaluate(config, str(tmp_path))
+    assert_same_run(tmp_path, undisturbed[0], step=6)
+
+
+def test_a_finished_run_is_reported_and_not_touched(config, undisturbed, monkeypatch):
+    folder, result = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(pipeline, "load", lambda config: pytest.fail("nothing is to be loaded"))
+    assert train.train_and_evaluate(config, str(folder)) == result
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_another_configuration_is_refused_with_the_keys(config, undisturbed):
+    config.schedule.base_lr, config.noise.rate = 0.2, 0.5
+    with pytest.raises(UserError, match=r"noise.rate: 0.4 -> 0.5\n  schedule.base_lr: 0.1 -> 0.2"):
+        train.train_and_evaluate(config, str(undisturbed[0]))
+
+
+def test_a_checkpoint_of_another_model_is_refused(config, undisturbed, tmp_path):
+    """Even where config.json does not give it away."""
+    import shutil
+
+    shutil.copytree(undisturbed[0] / "checkpoints", tmp_path / "checkpoints")
+    config.model.width = 2.0
+    (tmp_path / "config.json").write_text(train._resolve(config).to_json())
+    with pytest.raises(UserError, match=r"another model or method: .* arrays differ[\s\S]*conv0/kernel"):
+        train.train_and_evaluate(config, str(tmp_path))
+
+
+def test_a_run_without_its_config_is_refused(config, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="no config.json"):
+        train.train_and_evaluate(config, str(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_a_work_folder_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        train.train_and_evaluate(config, str(tmp_path / "file"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
+    load = pipeline.load
+    config.method.name = "supervised"
+
+    def poisoned(config):
+        data = load(config)
+        images = data.train.images / np.float32(255)
+        return pipeline.dataclasses.replace(data, train=pipeline.dataclasses.replace(data.train, images=images))
+
+    monkeypatch.setattr(pipeline, "load", poisoned)
+    batches = pipeline.train_batches
+
+    def with_nan(*args):
+        for step, batch in enumerate(batches(*args), start=args[2] + 1):
+            yield {**batch, "image": batch["image"] * (np.nan if step == 5 and args[3] > 1 else 1)}
+
+    monkeypatch.setattr(pipeline, "train_batches", with_nan)
+    with pytest.raises(train.NonFiniteError, match=r"step 5: loss/cross_entropy, loss/total.*checkpoints/3") as error:
+        train.train_and_evaluate(config, str(tmp_path))
+    assert "optimizer/gradient_norm" in str(error.value)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3"], "nothing bad is saved"
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"mesh.data": 3}, "batch_size=16 is not a multiple of the 3 devices"),
+        ({"mesh.data": 99}, "mesh.data=99, but there are 8 devices"),
+        ({"mesh.data": 8, "trusted.batch_size": 20}, "trusted.batch_size=20 is not a multiple of the 8"),
+        ({"batch_groups": 3}, "not a multiple of batch_groups=3"),
+        ({"trusted.per_class": 500}, "trusted.per_class=500, but class"),
+        ({"model.name": "resnet"}, "model.name: got 'resnet'"),
+        ({"data.name": "fashion_mnist", "data.dir": "/nowhere"}, "lacks train-images"),
+    ],
+)
+def test_user_errors_come_before_anything_is_compiled(config, tmp_path, monkeypatch, keys, message):
+    config.update_from_flattened_dict(keys)
+    monkeypatch.setattr(jax, "jit", lambda *args, **kwargs: pytest.fail("too late"))
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(config, str(tmp_path))
+    assert not (tmp_path / "config.json").exists(), "the folder is free for the corrected command"
+
+
+def test_several_devices_and_no_test_set(config, tmp_path):
+    """The loop on 8 devices, on data without a test set."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "own.npz", images=rng.random((90, 8, 8, 3)), labels=rng.integers(0, 3, 90))
+    config.data.name, config.data.train = "arrays", str(tmp_path / "own.npz")
+    config.mesh.data, config.batch_groups, config.eval_batch_size = 8, 8, 16
+    config.num_train_steps, config.log_every_steps = 2, 2
+    result = train.train_and_evaluate(config, str(tmp_path / "run"))
+    assert (result["num_devices"], result["test_accuracy"]) == (8, None)
+    assert 0 <= result["trusted_accuracy"] <= 1
+
+
+def test_epoch_end_is_called_once_an_epoch(config, tmp_path, monkeypatch):
+    from ieg_jax import methods
+
+    seen = []
+    monkeypatch.setattr(
+        methods.supervised, "on_epoch_end", lambda context, state: seen.append(int(state.step)) or state, raising=False
+    )
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "own.npz", images=rng.random((46, 8, 8)), labels=np.arange(46) % 3)
+    config.data.name, config.data.train, config.method.name = "arrays", str(tmp_path / "own.npz"), "supervised"
+    train.train_and_evaluate(config, str(tmp_path / "run"))
+    assert seen == [3, 5], "40 examples, 16 a step: 40 and 80 are passed in steps 3 and 5"
+
+
+def test_the_command(tmp_path, tiny_config):
+    """In a process of its own: a real SIGTERM, resuming, the finished run, and a bad flag."""
+    command = [
+        sys.executable, "-m", "ieg_jax.main", "--config=configs/quickstart.py:method=supervised",
+        "--config.model.name=tiny", "--config.num_train_steps=200000", "--config.log_every_steps=20",
+        "--config.mesh.data=1", f"--workdir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stopped at step" in error.splitlines()[-1] and "goes on from there" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert "step 20/200000" in output and "ETA" in output
+
+    config_file = tmp_path / "run" / "config.json"
+    saved = json.loads(config_file.read_text())
+    [step] = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    saved["num_train_steps"] = step + 5  # the test's shortcut to the end
+    config_file.write_text(json.dumps(saved))
+    command[5] = f"--config.num_train_steps={step + 5}"
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert f"goes on from the checkpoint at step {step}" in again.stdout
+    result = json.loads(again.stdout.splitlines()[-1])
+    assert result["steps"] == step + 5
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert json.loads(finished.stdout.splitlines()[-1]) == result
+
+    bad = subprocess.run([*command, "--config.modle.name=x"], capture_output=True, text=True, timeout=120)
+    assert bad.returncode == 1
+    assert "unknown key in --config.modle.name=x" in bad.stderr.splitlines()[-1]
+    assert "model" in bad.stderr.splitlines()[-1]
