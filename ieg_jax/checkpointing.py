@@ -44,9 +44,7 @@ class Checkpoints:
             return
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                tree=ocp.args.StandardSave(tree), data=ocp.args.JsonSave({"position": position})
-            ),
+            args=ocp.args.Composite(tree=ocp.args.StandardSave(tree), data=ocp.args.JsonSave({"position": position})),
         )
 
     def restore(self, step: int, like: Any) -> tuple[Any, int]:

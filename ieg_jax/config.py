@@ -146,8 +146,7 @@ def validate(config: ConfigDict) -> None:
     for key in ("batch_size", "trusted.batch_size"):
         if _get(config, key) % config.batch_groups:
             raise UserError(
-                f"{key}={_get(config, key)} is not a multiple of batch_groups={config.batch_groups}; "
-                f"change one of them"
+                f"{key}={_get(config, key)} is not a multiple of batch_groups={config.batch_groups}; change one of them"
             )
 
     for key in ("augment.standard", "augment.strong"):

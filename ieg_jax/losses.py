@@ -40,8 +40,6 @@ def weight_decay(params, coefficient: float, on: str) -> jax.Array:
       on: `all` parameters, or `kernels`: those of convolutions and dense layers, without biases and batch norm.
     """
     leaves = [
-        leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if on == "all" or path[-1].key == "kernel"
+        leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if on == "all" or path[-1].key == "kernel"
     ]
     return 0.5 * coefficient * sum(jnp.sum(jnp.square(leaf)) for leaf in leaves)

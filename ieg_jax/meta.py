@@ -72,9 +72,7 @@ def meta_gradient(
 
     def loss_after_lookahead(variables):
         return probe_loss(
-            lookahead(
-                lambda p: noisy_loss(p, variables), params, opt_state, optimizer, learning_rate, layers
-            )
+            lookahead(lambda p: noisy_loss(p, variables), params, opt_state, optimizer, learning_rate, layers)
         )
 
     return jax.value_and_grad(loss_after_lookahead)(variables)

@@ -76,13 +76,9 @@ def empty_window(observation: Observation, steps: int) -> Window:
 def add(window: Window, observation: Observation, step: jax.Array) -> Window:
     """Adds the observation of a step (int32 scalar, counted from 1) to the window."""
     averages = {name: value + observation.averages[name] for name, value in window.averages.items()}
-    examples = jax.tree.map(
-        lambda rows, row: rows.at[window.count].set(row), window.examples, observation.examples
-    )
+    examples = jax.tree.map(lambda rows, row: rows.at[window.count].set(row), window.examples, observation.examples)
     bad_step = {
-        name: jnp.where(
-            (seen < 0) & ~jnp.isfinite(observation.averages[name].total), step.astype(jnp.int32), seen
-        )
+        name: jnp.where((seen < 0) & ~jnp.isfinite(observation.averages[name].total), step.astype(jnp.int32), seen)
         for name, seen in window.bad_step.items()
     }
     return Window(averages, examples, window.count + 1, bad_step)

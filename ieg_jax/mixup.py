@@ -38,9 +38,7 @@ def draw(rng: jax.Array, groups: int, size: int, probe_size: int, blocks: int, c
         beta = jax.random.beta(coefficient_rng, 0.5, 0.5, (groups, pool))
     else:
         beta = jnp.square(jax.random.uniform(coefficient_rng, (groups, pool))) / 2
-    return Draw(
-        jax.random.randint(index_rng, (groups, size), 0, probe_size), partner, jnp.maximum(beta, 1 - beta)
-    )
+    return Draw(jax.random.randint(index_rng, (groups, size), 0, probe_size), partner, jnp.maximum(beta, 1 - beta))
 
 
 def resample(draw: Draw, probe: jax.Array) -> jax.Array:

@@ -24,10 +24,8 @@ def normalize_logits(logits: jax.Array, groups: int = 1) -> jax.Array:
     return (blocks * jax.lax.rsqrt(mean_square + 1e-8)).reshape(logits.shape)
 
 
-def pseudo_labels(
-    view_logits: Sequence[jax.Array], temperature: float, normalize: bool, groups: int = 1
-) -> jax.Array:
-    """g = P^{1/τ} / Σ_j P_j^{1/τ}, where P is the mean over the views of softmax(norm(logits)) (section 2.2.1).
+def pseudo_labels(view_logits: Sequence[jax.Array], temperature: float, normalize: bool, groups: int = 1) -> jax.Array:
+    """G = P^{1/τ} / Σ_j P_j^{1/τ}, where P is the mean over the views of softmax(norm(logits)) (section 2.2.1).
 
     Args:
       view_logits: V arrays `[B, K]`.

@@ -45,6 +45,12 @@ def create(schedule: ConfigDict, first_cycle: int, num_steps: int) -> optax.Sche
     ends = cycle_ends(first_cycle, schedule.cycle_mult, num_steps)
     peaks = [schedule.base_lr * schedule.peak_mult**cycle for cycle in range(len(ends))]
     return optax.sgdr_schedule(
-        {"init_value": peak, "peak_value": peak, "warmup_steps": 0, "decay_steps": end - start, "end_value": 0.0}
+        {
+            "init_value": peak,
+            "peak_value": peak,
+            "warmup_steps": 0,
+            "decay_steps": end - start,
+            "end_value": 0.0,
+        }
         for peak, start, end in zip(peaks, [0, *ends[:-1]], ends, strict=True)
     )

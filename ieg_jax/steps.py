@@ -137,9 +137,7 @@ def _observe(batch, supervision, loss, aux, norms) -> metrics.Observation:
     averages |= {f"loss/{name}": average(value) for name, value in aux.terms.items()}
     averages |= {name: average(value) for name, value in norms.items()}
     averages["train/accuracy"] = metrics.accuracy(aux.logits, batch["label"])
-    averages["train/accuracy_true_label"] = metrics.accuracy(
-        aux.logits, jnp.maximum(batch["clean_label"], 0), known
-    )
+    averages["train/accuracy_true_label"] = metrics.accuracy(aux.logits, jnp.maximum(batch["clean_label"], 0), known)
     if supervision.probe_loss is not None:
         averages["loss/trusted_after_lookahead"] = average(supervision.probe_loss)
     for name, value in (("weight", supervision.example_weights), ("trust", supervision.label_trust)):

@@ -18,7 +18,6 @@ import time
 from typing import Any
 
 import jax
-import optax
 from clu import metric_writers  # writes TensorBoard files and the log
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -256,7 +255,7 @@ def evaluate(state: steps.TrainState, data: pipeline.Data, eval_step, config: Co
     for name, split in ((data.evaluation_name, data.evaluation), ("trusted", data.trusted)):
         if split is None:
             continue
-        sums = {suffix: None for suffix in weights}
+        sums = dict.fromkeys(weights)
         for batch in pipeline.eval_batches(split, config.eval_batch_size, layout.batch):
             for suffix, params in weights.items():
                 hits = eval_step(params, state.batch_stats, batch)

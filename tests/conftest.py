@@ -4,21 +4,25 @@ import os
 
 # Eight devices, and programs that compile fast rather than run fast.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import pathlib  # noqa: E402
+import pathlib
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
-from configs import default  # noqa: E402
+from configs import default
 
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+if hasattr(jax, "enable_x64"):
+    x64 = jax.enable_x64
+else:  # jax before 0.8
+    from jax.experimental import enable_x64 as x64  # noqa: F401
 
 
 @pytest.fixture

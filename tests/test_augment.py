@@ -18,7 +18,9 @@ def results(policy, image, n=200):
     return [parse_policy(policy, "key")(image, seed(0, i)).numpy() for i in range(n)]
 
 
-@pytest.mark.parametrize("policy", ["crop(2)", "flip", "affine(rotate=30,translate=0.2)", "intensity(0.5)", "cutout(0.5)"])
+@pytest.mark.parametrize(
+    "policy", ["crop(2)", "flip", "affine(rotate=30,translate=0.2)", "intensity(0.5)", "cutout(0.5)"]
+)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_same_seed_same_result_other_seed_other_result(policy, channels):
     image = picture(channels=channels)

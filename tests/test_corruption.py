@@ -48,7 +48,8 @@ def test_the_stream_is_the_published_one():
     """Philox with numpy's SeedSequence: numbers worked out from numpy alone, so that noise never changes silently."""
     raw = np.random.Philox(np.random.SeedSequence([3, 1])).random_raw(5)
     np.testing.assert_array_equal(
-        corruption.uniforms(3, 1, np.array([4, 0])), [(int(raw[4]) >> 11) / 2**53, (int(raw[0]) >> 11) / 2**53]
+        corruption.uniforms(3, 1, np.array([4, 0])),
+        [(int(raw[4]) >> 11) / 2**53, (int(raw[0]) >> 11) / 2**53],
     )
 
 

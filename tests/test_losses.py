@@ -22,6 +22,9 @@ def test_consistency_by_hand_and_its_gradient():
 
 
 def test_weight_decay_by_hand():
-    params = {"conv": {"kernel": jnp.array([[3.0]]), "bias": jnp.array([4.0])}, "norm": {"scale": jnp.array([1.0])}}
+    params = {
+        "conv": {"kernel": jnp.array([[3.0]]), "bias": jnp.array([4.0])},
+        "norm": {"scale": jnp.array([1.0])},
+    }
     np.testing.assert_allclose(losses.weight_decay(params, 0.1, "all"), 0.05 * (9 + 16 + 1), rtol=1e-6)
     np.testing.assert_allclose(losses.weight_decay(params, 0.1, "kernels"), 0.05 * 9, rtol=1e-6)

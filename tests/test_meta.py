@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import x64
 
 from ieg_jax import losses, meta, optimizers
 from ieg_jax.models.tiny import Tiny
@@ -15,7 +16,7 @@ from ieg_jax.models.tiny import Tiny
 
 def test_closed_form_on_a_linear_model():
     """ℓ_i = ½(x_i·θ − y_i)², probe loss ½(x_p·θ − y_p)²: ∂L_p/∂ω_i = −α (x_p·θ′ − y_p) (x_i·θ − y_i) x_p·x_i."""
-    with jax.enable_x64():
+    with x64():
         x = jnp.array([[1.0, 2.0], [-1.0, 0.5], [0.0, 3.0]])
         y = jnp.array([1.0, 0.0, -2.0])
         probe_x, probe_y = jnp.array([0.5, -1.0]), 0.25
@@ -70,9 +71,7 @@ def network_case(optimizer_name, nesterov):
         return jnp.mean(losses.cross_entropy(forward(params, probe_image), probe_label))
 
     params = variables["params"]
-    optimizer = (
-        optax.scale_by_adam(eps_root=1e-12) if optimizer_name == "adam" else optax.trace(0.9, nesterov=nesterov)
-    )
+    optimizer = optax.scale_by_adam(eps_root=1e-12) if optimizer_name == "adam" else optax.trace(0.9, nesterov=nesterov)
     state = optimizer.init(params)
     initial = (jnp.full(size, 1 / size), jnp.full(size, 0.9))
     for _ in range(2):
@@ -83,7 +82,7 @@ def network_case(optimizer_name, nesterov):
 
 @pytest.mark.parametrize("optimizer_name, nesterov", [("sgd", False), ("sgd", True), ("adam", False)])
 def test_finite_differences(optimizer_name, nesterov):
-    with jax.enable_x64():
+    with x64():
         noisy_loss, probe_loss, initial, params, state, optimizer = network_case(optimizer_name, nesterov)
         rate = 0.1 if optimizer_name == "sgd" else 0.01
 
@@ -91,9 +90,9 @@ def test_finite_differences(optimizer_name, nesterov):
         def after(v):
             return probe_loss(meta.lookahead(lambda p: noisy_loss(p, v), params, state, optimizer, rate))
 
-        _, gradient = jax.jit(
-            lambda v: meta.meta_gradient(noisy_loss, probe_loss, v, params, state, optimizer, rate)
-        )(initial)
+        _, gradient = jax.jit(lambda v: meta.meta_gradient(noisy_loss, probe_loss, v, params, state, optimizer, rate))(
+            initial
+        )
         for part in range(2):
             differences = []
             for i in range(len(initial[part])):
@@ -105,16 +104,14 @@ def test_finite_differences(optimizer_name, nesterov):
                     v[part] = v[part].at[i].add(amount)
                     return float(after(tuple(v)))
 
-                differences.append(
-                    (8 * (shifted(h) - shifted(-h)) - (shifted(2 * h) - shifted(-2 * h))) / (12 * h)
-                )
+                differences.append((8 * (shifted(h) - shifted(-h)) - (shifted(2 * h) - shifted(-2 * h))) / (12 * h))
             error = np.abs(np.asarray(gradient[part]) - differences).max() / np.abs(differences).max()
             assert error < 1e-5, (part, error)
             assert np.abs(differences).max() > 1e-6, "a gradient of nothing proves nothing"
 
 
 def test_layers_that_do_not_match_stay():
-    with jax.enable_x64():
+    with x64():
         noisy_loss, _, initial, params, state, optimizer = network_case("sgd", False)
         after = meta.lookahead(lambda p: noisy_loss(p, initial), params, state, optimizer, 0.1, layers="^head/")
         everywhere = meta.lookahead(lambda p: noisy_loss(p, initial), params, state, optimizer, 0.1)

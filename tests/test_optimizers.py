@@ -25,7 +25,5 @@ def test_adam_moves_by_the_learning_rate_at_first():
     config.name = "adam"
     optimizer = optimizers.create(config)
     params = {"w": jnp.array([1.0, 1.0])}
-    _, _, update = optimizers.apply(
-        optimizer, {"w": jnp.array([5.0, -0.01])}, optimizer.init(params), params, 0.1
-    )
+    _, _, update = optimizers.apply(optimizer, {"w": jnp.array([5.0, -0.01])}, optimizer.init(params), params, 0.1)
     np.testing.assert_allclose(update["w"], [-0.1, 0.1], rtol=1e-3)

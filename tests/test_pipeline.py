@@ -146,7 +146,10 @@ def test_hosts_read_the_parts_of_the_same_batch(config, data, monkeypatch, proce
 @pytest.mark.parametrize("n, batch_size", [(7, 4), (8, 4), (3, 4)])
 def test_evaluation_counts_each_example_once(n, batch_size):
     split = Split(
-        np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1) * 5, np.arange(n, dtype=np.int32), np.arange(n), np.arange(n)
+        np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1) * 5,
+        np.arange(n, dtype=np.int32),
+        np.arange(n),
+        np.arange(n),
     )
     seen = []
     for batch in pipeline.eval_batches(split, batch_size, SHARDING):

@@ -32,9 +32,7 @@ def test_taken_out_of_the_training_set_and_interleaved(digits):
 
 
 def test_seed(digits):
-    first, again, other = (
-        probe.split_trusted(digits, trusted_config(seed=seed))[1].ids.tolist() for seed in (0, 0, 1)
-    )
+    first, again, other = (probe.split_trusted(digits, trusted_config(seed=seed))[1].ids.tolist() for seed in (0, 0, 1))
     assert first == again
     assert first != other
 
@@ -50,11 +48,18 @@ def small(labels, clean=None, trusted=None):
     def split(labels, clean):
         labels = np.asarray(labels, np.int32)
         return Split(
-            np.zeros((len(labels), 2, 2, 1), np.uint8), labels, np.asarray(clean, np.int32), np.arange(len(labels))
+            np.zeros((len(labels), 2, 2, 1), np.uint8),
+            labels,
+            np.asarray(clean, np.int32),
+            np.arange(len(labels)),
         )
 
     return Source(
-        "small", 3, split(labels, labels if clean is None else clean), None, trusted and split(trusted, trusted)
+        "small",
+        3,
+        split(labels, labels if clean is None else clean),
+        None,
+        trusted and split(trusted, trusted),
     )
 
 

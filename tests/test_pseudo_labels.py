@@ -25,5 +25,7 @@ def test_normalize_logits_divides_each_group_by_its_root_mean_square():
 def test_normalized_pseudo_labels_ignore_the_scale_of_the_logits():
     logits = jnp.array([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]])
     np.testing.assert_allclose(
-        pseudo_labels([logits], 0.5, normalize=True), pseudo_labels([7 * logits], 0.5, normalize=True), rtol=1e-5
+        pseudo_labels([logits], 0.5, normalize=True),
+        pseudo_labels([7 * logits], 0.5, normalize=True),
+        rtol=1e-5,
     )

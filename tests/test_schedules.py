@@ -7,7 +7,21 @@ from ieg_jax import schedules
 
 def test_cycle_ends_are_those_of_the_published_runs():
     ends = schedules.cycle_ends(500, 1.5, 200_000)
-    exact = [500, 1250, 2375, 4062.5, 6593.75, 10390.6, 16085.9, 24628.9, 37443.4, 56665, 85497.6, 128746, 193620]
+    exact = [
+        500,
+        1250,
+        2375,
+        4062.5,
+        6593.75,
+        10390.6,
+        16085.9,
+        24628.9,
+        37443.4,
+        56665,
+        85497.6,
+        128746,
+        193620,
+    ]
     assert len(ends) == 14
     np.testing.assert_allclose(ends[:13], exact, atol=0.6)
 

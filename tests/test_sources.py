@@ -79,7 +79,10 @@ def test_fashion_mnist_through_tfds(monkeypatch):
         (lambda f: f.write_bytes(gzip.compress(gzip.decompress(f.read_bytes())[:-5])), "truncated"),
         (lambda f: f.write_bytes(gzip.compress(b"\0\0")), "expected an IDX file"),
         (lambda f: f.write_bytes(gzip.compress(idx(np.zeros(30)) + b"\0" * 10)), "rank 3"),
-        (lambda f: f.write_bytes(gzip.compress(idx(np.zeros((29, 28, 28))))), r"expected \(29,\), one for each"),
+        (
+            lambda f: f.write_bytes(gzip.compress(idx(np.zeros((29, 28, 28))))),
+            r"expected \(29,\), one for each",
+        ),
     ],
 )
 def test_bad_idx_files(fashion_folder, damage, message):
@@ -130,13 +133,19 @@ def test_arrays(tmp_path):
         ({"images": np.zeros((4, 5, 5, 2), np.uint8), "labels": LABELS}, "C = 1 or 3"),
         ({"images": IMAGES.astype(np.int32), "labels": LABELS}, "dtype int32, expected uint8 or floats"),
         ({"images": np.full((4, 5, 5), np.nan), "labels": LABELS}, "image 0 has pixels that are nan"),
-        ({"images": np.full((4, 5, 5), 255.0), "labels": LABELS}, r"floats from 255 to 255, expected \[0, 1\]"),
+        (
+            {"images": np.full((4, 5, 5), 255.0), "labels": LABELS},
+            r"floats from 255 to 255, expected \[0, 1\]",
+        ),
         ({"images": IMAGES, "labels": LABELS[:3]}, r"shape \(3,\), expected \(4,\)"),
         ({"images": IMAGES, "labels": LABELS * 1.0}, "dtype float64, expected integers"),
         ({"images": IMAGES, "labels": LABELS - 1}, "-1 at place 0, expected 0"),
         ({"images": IMAGES, "labels": LABELS * 0}, "at least two classes"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "no images"),
-        ({"images": IMAGES, "labels": LABELS, "test_images": IMAGES}, "only one of test_images and test_labels"),
+        (
+            {"images": IMAGES, "labels": LABELS, "test_images": IMAGES},
+            "only one of test_images and test_labels",
+        ),
         (
             {"images": IMAGES, "labels": LABELS, "test_images": IMAGES[:, 1:], "test_labels": LABELS},
             "test_images have shape",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import x64
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
@@ -26,9 +27,7 @@ def make(method_name, groups=1, dtype=jnp.float32, **overrides):
     context = base.Context(FrozenConfigDict(config), network, optimizers.create(config.optimizer), CLASSES)
     method = base.bind(methods.REGISTRY[method_name], context)
     state = jax.jit(lambda: steps.create_state(context, method, jax.random.key(0), (8, 8, 1), 50))()
-    step = functools.partial(
-        steps.train_step, context=context, method=method, schedule=optax.constant_schedule(0.1)
-    )
+    step = functools.partial(steps.train_step, context=context, method=method, schedule=optax.constant_schedule(0.1))
     return context, method, state, step
 
 
@@ -49,7 +48,7 @@ def make_batch(dtype=np.float32, seed=0):
 @pytest.mark.parametrize("groups", [1, 8])
 def test_eight_devices_do_what_one_does(groups):
     """Three IEG steps in float64: losses, ω, λ and all variables."""
-    with jax.enable_x64():
+    with x64():
         results = []
         for devices in (1, 8):
             _, _, state, step = make("ieg", groups, jnp.float64)

@@ -70,11 +70,32 @@ def undisturbed(config, module_tmp):
 def test_result_and_files(config, undisturbed):
     folder, result = undisturbed
     assert json.loads((folder / "result.json").read_text()) == result
-    expected = (
-        "dataset noise noise_rate noise_rate_effective trusted_per_class method model num_params seed steps "
-        "test_accuracy test_accuracy_raw test_top5_accuracy test_accuracy_best best_chosen_on trusted_accuracy "
-        "weight_auroc wall_seconds compile_seconds images_per_second device_kind num_devices versions commit"
-    ).split()
+    expected = [
+        "dataset",
+        "noise",
+        "noise_rate",
+        "noise_rate_effective",
+        "trusted_per_class",
+        "method",
+        "model",
+        "num_params",
+        "seed",
+        "steps",
+        "test_accuracy",
+        "test_accuracy_raw",
+        "test_top5_accuracy",
+        "test_accuracy_best",
+        "best_chosen_on",
+        "trusted_accuracy",
+        "weight_auroc",
+        "wall_seconds",
+        "compile_seconds",
+        "images_per_second",
+        "device_kind",
+        "num_devices",
+        "versions",
+        "commit",
+    ]
     assert set(expected) <= set(result)
     assert (result["dataset"], result["noise"], result["method"]) == ("digits", "uniform", "ieg")
     assert 0 <= result["test_accuracy"] <= result["test_accuracy_best"] <= 1
@@ -260,11 +281,18 @@ def test_epoch_end_is_called_once_an_epoch(config, tmp_path, monkeypatch):
 
     seen = []
     monkeypatch.setattr(
-        methods.supervised, "on_epoch_end", lambda context, state: seen.append(int(state.step)) or state, raising=False
+        methods.supervised,
+        "on_epoch_end",
+        lambda context, state: seen.append(int(state.step)) or state,
+        raising=False,
     )
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "own.npz", images=rng.random((46, 8, 8)), labels=np.arange(46) % 3)
-    config.data.name, config.data.train, config.method.name = "arrays", str(tmp_path / "own.npz"), "supervised"
+    config.data.name, config.data.train, config.method.name = (
+        "arrays",
+        str(tmp_path / "own.npz"),
+        "supervised",
+    )
     train.train_and_evaluate(config, str(tmp_path / "run"))
     assert seen == [3, 5], "40 examples, 16 a step: 40 and 80 are passed in steps 3 and 5"
 

@@ -170,9 +170,7 @@ def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding)
 
 def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
     """Makes global arrays of the parts that each process holds."""
-    return {
-        key: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for key, value in batch.items()
-    }
+    return {key: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for key, value in batch.items()}
 
 
 def _batched(example, batch_size: int, start_step: int, num_steps: int) -> tf.data.Dataset:
@@ -216,7 +214,10 @@ def _probe_row_of(config: ConfigDict, trusted: Split):
         epoch, row = position // size, position % size
         label = tf.gather(labels, row)
         key = tf.stack(
-            [tf.constant(config.seed * 16 + _PROBE_ORDER, tf.int64), epoch * len(counts) + tf.cast(label, tf.int64)]
+            [
+                tf.constant(config.seed * 16 + _PROBE_ORDER, tf.int64),
+                epoch * len(counts) + tf.cast(label, tf.int64),
+            ]
         )
         shuffled = tf.random.experimental.index_shuffle(
             tf.gather(rank, row), tf.cast(key % 2**32, tf.uint32), tf.gather(counts, label) - 1

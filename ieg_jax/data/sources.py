@@ -110,9 +110,7 @@ def fashion_mnist(data: ConfigDict) -> Source:
         return Source("fashion_mnist", 10, splits["train"], splits["test"], None)
 
     folder = pathlib.Path(data.dir).expanduser()
-    missing = [
-        name for names in FASHION_MNIST_FILES.values() for name in names if not (folder / name).is_file()
-    ]
+    missing = [name for names in FASHION_MNIST_FILES.values() for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"data.dir={data.dir!r} lacks {', '.join(missing)}; expected the four Fashion-MNIST IDX files there "
@@ -170,7 +168,15 @@ def arrays(data: ConfigDict) -> Source:
     try:
         with np.load(path, allow_pickle=False) as archive:
             content = dict(archive)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise UserError(
             f"data.train={data.train!r}: cannot be read as .npz ({type(error).__name__}: {error})"
         ) from None

@@ -97,7 +97,8 @@ def loss(context: Context, params, state, batch, supervision: Supervision, rng) 
     mixed_loss = [
         jnp.mean(
             losses.cross_entropy(
-                normalize_logits(block_logits, groups) if method.normalize_logits else block_logits, block_target
+                normalize_logits(block_logits, groups) if method.normalize_logits else block_logits,
+                block_target,
             )
         )
         for block_logits, block_target in zip(

@@ -29,6 +29,4 @@ def create(model: ConfigDict, num_classes: int, batch_groups: int = 1) -> nn.Mod
     Returns:
       A linen module; float32 parameters, computing in `model.dtype`.
     """
-    return REGISTRY[model.name](
-        model, num_classes=num_classes, batch_groups=batch_groups, dtype=jnp.dtype(model.dtype)
-    )
+    return REGISTRY[model.name](model, num_classes=num_classes, batch_groups=batch_groups, dtype=jnp.dtype(model.dtype))

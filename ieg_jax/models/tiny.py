@@ -30,6 +30,4 @@ class Tiny(nn.Module):
             x = nn.Conv(self.features, (3, 3), stride, use_bias=False, name=f"conv{layer}", **dtypes)(x)
             x = nn.relu(BatchNorm(self.batch_groups, name=f"norm{layer}", **dtypes)(x, train))
         head_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return nn.Dense(self.num_classes, dtype=head_dtype, param_dtype=self.param_dtype, name="head")(
-            x.mean((1, 2))
-        )
+        return nn.Dense(self.num_classes, dtype=head_dtype, param_dtype=self.param_dtype, name="head")(x.mean((1, 2)))
