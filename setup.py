@@ -1,1 +1,3 @@
+"""Everything is in pyproject.toml."""
+
 __import__("setuptools").setup()

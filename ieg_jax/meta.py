@@ -64,7 +64,11 @@ def meta_gradient(
       noisy_loss: (parameters, variables) -> scalar.
       probe_loss: parameters -> scalar, the loss on trusted data.
       variables: where to take the derivative: ω⁰, or the pair (ω⁰, λ⁰).
-      params, opt_state, optimizer, learning_rate, layers: see `lookahead`.
+      params: Θ.
+      opt_state: state of `optimizer`.
+      optimizer: direction without learning rate.
+      learning_rate: step size of the lookahead.
+      layers: regular expression, see `lookahead`.
 
     Returns:
       probe_loss(Θ′), and its gradient, shaped like `variables`.

@@ -75,7 +75,8 @@ def show_table(results: dict[str, list[dict]], console: Console) -> None:
         f"({first['noise_rate_effective']:.0%} of the labels wrong), {first['trusted_per_class']} trusted image(s) "
         f"per class",
         caption=f"test accuracy in %, averaged weights at the last step, seeds {seeds}; "
-        f"{platform.machine()}, {first['num_devices']} {first['device_kind']} device(s), jax {first['versions']['jax']}",
+        f"{platform.machine()}, {first['num_devices']} {first['device_kind']} device(s), "
+        f"jax {first['versions']['jax']}",
     )
     for heading in ("method", "test accuracy", "seconds", "what it is"):
         table.add_column(heading, justify="left" if heading in ("method", "what it is") else "right")

@@ -66,7 +66,9 @@ def train_step(
       batch: `image [B,H,W,C]`, `label [B]`, `clean_label [B]` (-1 = not known), `id [B]`, and where the method
         needs them `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]`, `probe_label [Bp]`.
       rng: the base key of the run; folded with the step here.
-      context, method, schedule: static.
+      context: static parts of the run.
+      method: the bound method.
+      schedule: step -> learning rate.
 
     Returns:
       The state after the step and what to report.
@@ -112,9 +114,10 @@ def eval_step(params, batch_stats, batch: dict[str, jax.Array], *, context: Cont
     """Sums of top-1 and top-5 hits (top-K where K < 5) over the examples whose mask is 1.
 
     Args:
-      params, batch_stats: weights and moving averages.
+      params: weights.
+      batch_stats: moving averages of batch norm.
       batch: `image [n,H,W,C]`, `label [n]`, `mask [n]`.
-      context: static.
+      context: static parts of the run.
 
     Returns:
       `{"accuracy", "top5_accuracy"}` of WeightedAverage.

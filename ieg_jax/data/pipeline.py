@@ -174,7 +174,7 @@ def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> 
 
 
 def _batched(example, batch_size: int, start_step: int, num_steps: int) -> tf.data.Dataset:
-    """This process's part of each batch, of `example(position)`."""
+    """The part of each batch that this process reads, of `example(position)`."""
     local = batch_size // jax.process_count()
     offset = jax.process_index() * local
 

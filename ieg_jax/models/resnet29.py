@@ -1,8 +1,8 @@
 """ResNet29 version 2: the small pre-activation bottleneck network of the paper (He et al. 2016).
 
-Three stages of three blocks with inner widths 16, 64, 128 and outer widths 64, 128, 256; no biases before batch norm. `standard` is the
-network that the paper names. `authors` is the one its numbers come from: in every block the first 1×1
-convolution is preceded by batch norm *without* a ReLU. In both, the very first block has neither there.
+Three stages of three blocks with inner widths 16, 64, 128 and outer widths 64, 128, 256; no biases before batch
+norm. `standard` is the network that the paper names. `authors` is the one its numbers come from: in every block
+the first 1×1 convolution is preceded by batch norm *without* a ReLU. In both, the very first block has neither.
 """
 
 import functools
