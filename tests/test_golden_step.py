@@ -127,6 +127,8 @@ def result(request, golden):
     def run(state, batch):
         supervision = methods.ieg.supervise(context, state, batch, None)
         _, aux = methods.ieg.loss(context, state.params, state, batch, supervision, None)
+        if not request.param:  # the file has the variables after one step only, the one with the gradient
+            return supervision, gradients[0], aux.terms, None, None
         after, observed = steps.train_step(
             state,
             batch,
@@ -188,7 +190,7 @@ def test_variables_after_the_step(golden, result):
     """
     pseudo_label_gradient, _, _, _, after, _ = result
     if not pseudo_label_gradient:
-        pytest.skip("the file has the variables after one step only, the one with the gradient")
+        pytest.skip("not in the file")
     assert int(after.step) == 41
 
     def relative_error(ours, theirs, before):

@@ -90,6 +90,18 @@ def test_shortcut_without_parameters_by_hand():
     x = jnp.arange(4.0).reshape(1, 2, 2, 1)
     np.testing.assert_array_equal(_pad_and_pool(x, 4, 2), np.array([0, 1.5, 0, 0]).reshape(1, 1, 1, 4))
     np.testing.assert_array_equal(_pad_and_pool(x, 1, 1), x)
+    odd = _pad_and_pool(jnp.arange(9.0).reshape(1, 3, 3, 1), 2, 2)
+    np.testing.assert_array_equal(odd[..., 0], np.array([[[2, 3.5], [6.5, 8]]]), "SAME padding that does not count")
+
+
+@pytest.mark.parametrize("size", [7, 8, 13, 14, 28, 32])
+def test_any_image_size(size):
+    for authors in (True, False):
+        network = WideResNet(10, 0.5, 3, authors=authors)
+        shapes = jax.eval_shape(
+            lambda n=network: n.init_with_output(jax.random.key(0), jnp.zeros((2, size, size, 1)), True)
+        )
+        assert shapes[0].shape == (2, 3)
 
 
 def test_depth_that_no_wide_resnet_has():

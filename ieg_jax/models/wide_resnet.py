@@ -87,6 +87,7 @@ def _pad_and_pool(x: jax.Array, features: int, stride: int) -> jax.Array:
     if x.shape[-1] == features:
         return x
     if stride > 1:
-        x = nn.avg_pool(x, (stride, stride), (stride, stride))
+        # Like the strided convolution beside it, an odd size is padded; what is padded does not count.
+        x = nn.avg_pool(x, (stride, stride), (stride, stride), padding="SAME", count_include_pad=False)
     before = (features - x.shape[-1]) // 2
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, features - x.shape[-1] - before)))
