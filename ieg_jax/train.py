@@ -128,7 +128,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     if not start:
         writer.write_hparams(flatten_dict(config.to_dict(), sep="."))
     began = time.monotonic()
-    reporter = Reporter(f"{config.method.name} on {data.name}", start, plan.num_steps, visible=first_process)
+    title = f"{config.method.name} on {data.name}, {config.noise.rate:.0%} {config.noise.kind} noise"
+    reporter = Reporter(title, start, plan.num_steps, visible=first_process)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
         stack.callback(writer.close)
