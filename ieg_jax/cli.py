@@ -1,6 +1,5 @@
 """What the commands share: flags with a configuration file, and errors as one clear line."""
 
-import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -9,8 +8,6 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from ieg_jax.errors import UserError, check_choice
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's notes on the machine: warnings and worse only
 
 CONFIG_HELP = (
     "Configuration file, with arguments behind a colon: configs/quickstart.py:method=l2r,noise_rate=0.4. "

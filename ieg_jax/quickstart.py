@@ -113,16 +113,13 @@ def draw_picture(folder: pathlib.Path, seed: int, path: pathlib.Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, color in COLORS.items():
         steps, accuracy = series(name, "test/accuracy")
-        left.plot(steps, 100 * accuracy, color=color, lw=2.4 if name == "ieg" else 1.6, label=name)
-        left.annotate(
-            f"{100 * accuracy[-1]:.0f}", (steps[-1], 100 * accuracy[-1]), (5, 0), textcoords="offset points",
-            color=color, va="center",
-        )  # fmt: skip
+        label = f"{name} ({100 * accuracy[-1]:.0f})"
+        left.plot(steps, 100 * accuracy, color=color, lw=2.4 if name == "ieg" else 1.6, label=label)
     clean = 100 * series("clean", "test/accuracy")[1][-1]
     left.axhline(clean, color="black", lw=1, ls="--", label=f"trained on true labels ({clean:.0f})")
     left.axhline(10, color="black", lw=1, ls=":", label="chance (10)")
     left.set(xlabel="step", ylabel="test accuracy, %", ylim=(0, 102), title="Test accuracy")
-    left.legend(frameon=False, fontsize=9)
+    left.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.1))
     for key, color, label in (
         ("weight/clean", "tab:green", "label is true"), ("weight/noisy", "tab:red", "label is wrong"),
     ):  # fmt: skip
@@ -131,7 +128,7 @@ def draw_picture(folder: pathlib.Path, seed: int, path: pathlib.Path) -> None:
             right.plot(steps, weight * config["batch_size"], style, color=color, label=f"{name}, {label}")
     right.axhline(1, color="black", lw=1, ls=":", label="uniform")
     right.set(xlabel="step", ylabel="mean ω, relative to uniform", ylim=(0, None), title="Example weights ω")
-    right.legend(frameon=False, fontsize=9)
+    right.legend(frameon=False, fontsize=9, loc="lower right", ncols=2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     rate = config["noise"]["rate"]
