@@ -37,14 +37,13 @@ class Reporter:
                 MofNCompleteColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
                 console=Console(),
             )
 
     def __enter__(self) -> "Reporter":
         if self._bar:
             self._bar.start()
-            self._task = self._bar.add_task(self._title, completed=self._start, total=self._total, note="compiling")
+            self._task = self._bar.add_task("compiling", completed=self._start, total=self._total)
         return self
 
     def __exit__(self, *_) -> None:
@@ -54,6 +53,8 @@ class Reporter:
     def compiled(self, seconds: float) -> None:
         """Says that compilation is over; the ETA counts from here."""
         self._began = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, description="training")
         self.say(f"compiled in {seconds:.0f} s")
 
     def step(self, done: int) -> None:
@@ -64,10 +65,7 @@ class Reporter:
     def metrics(self, done: int, values: dict[str, float]) -> None:
         """Shows the metrics of a logged step."""
         note = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self._bar:
-            self._bar.update(self._task, completed=done, note=note)
-        else:
-            self.say(f"step {done}/{self._total}  {note}  ETA {self.eta(done)}")
+        self.say(f"step {done}/{self._total}  {note}" + ("" if self._bar else f"  ETA {self.eta(done)}"))
 
     def eta(self, done: int) -> datetime.timedelta:
         """Time left at the mean speed since compilation."""

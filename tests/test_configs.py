@@ -2,10 +2,10 @@
 
 import gzip
 import pathlib
-import struct
 
 import numpy as np
 import pytest
+from test_sources import idx
 
 from ieg_jax import cli, train
 
@@ -20,8 +20,7 @@ def use_fixture_data(config, folder):
             images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
             labels = (np.arange(n) % 10).astype(np.uint8)
             for name, array in ((f"{part}-images-idx3-ubyte.gz", images), (f"{part}-labels-idx1-ubyte.gz", labels)):
-                header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-                (folder / name).write_bytes(gzip.compress(header + array.tobytes()))
+                (folder / name).write_bytes(gzip.compress(idx(array)))
         config.data.dir = str(folder)
     elif config.data.name == "arrays":
         config.data.train = str(folder / "own.npz")
