@@ -174,8 +174,8 @@ def test_losses(golden, result):
     }
     assert set(terms) == set(expected)
     for name, value in expected.items():
-        # L_ω follows ω, which two back-ends already give 1e-3 apart.
-        tolerance = 2e-4 if name == "weighted" else 1e-5
+        # L_ω follows ω, which two back-ends already give 1e-3 apart; the KL is a small difference of large logs.
+        tolerance = {"weighted": 2e-4, "consistency": 3e-5}.get(name, 1e-5)
         np.testing.assert_allclose(terms[name], value, rtol=tolerance, err_msg=name)
     if pseudo_label_gradient:  # the file's other total has another mixup in it
         np.testing.assert_allclose(total.total, golden["out/net_loss"], rtol=1e-5)
