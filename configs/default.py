@@ -34,23 +34,38 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.checkpoint_every_epochs = 1.0
 
     config.data = data = ConfigDict()
-    data.name = "digits"  # digits | fashion_mnist | arrays
-    data.dir = ""  # fashion_mnist: folder with the four IDX .gz files, "" = through TFDS; others: not used
-    data.train = ""  # arrays: the .npz file
-    data.image_size = 0  # pixels of a side, resized (area) while loading; 0 = as it comes
+    # digits | fashion_mnist | cifar10 | cifar100 | webvision | imagenet | food101 | controlled_noisy_web_labels |
+    # image_folder | image_csv | records | arrays; docs/data.md says for each what the other keys mean.
+    data.name = "digits"
+    data.dir = ""  # folder with the published files, or of TFDS; "" = through TFDS where the data set is there
+    data.variant = ""  # which of several versions of the data set; "" = the usual one
+    data.train = ""  # arrays: the .npz file; image_folder: folder; image_csv: list
+    data.test = ""  # image_folder, image_csv: folder or list; webvision: "" its own set, or where ImageNet is
+    data.trusted = ""  # image_folder, image_csv: folder or list of checked images; webvision: where ImageNet is
+    data.image_size = 0  # pixels of a side, decoded and resized (area) into memory while loading; 0 = as it comes
     data.num_classes = 0  # K; 0 = as the data say
+    data.unreadable = "refuse"  # refuse | skip: images in files that cannot be decoded; they are named either way
     # Hold out this many training examples and evaluate on them, with their clean labels, in place of the test
     # set, which is then not read at all: for choosing settings. 0 = evaluate on the test set.
     data.validation_size = 0
 
     config.noise = noise = ConfigDict()
-    noise.kind = "none"  # none | uniform (a new label drawn from all K classes, the true one included)
-    noise.rate = 0.0  # nominal share of examples whose label is drawn anew, in [0, 1]
+    # none | uniform | symmetric_flip | asymmetric | asymmetric_contiguous | transition_matrix |
+    # instance_dependent | open_set | file | human; ieg_jax/data/corruption.py defines each.
+    noise.kind = "none"
+    noise.rate = 0.0  # nominal share of examples that are corrupted, in [0, 1]
+    noise.selection = "bernoulli"  # which: bernoulli (each by itself) | exact (that many) | exact_per_class
     noise.seed = 0
+    noise.file = ""  # file: labels (.json or .npy); human: the .pt file; transition_matrix: K×K (.json or .npy)
+    noise.label_set = ""  # human: aggre | random1 | random2 | random3 | worse (CIFAR-10N), noisy (CIFAR-100N)
+    noise.open_set = ""  # open_set: sources of the foreign images, name or name:dir, separated by commas
 
     config.trusted = trusted = ConfigDict()
-    trusted.per_class = 10  # images per class, at least 1 (source=train)
-    trusted.source = "train"  # train: taken, with clean labels, out of the training set | separate: comes with the data
+    # train: taken out of the training set, with clean labels | separate: comes with the data (data.trusted)
+    trusted.source = "train"
+    trusted.per_class = 10  # images per class (source=train, or a separate set that is a pool to choose from)
+    trusted.fraction = 0.0  # above 0: this share of each class instead of per_class, at least 1 of each
+    trusted.ids = ""  # file that lists them instead: trusted.json of a run, or one id or image path per line
     trusted.seed = 0
     trusted.batch_size = 0  # trusted images per step, each augmented afresh; 0 = batch_size
     trusted.shuffle = False  # True: a new order inside each class at each pass; False: always the same
@@ -60,13 +75,15 @@ def get_config(arguments: str = "") -> ConfigDict:
     augment.standard = "crop(pad=1)"  # the standard view of an image, of a trusted image too
     # On top of the standard view.
     augment.strong = "affine(rotate=15,shear=0.1,zoom=0.1,translate=0.1)|intensity(0.2)|cutout(0.4)"
+    augment.evaluation = ""  # for measuring accuracy; images of various sizes: resize(256)|center_crop(224)
     augment.num_views = 2  # V: the standard view and V - 1 strong ones; at least 2 for ieg and trusted_only
 
     config.model = model = ConfigDict()
-    model.name = "wide_resnet"  # wide_resnet | resnet29_v2 | tiny
+    model.name = "wide_resnet"  # wide_resnet | resnet29_v2 | resnet50 | vgg13 | tiny
     model.depth = 10  # wide_resnet: 6 n + 4 layers
-    model.width = 1.0  # wide_resnet, tiny: multiple of the channels; wide_resnet: 16, 32, 64 at width 1
-    model.variant = "authors"  # authors | standard; see ieg_jax/models/
+    # Multiple of the channels: wide_resnet (16, 32, 64 at width 1), resnet50, vgg13, tiny.
+    model.width = 1.0
+    model.variant = "authors"  # authors | standard: wide_resnet and resnet29_v2; see ieg_jax/models/
     model.dtype = "float32"  # float32 | bfloat16: of the computation; parameters and losses are float32
 
     config.method = method = ConfigDict()

@@ -87,6 +87,50 @@ class Checkpoints:
         self._manager.close()
 
 
+def restore_weights(folder: epath.PathLike, sharding: jax.sharding.Sharding) -> tuple[int, Any, Any]:
+    """Reads the weights alone from the newest checkpoint; nothing is written.
+
+    Their shapes are taken from the checkpoint, so it does not matter which method and optimiser it belongs to.
+
+    Args:
+      folder: `checkpoints/` of a work folder.
+      sharding: to put each array in.
+
+    Returns:
+      The step, the averaged weights (the raw ones of a run without an average), and the moving averages of batch
+      norm.
+
+    Raises:
+      UserError: where there is no complete checkpoint.
+    """
+    folder = epath.Path(folder).resolve()
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist, expected the checkpoints of a run; has it saved one yet?")
+    handlers = {"tree": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"{folder} has no complete checkpoint; has the run saved one yet?")
+        state, window = manager.item_metadata(step)["tree"].tree
+        weights = "params" if state["ema_params"] is None else "ema_params"
+        wanted = {
+            name: jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state[name]
+            )
+            for name in (weights, "batch_stats")
+        }
+        # What has a placeholder is not read.
+        state, window = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, (state, window))
+        target = ({**state, **wanted}, window)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        restored = manager.restore(
+            step, args=ocp.args.Composite(tree=ocp.args.PyTreeRestore(target, restore_args=restore_args))
+        )
+    state, _ = restored["tree"]
+    return step, state[weights], state["batch_stats"]
+
+
 def _shapes(tree: Any) -> dict[str, tuple]:
     """Path -> (shape, dtype name) for every array of a tree or of its metadata."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))

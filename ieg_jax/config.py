@@ -85,11 +85,13 @@ def validate(config: ConfigDict) -> None:
       UserError: naming the key, the value and what is allowed.
     """
     from ieg_jax import methods, models, optimizers, schedules  # they import this module's errors
-    from ieg_jax.data import augment, corruption, sources
+    from ieg_jax.data import augment, corruption, probe, sources
 
     choices = {
         "data.name": sources.REGISTRY,
+        "data.unreadable": ("refuse", "skip"),
         "noise.kind": corruption.KINDS,
+        "noise.selection": corruption.SELECTIONS,
         "trusted.source": ("train", "separate"),
         "model.name": models.REGISTRY,
         "model.variant": ("authors", "standard"),
@@ -115,6 +117,7 @@ def validate(config: ConfigDict) -> None:
         "seed": (lambda v: v >= 0, "at least 0"),
         "trusted.seed": (lambda v: v >= 0, "at least 0"),
         "trusted.per_class": (lambda v: v >= 1, "at least 1: every method is judged with a trusted set"),
+        "trusted.fraction": (lambda v: 0 <= v < 1, "0 (per_class decides) or a share in (0, 1)"),
         "trusted.batch_size": (lambda v: v >= 0, "0 (as batch_size) or a number of images"),
         "model.depth": (lambda v: v >= 1, "at least 1"),
         "model.width": (lambda v: v > 0, "above 0"),
@@ -149,7 +152,10 @@ def validate(config: ConfigDict) -> None:
                 f"{key}={_get(config, key)} is not a multiple of batch_groups={config.batch_groups}; change one of them"
             )
 
-    for key in ("augment.standard", "augment.strong"):
+    corruption.validate(config.noise)
+    probe.validate(config.trusted)
+
+    for key in ("augment.standard", "augment.strong", "augment.evaluation"):
         augment.parse_policy(_get(config, key), key)
     if config.augment.num_views < 1:
         raise UserError(f"augment.num_views: got {config.augment.num_views}, expected at least 1")

@@ -63,8 +63,9 @@ def train_step(
 
     Args:
       state: before the step.
-      batch: `image [B,H,W,C]`, `label [B]`, `clean_label [B]` (-1 = not known), `id [B]`, and where the method
-        needs them `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]`, `probe_label [Bp]`.
+      batch: `image [B,H,W,C]`, `label [B]`, `clean_label [B]` (-1 = not known, -2 = no class, so that the label is
+        wrong), `id [B]`, and where the method needs them `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]`,
+        `probe_label [Bp]`.
       rng: the base key of the run; folded with the step here.
       context: static parts of the run.
       method: the bound method.
@@ -133,14 +134,15 @@ def eval_step(params, batch_stats, batch: dict[str, jax.Array], *, context: Cont
 
 def _observe(batch, supervision, loss, aux, norms) -> metrics.Observation:
     average = metrics.WeightedAverage.of
-    known = batch["clean_label"] >= 0
+    has_class, known = batch["clean_label"] >= 0, batch["clean_label"] != -1
     clean = known & (batch["label"] == batch["clean_label"])
     noisy = known & ~clean
     averages = {"loss/total": average(loss)}
     averages |= {f"loss/{name}": average(value) for name, value in aux.terms.items()}
     averages |= {name: average(value) for name, value in norms.items()}
     averages["train/accuracy"] = metrics.accuracy(aux.logits, batch["label"])
-    averages["train/accuracy_true_label"] = metrics.accuracy(aux.logits, jnp.maximum(batch["clean_label"], 0), known)
+    true_label = jnp.maximum(batch["clean_label"], 0)
+    averages["train/accuracy_true_label"] = metrics.accuracy(aux.logits, true_label, has_class)
     if supervision.probe_loss is not None:
         averages["loss/trusted_after_lookahead"] = average(supervision.probe_loss)
     for name, value in (("weight", supervision.example_weights), ("trust", supervision.label_trust)):

@@ -15,6 +15,7 @@ import functools
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -75,15 +76,24 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     )
     method = base.bind(methods.REGISTRY[config.method.name], context)
     init_rng, step_rng = jax.random.split(jax.random.key(config.seed))
+    first_batch = next(pipeline.train_batches(config, data, 0, 1, layout.batch))
+    evaluations = {
+        name: pipeline.EvalBatches(config, split, layout.batch)
+        for name, split in ((data.evaluation_name, data.evaluation), ("trusted", data.trusted))
+        if split is not None
+    }
+    image_shape = first_batch["image"].shape[1:]
     state = jax.jit(
-        functools.partial(
-            steps.create_state, context, method, image_shape=data.image_shape, num_examples=len(data.train)
-        ),
+        functools.partial(steps.create_state, context, method, image_shape=image_shape, num_examples=len(data.train)),
         out_shardings=layout.replicated,
     )(init_rng)
     folder.begin(config)
     folder.write("noise.json", data.noise_report)
     folder.write("trusted.json", data.trusted_report)
+    if config.noise.kind != "none":
+        folder.write("noisy_labels.json", data.noisy_labels.tolist())
+    if data.left_out:
+        folder.write("left_out.json", data.left_out)
 
     # ---- The step function, and the window of metrics it fills.
     step_function = functools.partial(
@@ -109,7 +119,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         out_shardings=layout.replicated,
     )
     step_rng = jax.device_put(step_rng, layout.replicated)
-    first_batch = next(pipeline.train_batches(config, data, 0, 1, layout.batch))
     observation = jax.eval_shape(step_function, state, first_batch, step_rng)[1]
     window = jax.device_put(metrics.empty_window(observation, plan.log_every), layout.replicated)
 
@@ -165,7 +174,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 window = jax.device_put(metrics.empty_window(observation, plan.log_every), layout.replicated)
             if step in plan.eval_steps:
                 evaluation_began = time.monotonic()
-                row |= evaluate(state, data, eval_step, config, layout)
+                row |= evaluate(state, evaluations, eval_step)
                 evaluation_seconds += time.monotonic() - evaluation_began
             if row:
                 row["speed/wall_seconds"] = seconds_before + time.monotonic() - began
@@ -244,8 +253,15 @@ def make_plan(config: ConfigDict, data: pipeline.Data) -> Plan:
     )
 
 
-def evaluate(state: steps.TrainState, data: pipeline.Data, eval_step, config: ConfigDict, layout) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of the averaged and of the raw weights, on the evaluation and the trusted set.
+def evaluate(
+    state: steps.TrainState, evaluations: dict[str, Iterable[dict[str, jax.Array]]], eval_step
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of the averaged and of the raw weights.
+
+    Args:
+      state: of the training.
+      evaluations: name -> batches as of `pipeline.EvalBatches`.
+      eval_step: `steps.eval_step`, compiled.
 
     Returns:
       E.g. `test/accuracy` (averaged weights), `test/accuracy_raw`, `test/top5_accuracy`, `trusted/accuracy`. Each
@@ -253,11 +269,9 @@ def evaluate(state: steps.TrainState, data: pipeline.Data, eval_step, config: Co
     """
     weights = {"": state.params if state.ema_params is None else state.ema_params, "_raw": state.params}
     row = {}
-    for name, split in ((data.evaluation_name, data.evaluation), ("trusted", data.trusted)):
-        if split is None:
-            continue
+    for name, batches in evaluations.items():
         sums = dict.fromkeys(weights)
-        for batch in pipeline.eval_batches(split, config.eval_batch_size, layout.batch):
+        for batch in batches:
             for suffix, params in weights.items():
                 hits = eval_step(params, state.batch_stats, batch)
                 sums[suffix] = hits if sums[suffix] is None else {k: sums[suffix][k] + hits[k] for k in hits}

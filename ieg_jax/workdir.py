@@ -60,11 +60,11 @@ class WorkFolder:
         """Claims the folder for a run by writing config.json."""
         self.write("config.json", json.loads(config.to_json()))
 
-    def write(self, name: str, content: dict[str, Any]) -> None:
+    def write(self, name: str, content: dict[str, Any] | list[int]) -> None:
         """Writes a JSON file, whole or not at all."""
         if self._writes:
             temporary = self.path / f"{name}.tmp"
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            temporary.write_text(json.dumps(content, indent=1 if isinstance(content, dict) else None) + "\n")
             temporary.replace(self.path / name)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -1,3 +1,7 @@
+import functools
+import itertools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,8 @@ from ieg_jax import models
 from ieg_jax.errors import UserError
 from ieg_jax.models.layers import BatchNorm
 from ieg_jax.models.resnet29 import ResNet29
+from ieg_jax.models.resnet50 import Bottleneck, ResNet50
+from ieg_jax.models.vgg import VGG13
 from ieg_jax.models.wide_resnet import WideResNet
 
 
@@ -26,10 +32,148 @@ def count(network):
         (ResNet29(10), 840_730),
         (ResNet29(100), 863_860),
         (ResNet29(10, authors=False), 840_730),
+        (ResNet50(1000), 25_557_032),  # as torchvision's and Keras's table of ResNet-50, without Keras's conv biases
+        (VGG13(10), 9_416_010),  # what repositories of CIFAR networks print for VGG-13 with batch norm
     ],
 )
 def test_parameter_counts(network, parameters):
     assert count(network) == parameters
+
+
+def test_parameters_of_vgg13_by_hand():
+    channels = [3, 64, 64, 128, 128, 256, 256, 512, 512, 512, 512]
+    kernels = sum(9 * before * after for before, after in itertools.pairwise(channels))
+    per_channel = 3 * sum(channels[1:])  # convolution's bias, scale and bias of batch norm
+    assert count(VGG13(10)) == kernels + per_channel + 512 * 10 + 10
+    assert count(VGG13(100)) == kernels + per_channel + 512 * 100 + 100
+
+
+def test_parameters_of_resnet50_by_hand():
+    total, before = 7 * 7 * 3 * 64 + 2 * 64, 64
+    for inner, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        outer = 4 * inner
+        total += before * outer + 2 * outer  # one projection of the shortcut
+        for _ in range(blocks):
+            total += before * inner + 9 * inner * inner + inner * outer + 2 * (inner + inner + outer)
+            before = outer
+    assert count(ResNet50(10)) == total + 2048 * 10 + 10
+    assert count(ResNet50(1000)) == total + 2048 * 1000 + 1000
+
+
+def shapes_inside(network, size, kind=None):
+    """Shapes of the output and of what each direct submodule gives (of one kind), by name, for one image."""
+    images = jnp.zeros((1, size, size, 3))
+
+    def run():
+        keep = lambda module, _: (  # noqa: E731
+            module.path and len(module.path) == 1 and (kind is None or isinstance(module, kind))
+        )
+        variables = network.init(jax.random.key(0), images, train=True)
+        return network.apply(variables, images, train=False, capture_intermediates=keep, mutable="intermediates")
+
+    logits, captured = jax.eval_shape(run)
+    return logits.shape, {name: value["__call__"][0].shape for name, value in captured["intermediates"].items()}
+
+
+@pytest.mark.parametrize("size, sides", [(224, (56, 28, 14, 7)), (64, (16, 8, 4, 2)), (33, (9, 5, 3, 2))])
+def test_sizes_inside_resnet50(size, sides):
+    logits, blocks = shapes_inside(ResNet50(7), size, Bottleneck)
+    assert logits == (1, 7) and len(blocks) == 16
+    for stage, (side, channels) in enumerate(zip(sides, (256, 512, 1024, 2048), strict=True), start=1):
+        assert {shape for name, shape in blocks.items() if name.startswith(f"stage{stage}_")} == {
+            (1, side, side, channels)
+        }
+
+
+@pytest.mark.parametrize(
+    "size, sides", [(32, (32, 16, 8, 4, 2)), (64, (64, 32, 16, 8, 4)), (33, (33, 17, 9, 5, 3)), (8, (8, 4, 2, 1, 1))]
+)
+def test_sizes_inside_vgg13(size, sides):
+    logits, layers = shapes_inside(VGG13(7), size)
+    assert logits == (1, 7)
+    assert [layers[f"stage{stage}_conv2"][1] for stage in range(1, 6)] == list(sides)
+    assert [layers[f"stage{stage}_conv1"][-1] for stage in range(1, 6)] == [64, 128, 256, 512, 512]
+
+
+def test_width_scales_the_channels():
+    config = default.get_config().model
+    for name, first in (("resnet50", "init_conv"), ("vgg13", "stage1_conv1")):
+        config.name, config.width = name, 0.125
+        assert shapes_inside(models.create(config, 7), 32)[1][first][-1] == 8
+        config.width = 0.001
+        with pytest.raises(UserError, match="without a channel"):
+            models.create(config, 7)
+
+
+def test_every_network_ends_in_a_layer_named_head():
+    config = default.get_config().model
+    for name in models.REGISTRY:
+        config.name, network = name, models.create(config, num_classes=3)
+        params = jax.eval_shape(lambda n=network: n.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), True))["params"]
+        assert params["head"]["bias"].shape == (3,)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg13"])
+def test_train_and_evaluation_mode(name):
+    """Training uses the statistics of each group of the batch and moves the averages, evaluation uses these."""
+    config = default.get_config().model
+    config.name, config.width = name, 0.0625
+    network = models.create(config, num_classes=3, batch_groups=2)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 16, 3)), jnp.float32)
+    variables = jax.jit(lambda: network.init(jax.random.key(0), images, train=True))()
+    forward = jax.jit(lambda v, x: network.apply(v, x, train=True, mutable=["batch_stats"]))
+    evaluate = jax.jit(lambda v, x: network.apply(v, x, train=False))
+    swap, mix = np.array([2, 3, 0, 1]), np.array([0, 2, 1, 3])
+    logits, updated = forward(variables, images)
+    np.testing.assert_allclose(forward(variables, images[swap])[0], logits[swap], atol=1e-4, err_msg="whole groups")
+    assert np.abs(forward(variables, images[mix])[0] - logits[mix]).max() > 1e-3, "other groups"
+    for before, after in zip(*map(jax.tree.leaves, (variables["batch_stats"], updated["batch_stats"])), strict=True):
+        assert before.shape == after.shape and np.abs(before - after).max() > 0
+    alone = evaluate(variables, images)
+    np.testing.assert_allclose(evaluate(variables, images[mix]), alone[mix], atol=1e-4)
+    assert np.abs(evaluate({**variables, **updated}, images) - alone).max() > 1e-3
+
+
+def convolve(x, kernel, stride, pad):
+    """Σ kernel[i, j] · x[stride·p + i − pad, stride·q + j − pad], one output pixel after the other."""
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    size = kernel.shape[0]
+    sides = [(side - size) // stride + 1 for side in x.shape[1:3]]
+    y = np.empty((len(x), *sides, kernel.shape[-1]))
+    for p, q in np.ndindex(*sides):
+        window = x[:, stride * p : stride * p + size, stride * q : stride * q + size]
+        y[:, p, q] = np.einsum("nijc,ijcd->nd", window, kernel)
+    return y
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("stride, channels, side", [(2, 3, 5), (2, 8, 6), (1, 8, 5)])
+def test_a_bottleneck_block_against_numpy(train, stride, channels, side):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, side, side, channels)).astype(np.float32)
+    block = Bottleneck(2, stride, functools.partial(nn.Conv, use_bias=False), BatchNorm)
+    variables = jax.eval_shape(lambda: block.init(jax.random.key(0), x, train=True))
+    variables = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32), variables)
+    params, stats = jax.tree.map(
+        lambda leaf: np.asarray(leaf, np.float64), (variables["params"], variables["batch_stats"])
+    )
+    params = jax.tree.map(lambda leaf: leaf - 1 if leaf.ndim == 4 else leaf, params)
+    variables = {"params": jax.tree.map(jnp.float32, params), "batch_stats": variables["batch_stats"]}
+
+    def norm(name, x):
+        mean, var = (x.mean((0, 1, 2)), x.var((0, 1, 2))) if train else (stats[name]["mean"], stats[name]["var"])
+        return (x - mean) / np.sqrt(var + 1e-5) * params[name]["scale"] + params[name]["bias"]
+
+    y = np.maximum(norm("norm1", convolve(x, params["conv1"]["kernel"], 1, 0)), 0)
+    y = np.maximum(norm("norm2", convolve(y, params["conv2"]["kernel"], stride, 1)), 0)
+    y = norm("norm3", convolve(y, params["conv3"]["kernel"], 1, 0))
+    shortcut = x
+    if stride == 2 or channels == 3:
+        shortcut = norm("shortcut_norm", convolve(x, params["shortcut_conv"]["kernel"], stride, 0))
+    expected = np.maximum(y + shortcut, 0)
+    got = jax.jit(lambda v: block.apply(v, x, train=train, mutable=["batch_stats"])[0])(variables)
+    assert got.shape == (4, -(-side // stride), -(-side // stride), 8)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_batch_norm_by_hand_in_groups():
@@ -47,8 +191,6 @@ def test_batch_norm_by_hand_in_groups():
 
 
 def test_batch_norm_of_images_agrees_with_flax():
-    import flax.linen as nn
-
     x = jnp.asarray(np.random.default_rng(0).normal(2, 3, (4, 5, 5, 3)), jnp.float32)
     ours, theirs = BatchNorm(), nn.BatchNorm(momentum=0.9, epsilon=1e-5)
     y, _ = ours.apply(ours.init(jax.random.key(0), x, train=True), x, train=True, mutable=["batch_stats"])
@@ -57,11 +199,21 @@ def test_batch_norm_of_images_agrees_with_flax():
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["authors", "standard"])
-@pytest.mark.parametrize("name", ["wide_resnet", "resnet29_v2", "tiny"])
-def test_bfloat16_computes_low_and_answers_high(name, variant):
+@pytest.mark.parametrize(
+    "name, variant, width",
+    [
+        ("wide_resnet", "authors", 0.5),
+        ("wide_resnet", "standard", 0.5),
+        ("resnet29_v2", "authors", 1),
+        ("resnet29_v2", "standard", 1),
+        ("tiny", "authors", 0.5),
+        ("resnet50", "standard", 0.0625),
+        ("vgg13", "standard", 0.0625),
+    ],
+)
+def test_bfloat16_computes_low_and_answers_high(name, variant, width):
     config = default.get_config().model
-    config.name, config.variant, config.width = name, variant, 0.5
+    config.name, config.variant, config.width = name, variant, width
     images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 1)), jnp.float32)
     network = models.create(config, num_classes=7)
     variables = jax.jit(lambda: network.init(jax.random.key(0), images, train=True))()
@@ -79,9 +231,11 @@ def test_bfloat16_computes_low_and_answers_high(name, variant):
 def test_the_authors_block_has_no_relu_before_its_first_convolution():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32)
     authors, standard = ResNet29(3), ResNet29(3, authors=False)
-    variables = authors.init(jax.random.key(0), x, train=True)
-    assert jax.tree.structure(variables) == jax.tree.structure(standard.init(jax.random.key(0), x, train=True))
-    assert np.abs(authors.apply(variables, x, False) - standard.apply(variables, x, False)).max() > 1e-3
+    variables = jax.jit(lambda: authors.init(jax.random.key(0), x, train=True))()
+    other = jax.eval_shape(lambda: standard.init(jax.random.key(0), x, train=True))
+    assert jax.tree.structure(variables) == jax.tree.structure(other)
+    difference = jax.jit(lambda v: authors.apply(v, x, False) - standard.apply(v, x, False))(variables)
+    assert np.abs(difference).max() > 1e-3
 
 
 def test_shortcut_without_parameters_by_hand():

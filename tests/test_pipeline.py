@@ -1,10 +1,13 @@
+import dataclasses
+
+import image_trees
 import jax
 import numpy as np
 import pytest
 
 from configs import default
-from ieg_jax.data import pipeline, sources
-from ieg_jax.data.sources import Split
+from ieg_jax.data import pipeline, prepare, sources
+from ieg_jax.data.splits import make_split
 from ieg_jax.errors import UserError
 
 
@@ -144,15 +147,12 @@ def test_hosts_read_the_parts_of_the_same_batch(config, data, monkeypatch, proce
 
 
 @pytest.mark.parametrize("n, batch_size", [(7, 4), (8, 4), (3, 4)])
-def test_evaluation_counts_each_example_once(n, batch_size):
-    split = Split(
-        np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1) * 5,
-        np.arange(n, dtype=np.int32),
-        np.arange(n),
-        np.arange(n),
-    )
+def test_evaluation_counts_each_example_once(config, n, batch_size):
+    config = config.copy_and_resolve_references()
+    config.eval_batch_size = batch_size
+    split = make_split(np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1) * 5, np.arange(n))
     seen = []
-    for batch in pipeline.eval_batches(split, batch_size, SHARDING):
+    for batch in pipeline.EvalBatches(config, split, SHARDING):
         batch = jax.device_get(batch)
         assert batch["mask"].shape == (batch_size,)
         real = batch["mask"] == 1
@@ -189,3 +189,106 @@ def test_noise_on_data_whose_labels_are_taken_to_be_right(tmp_path):
     assert data.noise_report["num_known"] == 36
     assert 0.4 < data.noise_report["rate_effective"] < 1.0
     assert data.evaluation is None
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The same 60 JPEG files as a folder and as records: two configurations."""
+    folder = tmp_path_factory.mktemp("stored")
+    for label in "abc":
+        for k in range(20):
+            size = (40 + k, 60 - k)
+            image_trees.save(folder / "photos" / label / f"{k:02}.jpg", image_trees.picture(ord(label) * 100 + k, size))
+        image_trees.save(folder / "trusted" / label / "x.jpg", image_trees.picture(ord(label) + 7, (50, 50)))
+    files = default.get_config()
+    files.data.name, files.data.train = "image_folder", str(folder / "photos")
+    files.data.trusted, files.trusted.source = str(folder / "trusted"), "separate"
+    files.augment.standard, files.augment.evaluation = "random_resized_crop(16)|flip", "resize(18)|center_crop(16)"
+    files.augment.strong = "autoaugment_imagenet|cutout(0.5)"
+    files.batch_size, files.trusted.batch_size, files.eval_batch_size = 8, 3, 8
+    records = files.copy_and_resolve_references()
+    prepare.prepare(files, folder / "records", examples_per_shard=13)
+    records.data.name, records.data.dir, records.data.train, records.data.trusted = (
+        "records", str(folder / "records"), "", "",
+    )  # fmt: skip
+    return files, records
+
+
+def test_files_and_records_give_the_same_batches(stored):
+    files, records = ((config, pipeline.load(config)) for config in stored)
+    for a, b in zip(batches(*files, 0, 4), batches(*records, 0, 4), strict=True):
+        assert_equal(a, b)
+        assert a["image"].shape == (8, 16, 16, 3) and a["views"].shape == (8, 1, 16, 16, 3)
+        assert np.abs(a["views"][:, 0] - a["image"]).max() > 0.1
+
+
+def test_records_resume_anywhere_and_show_each_example_once(stored):
+    config, data = stored[1], pipeline.load(stored[1])
+    whole = batches(config, data, 0, 15)
+    for a, b in zip(whole[11:], batches(config, data, 11, 15), strict=True):
+        assert_equal(a, b)
+    ids = np.concatenate([batch["id"] for batch in whole])
+    assert sorted(ids[:60]) == sorted(ids[60:]) == list(range(60)) and (ids[:60] != ids[60:]).any()
+
+
+def test_hosts_read_disjoint_parts_of_the_records(stored, monkeypatch):
+    config, data = stored[1], pipeline.load(stored[1])
+    whole = batches(config, data, 0, 7)
+    monkeypatch.setattr(pipeline, "to_global", lambda batch, sharding: batch)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    config = config.copy_and_resolve_references()
+    config.method.name = "supervised"
+    parts = []
+    for process in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        parts.append(list(pipeline.train_batches(config, data, 0, 7, SHARDING)))
+    ids = [{int(i) for batch in part for i in batch["id"]} for part in parts]
+    assert sum(map(len, ids)) == len(set.union(*ids)) == 56
+    for step in range(7):
+        joined = np.concatenate([part[step]["image"] for part in parts])
+        np.testing.assert_array_equal(joined, whole[step]["image"])
+
+
+def test_evaluation_of_stored_images(stored):
+    config, data = stored[1], pipeline.load(stored[1])
+    seen, images = [], []
+    for batch in pipeline.EvalBatches(config, data.train, SHARDING):
+        real = np.asarray(batch["mask"]) == 1
+        seen += np.asarray(batch["label"])[real].tolist()
+        images += [*np.asarray(batch["image"])[real]]
+    np.testing.assert_array_equal(seen, data.train.labels)
+    first = image_trees.Image.open(f"{stored[0].data.train}/{data.train.names[0]}")
+    height, width = first.height, first.width
+    short = min(height, width)
+    resized = first.resize(
+        (round(width * 18 / short), round(height * 18 / short)), image_trees.Image.Resampling.BILINEAR
+    )
+    left, top = (resized.width - 16) // 2, (resized.height - 16) // 2
+    want = np.asarray(resized, np.float32)[top : top + 16, left : left + 16]
+    assert np.abs((images[0] + 1) * 127.5 - want).max() <= 1.01
+
+
+@pytest.mark.parametrize(
+    "standard, strong, message",
+    [
+        ("crop(pad=2)", "", "augment.standard: crop needs images of one size.*random_resized_crop"),
+        ("", "", "augment.standard does not make them equal"),
+        ("resize(16)", "", "augment.standard does not make them equal"),
+        ("random_resized_crop(16)", "randaugment(magnitude=12)", "magnitude=12"),
+    ],
+)
+def test_policies_that_do_not_fit_the_images(stored, standard, strong, message):
+    config, data = stored[1].copy_and_resolve_references(), pipeline.load(stored[1])
+    config.augment.standard, config.augment.strong = standard, strong
+    with pytest.raises(UserError, match=message):
+        next(pipeline.train_batches(config, data, 0, 1, SHARDING))
+
+
+def test_a_file_that_goes_away(stored):
+    config = stored[0].copy_and_resolve_references()
+    data = pipeline.load(config)
+    images = data.train.images
+    gone = dataclasses.replace(images, paths=np.char.add(images.paths, ".gone"))
+    data = dataclasses.replace(data, train=dataclasses.replace(data.train, images=gone))
+    with pytest.raises(UserError, match="can no longer be read: .*gone"):
+        next(pipeline.train_batches(config, data, 0, 1, SHARDING))

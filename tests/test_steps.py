@@ -140,6 +140,21 @@ def test_l2r_starts_from_zero_weights():
     np.testing.assert_allclose(weights, positive / (positive.sum() + 1e-5), rtol=1e-4, atol=1e-6)
 
 
+def test_labels_of_no_class_count_as_wrong_and_have_no_true_label():
+    """Clean labels -1 (not known) stay out of both kinds, -2 (no class) is a wrong label; neither has an accuracy."""
+    batch = {"label": jnp.array([0, 1, 2, 0, 1]), "clean_label": jnp.array([-1, -2, 1, 0, 1])}
+    weights = jnp.array([0.1, 0.2, 0.3, 0.15, 0.25])
+    supervision = types.SimpleNamespace(example_weights=weights, label_trust=None, probe_loss=None)
+    logits = jnp.eye(3)[jnp.array([0, 1, 1, 2, 1])]  # the true class of the third and the fifth, not of the fourth
+    observed = steps._observe(batch, supervision, 1.0, types.SimpleNamespace(terms={}, logits=logits), {})
+    assert observed.examples.clean.tolist() == [-1, 0, 0, 1, 1]
+    averages = {name: float(value.compute()) for name, value in observed.averages.items()}
+    assert averages["weight/noisy"] == pytest.approx((0.2 + 0.3) / 2)
+    assert averages["weight/clean"] == pytest.approx((0.15 + 0.25) / 2)
+    assert averages["train/accuracy_true_label"] == pytest.approx(2 / 3)
+    assert averages["train/accuracy"] == pytest.approx(3 / 5)
+
+
 def test_moving_average_by_hand():
     ema = default.get_config().ema
     average = steps.moving_average({"w": jnp.array(1.0)}, {"w": jnp.array(2.0)}, jnp.asarray(1), ema)

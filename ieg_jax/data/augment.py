@@ -14,10 +14,12 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from ieg_jax.data import autoaugment
+from ieg_jax.data.images import ChooseWindow, Encoded, to_float
 from ieg_jax.errors import UserError, check_choice
 
 BLACK, GREY = -1.0, 0.0
-Policy = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+Policy = Callable[[tf.Tensor | Encoded, tf.Tensor], tf.Tensor]
 
 
 def crop(image: tf.Tensor, seed: tf.Tensor, pad: int = 4, fill: float = BLACK) -> tf.Tensor:
@@ -94,7 +96,82 @@ def cutout(image: tf.Tensor, seed: tf.Tensor, size: float = 0.5, fill: float = G
     return tf.where(inside[..., None], fill, image)
 
 
-OPERATIONS = {"crop": crop, "flip": flip, "affine": affine, "intensity": intensity, "cutout": cutout}
+def random_resized_crop(
+    image: tf.Tensor | Encoded, seed: tf.Tensor, size: int = 224, smallest: float = 0.08, stretch: float = 4 / 3
+) -> tf.Tensor:
+    """A random window, resized (bilinear, antialiased) to `size` × `size` (Szegedy et al. 2015).
+
+    Its area is a share of the image's in [smallest, 1], its ratio of width to height in [1/stretch, stretch]; of
+    a JPEG file no more than the window is decoded. Where ten draws do not fit the image, all of it is taken.
+    """
+
+    def choose(shape):
+        begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+            tf.concat([shape, [3]], 0),
+            tf.zeros([0, 0, 4]),
+            seed,
+            min_object_covered=0.0,
+            aspect_ratio_range=(1 / stretch, stretch),
+            area_range=(smallest, 1.0),
+            max_attempts=10,
+            use_image_if_no_bounding_boxes=True,
+        )
+        return tf.concat([begin[:2], extent[:2]], 0)
+
+    return _resized(_window(image, choose), [size, size])
+
+
+def resize(image: tf.Tensor | Encoded, seed: tf.Tensor, size: int = 256) -> tf.Tensor:
+    """Resizes (bilinear, antialiased) the shorter side to `size` pixels."""
+    del seed
+    image = _window(image, lambda shape: tf.concat([[0, 0], shape], 0))
+    shape = tf.cast(tf.shape(image)[:2], tf.float32)
+    return _resized(image, tf.cast(tf.round(shape * (size / tf.reduce_min(shape))), tf.int32))
+
+
+def center_crop(image: tf.Tensor | Encoded, seed: tf.Tensor, size: int = 224) -> tf.Tensor:
+    """The middle `size` × `size` pixels; of an image that is smaller, the middle square, made larger."""
+    del seed
+
+    def choose(shape):
+        extent = tf.minimum(tf.reduce_min(shape), size)[None] * [1, 1]
+        return tf.concat([(shape - extent) // 2, extent], 0)
+
+    image = _window(image, choose)
+    return tf.cond(
+        tf.reduce_all(tf.shape(image)[:2] == size),
+        lambda: tf.ensure_shape(image, [size, size, image.shape[2]]),
+        lambda: _resized(image, [size, size]),
+    )
+
+
+def _window(image: tf.Tensor | Encoded, choose: ChooseWindow) -> tf.Tensor:
+    if isinstance(image, Encoded):
+        return to_float(image.window(choose))
+    box = choose(tf.shape(image)[:2])
+    window = tf.slice(image, [box[0], box[1], 0], [box[2], box[3], -1])
+    return tf.ensure_shape(window, [None, None, image.shape[2]])
+
+
+def _resized(image: tf.Tensor, shape) -> tf.Tensor:
+    return tf.image.resize(image, shape, antialias=True)
+
+
+# These take an encoded image too, and decode what they need of it.
+WINDOW_OPERATIONS = (random_resized_crop, resize, center_crop)
+OPERATIONS = {
+    "crop": crop,
+    "flip": flip,
+    "affine": affine,
+    "intensity": intensity,
+    "cutout": cutout,
+    "random_resized_crop": random_resized_crop,
+    "resize": resize,
+    "center_crop": center_crop,
+    "autoaugment_cifar": autoaugment.autoaugment_cifar,
+    "autoaugment_imagenet": autoaugment.autoaugment_imagenet,
+    "randaugment": autoaugment.randaugment,
+}
 
 
 def parse_policy(text: str, key: str) -> Policy:
@@ -105,19 +182,30 @@ def parse_policy(text: str, key: str) -> Policy:
       key: config key, for error messages.
 
     Returns:
-      A function (image, seed) -> image.
+      A function (image, seed) -> image; the image may still be encoded.
 
     Raises:
       UserError: for text that is no policy, an unknown operation or an argument that it does not take.
     """
     operations = _parse(text, key)
 
-    def policy(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    def policy(image: tf.Tensor | Encoded, seed: tf.Tensor) -> tf.Tensor:
         for number, operation in enumerate(operations):
+            if operation.func not in WINDOW_OPERATIONS:
+                image = _decoded(image)
+                if None in image.shape:
+                    raise UserError(
+                        f"{key}: {operation.func.__name__} needs images of one size, and here each has its own; put "
+                        f"random_resized_crop(size) or resize(size)|center_crop(size) before it, or set data.image_size"
+                    )
             image = operation(image, tf.random.experimental.stateless_fold_in(seed, number))
-        return image
+        return _decoded(image)
 
     return policy
+
+
+def _decoded(image: tf.Tensor | Encoded) -> tf.Tensor:
+    return to_float(image.whole()) if isinstance(image, Encoded) else image
 
 
 def _parse(text: str, key: str) -> list[Policy]:

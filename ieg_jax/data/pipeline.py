@@ -15,8 +15,9 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from ieg_jax import methods
-from ieg_jax.data import augment, corruption, probe, sources
-from ieg_jax.data.sources import Split
+from ieg_jax.data import augment, corruption, probe, selection, sources
+from ieg_jax.data.images import to_float
+from ieg_jax.data.splits import UNKNOWN, Split
 from ieg_jax.errors import UserError
 
 tf.config.set_visible_devices([], "GPU")  # the accelerators are jax's
@@ -34,8 +35,11 @@ class Data:
       trusted: the trusted set, interleaved by class.
       evaluation: what accuracy is measured on; None where the data have no test set.
       evaluation_name: `test` or `validation`.
-      name, num_classes: of the data set.
+      name, num_classes, class_names: of the data set.
       noise_report, trusted_report: contents of noise.json and trusted.json.
+      noisy_labels: `[N]` labels of the whole training set after noise, trusted and validation examples included, in
+        the order of the ids.
+      left_out: name -> what is wrong with it, of images that are listed and not used.
     """
 
     train: Split
@@ -44,13 +48,11 @@ class Data:
     evaluation_name: str
     name: str
     num_classes: int
+    class_names: tuple[str, ...]
     noise_report: dict
     trusted_report: dict
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
-        return self.train.images.shape[1:]
+    noisy_labels: np.ndarray
+    left_out: dict[str, str]
 
 
 def load(config: ConfigDict) -> Data:
@@ -60,26 +62,19 @@ def load(config: ConfigDict) -> Data:
       UserError: see `sources`, `probe`, and where the validation part leaves no training examples.
     """
     source = sources.load(config.data)
-    train = source.train
-    if config.noise.kind != "none" and (train.clean_labels < 0).all():
+    if config.noise.kind != "none" and (source.train.clean_labels == UNKNOWN).all():
         # Noise is added to labels that are taken to be right.
-        train = dataclasses.replace(train, clean_labels=train.labels)
-        source = dataclasses.replace(source, train=train)
+        source = dataclasses.replace(source, train=dataclasses.replace(source.train, clean_labels=source.train.labels))
+    source = dataclasses.replace(source, train=corruption.corrupt(source, config.noise))
     train, trusted = probe.split_trusted(source, config.trusted)
+    num_left, left_out = len(train), dict(source.left_out)
+    if source.trusted_is_pool and config.trusted.source == "separate":
+        trusted, bad = sources.open_images(trusted, config.data)
+        left_out |= bad
     evaluation, evaluation_name = source.test, "test"
-    size = config.data.validation_size
-    if size:
-        candidates = np.flatnonzero(train.clean_labels >= 0)
-        if size > len(candidates) or size >= len(train):
-            raise UserError(
-                f"data.validation_size={size}, but there are {len(train)} training examples, "
-                f"{len(candidates)} of them with a known label; lower it"
-            )
-        held_out = candidates[np.argsort(corruption.uniforms(0, 3, train.ids[candidates]), kind="stable")[:size]]
-        evaluation, evaluation_name = train.take(held_out), "validation"
-        evaluation = dataclasses.replace(evaluation, labels=evaluation.clean_labels)
-        train = train.take(np.setdiff1d(np.arange(len(train)), held_out))
-    train = corruption.corrupt(train, config.noise, source.num_classes)
+    if config.data.validation_size:
+        train, evaluation = _hold_out(train, config.data.validation_size)
+        evaluation_name = "validation"
     return Data(
         train=train,
         trusted=trusted,
@@ -87,9 +82,28 @@ def load(config: ConfigDict) -> Data:
         evaluation_name=evaluation_name,
         name=source.name,
         num_classes=source.num_classes,
+        class_names=source.class_names or tuple(map(str, range(source.num_classes))),
         noise_report=corruption.report(train, config.noise, source.num_classes),
-        trusted_report=probe.report(trusted, config.trusted),
+        trusted_report=probe.report(trusted, config.trusted, len(source.train) - num_left),
+        noisy_labels=source.train.labels[np.argsort(source.train.ids)],
+        left_out=left_out,
     )
+
+
+def _hold_out(train: Split, size: int) -> tuple[Split, Split]:
+    """The training set without `size` examples whose true label is known, and those with that label."""
+    candidates = np.flatnonzero(train.clean_labels >= 0)
+    if size > len(candidates) or size >= len(train):
+        raise UserError(
+            f"data.validation_size={size}, but there are {len(train)} training examples, "
+            f"{len(candidates)} of them with a known label; lower it"
+        )
+    rows = candidates[
+        np.argsort(selection.uniforms(0, selection.VALIDATION, train.ids[candidates]), kind="stable")[:size]
+    ]
+    held_out = train.take(rows)
+    held_out = dataclasses.replace(held_out, labels=held_out.clean_labels)
+    return train.take(np.setdiff1d(np.arange(len(train)), rows)), held_out
 
 
 def train_batches(
@@ -109,7 +123,7 @@ def train_batches(
       them `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]` and `probe_label [Bp]`.
     """
     method = methods.REGISTRY[config.method.name]
-    split = _Tensors(data.trusted if method.TRAINS_ON == "trusted" else data.train)
+    split = _Reader(data.trusted if method.TRAINS_ON == "trusted" else data.train)
     num_views = config.augment.num_views if "views" in method.NEEDS else 1
     standard = augment.parse_policy(config.augment.standard, "augment.standard")
     strong = augment.parse_policy(config.augment.strong, "augment.strong")
@@ -126,7 +140,7 @@ def train_batches(
 
     parts = [_batched(noisy_example, config.batch_size, start_step, num_steps)]
     if "probe" in method.NEEDS:
-        trusted, probe_row_of = _Tensors(data.trusted), _probe_row_of(config, data.trusted)
+        trusted, probe_row_of = _Reader(data.trusted), _probe_row_of(config, data.trusted)
 
         def probe_example(position):
             row = probe_row_of(position)
@@ -140,32 +154,42 @@ def train_batches(
         parts.append(_batched(probe_example, probe_batch_size, start_step, num_steps))
 
     merged = tf.data.Dataset.zip(tuple(parts)).map(lambda *batches: {k: v for b in batches for k, v in b.items()})
-    for batch in merged.prefetch(4).as_numpy_iterator():
+    _check_shape(merged, "augment.standard")
+    for batch in _read(merged.prefetch(4)):
         yield to_global(batch, sharding)
 
 
-def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
-    """Yields each example of a split once, the last batch padded and masked.
+class EvalBatches:
+    """Each example of a split once, the last batch padded and masked; to be iterated as often as one likes.
 
-    Args:
-      split: the examples.
-      batch_size: n, over all devices.
-      sharding: of the leading dimension.
-
-    Yields:
-      `image [n,H,W,C]` float32 in [-1, 1], `label [n]` int32, `mask [n]` float32, 1 for real examples.
+    Yields `image [n,H,W,C]` float32 in [-1, 1], as `augment.evaluation` makes it, `label [n]` int32, and `mask [n]`
+    float32, 1 for real examples; n = `eval_batch_size`, over all devices.
     """
-    processes, process = jax.process_count(), jax.process_index()
-    local = batch_size // processes
-    for start in range(0, len(split), batch_size):
-        position = start + process * local + np.arange(local)
-        rows = np.minimum(position, len(split) - 1)
-        batch = {
-            "image": _to_float(split.images[rows]),
-            "label": split.labels[rows],
-            "mask": (position < len(split)).astype(np.float32),
-        }
-        yield to_global(batch, sharding)
+
+    def __init__(self, config: ConfigDict, split: Split, sharding: jax.sharding.Sharding):
+        """Builds the tf.data pipeline.
+
+        Args:
+          config: the configuration.
+          split: the examples.
+          sharding: of the leading dimension.
+        """
+        reader, policy = _Reader(split), augment.parse_policy(config.augment.evaluation, "augment.evaluation")
+
+        def example(position):
+            row = tf.minimum(position, reader.size - 1)
+            image = policy(reader.image(row), tf.constant([0, 0], tf.int64))
+            mask = tf.cast(position < reader.size, tf.float32)
+            return {"image": image, "label": reader.labels(row)["label"], "mask": mask}
+
+        num_batches = -(-len(split) // config.eval_batch_size)
+        batches = _batched(example, config.eval_batch_size, 0, num_batches)
+        _check_shape(batches, "augment.evaluation")
+        self._batches, self._sharding = batches.prefetch(2), sharding
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        for batch in _read(self._batches):
+            yield to_global(batch, self._sharding)
 
 
 def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
@@ -182,6 +206,7 @@ def _batched(example, batch_size: int, start_step: int, num_steps: int) -> tf.da
         return example((count // local) * batch_size + offset + count % local)
 
     positions = tf.data.Dataset.range(start_step * local, num_steps * local)
+    at = tf.autograph.experimental.do_not_convert(at)  # nothing to convert, and errors keep their type
     examples = positions.map(at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return examples.batch(local, drop_remainder=True)
 
@@ -234,27 +259,39 @@ def _seed(seed: int, stream: int, position: tf.Tensor) -> tf.Tensor:
 _fold = tf.random.experimental.stateless_fold_in
 
 
-def _to_float(image):
-    """uint8 or floats in [0, 1] -> float32 in [-1, 1]; TensorFlow or numpy."""
-    if image.dtype in (tf.uint8, np.uint8):
-        image = tf.cast(image, tf.float32) if tf.is_tensor(image) else image.astype(np.float32)
-        return image / 127.5 - 1.0
-    return image * 2.0 - 1.0
-
-
-class _Tensors:
+class _Reader:
     """A split as TensorFlow tensors, made once: inside a tf.data function an array would become a constant."""
 
     def __init__(self, split: Split):
         self.size = len(split)
-        self._images = tf.constant(split.images)
+        if split.in_memory:
+            pixels = tf.constant(split.images)
+            self.image = lambda row: to_float(pixels[row])
+        else:
+            self.image = split.images.reader()
         # The ids of a data set fit in 32 bits; jax has no 64-bit integers by default.
         ids = split.ids.astype(np.int32)
         self._labels = {"label": split.labels, "clean_label": split.clean_labels, "id": ids}
         self._labels = {name: tf.constant(values) for name, values in self._labels.items()}
 
-    def image(self, row: tf.Tensor) -> tf.Tensor:
-        return _to_float(self._images[row])
-
     def labels(self, row: tf.Tensor) -> dict[str, tf.Tensor]:
         return {name: values[row] for name, values in self._labels.items()}
+
+
+def _read(batches: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
+    try:
+        yield from batches.as_numpy_iterator()
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"the data can no longer be read: {error.message.splitlines()[0]}; "
+            f"python -m ieg_jax.data.doctor looks for damaged files"
+        ) from None
+
+
+def _check_shape(batches: tf.data.Dataset, key: str) -> None:
+    for name, spec in batches.element_spec.items():
+        if None in spec.shape:
+            raise UserError(
+                f"the images have sizes of their own, and {key} does not make them equal ({name}: {spec.shape}); let "
+                f"it begin with random_resized_crop(size) or resize(size)|center_crop(size), or set data.image_size"
+            )

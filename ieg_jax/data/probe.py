@@ -1,75 +1,205 @@
 """The trusted set: a few examples per class whose labels are right, in an order that makes balanced batches."""
 
+import collections
+import csv
+import dataclasses
+import json
+import math
+
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from ieg_jax.data import corruption, sources
-from ieg_jax.data.sources import Split
+from ieg_jax.data.selection import TRUSTED, uniforms
+from ieg_jax.data.splits import NO_CLASS, Source, Split
 from ieg_jax.errors import UserError
 
+_HEADERS = ("id", "name", "path")  # of the first column of a CSV file
 
-def split_trusted(source: sources.Source, trusted: ConfigDict) -> tuple[Split, Split]:
+
+def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
     """Takes the trusted set as `config.trusted` says.
 
+    The examples of each class are put in an order drawn from (trusted.seed, id), and the first of each are trusted:
+    `per_class` of them, or the share `fraction`, rounded, at least 1. Or those that the file `ids` lists are. They are
+    chosen from the training set, or from a separate set that is a pool; a separate set that is none is trusted
+    whole.
+
     Args:
-      source: the data before noise.
+      source: the data, with or without noise.
       trusted: the group `trusted` of the configuration.
 
     Returns:
-      The training set without the trusted examples, and the trusted set: labels true, interleaved by class
-      (0, 1, ..., K-1, 0, 1, ...), which any batch of a multiple of K consecutive examples balances.
+      The training set without the trusted examples, of a separate set those with the same names; and the trusted
+      set: labels true, interleaved by class (0, 1, ..., K-1, 0, 1, ...), which any batch of a multiple of K
+      consecutive examples balances.
 
     Raises:
-      UserError: where a class has too few examples with a known label, or is absent from the trusted set.
+      UserError: where a class has too few examples with a known label, or is absent from the trusted set; for a
+        list of examples that cannot be read or does not fit; where no training examples are left.
     """
-    classes = np.arange(source.num_classes)
-    if trusted.source == "separate":
-        if source.trusted is None:
-            raise UserError(
-                f"trusted.source=separate, but {source.name} brings no trusted set (arrays: trusted_images and "
-                f"trusted_labels); add one, or set trusted.source=train"
-            )
-        counts = np.bincount(source.trusted.labels, minlength=source.num_classes)
-        if (counts == 0).any():
-            raise UserError(
-                f"the trusted set of {source.name} has no example of class {int(np.argmin(counts))}; "
-                f"expected at least one of each of the {source.num_classes} classes"
-            )
-        return source.train, source.trusted.take(_interleave(source.trusted.labels))
-
-    true_labels = source.train.clean_labels
-    if (true_labels < 0).all():
+    separate = trusted.source == "separate"
+    if separate and source.trusted is None:
         raise UserError(
-            f"trusted.source=train, but no true label of {source.name} is known; give the data clean_labels, "
-            f"or a trusted set of its own with trusted.source=separate"
+            f"trusted.source=separate, but {source.name} brings no trusted set (arrays: trusted_images and "
+            f"trusted_labels; image_folder, image_csv, webvision: data.trusted); add one, or set trusted.source=train"
         )
-    counts = np.bincount(true_labels[true_labels >= 0], minlength=source.num_classes)
-    short = classes[counts < trusted.per_class]
-    if len(short):
+    pool, where = (source.trusted, f"the trusted set of {source.name}") if separate else (source.train, source.name)
+    if separate and not source.trusted_is_pool:
+        if trusted.ids or trusted.fraction:
+            key = "ids" if trusted.ids else "fraction"
+            raise UserError(
+                f"trusted.{key}={trusted[key]!r}, but {where} is trusted whole; leave trusted.{key} unset, "
+                f"or set trusted.source=train"
+            )
+        chosen = np.argsort(pool.ids, kind="stable")
+    elif trusted.ids:
+        chosen = _listed_rows(pool, read_ids(trusted.ids), trusted.ids, where)
+    else:
+        chosen = _drawn_rows(pool, trusted, source.num_classes, where)
+    probe = pool.take(chosen)
+    probe = dataclasses.replace(probe, labels=np.where(probe.clean_labels >= 0, probe.clean_labels, probe.labels))
+    counts = np.bincount(probe.labels, minlength=source.num_classes)
+    if (counts == 0).any():
         raise UserError(
-            f"trusted.per_class={trusted.per_class}, but class {short[0]} of {source.name} has only "
-            f"{counts[short[0]]} training examples with a known label; lower it"
+            f"{f'trusted.ids={trusted.ids!r}' if trusted.ids else where} has no example of class "
+            f"{int(np.argmin(counts))}; expected at least one of each of the {source.num_classes} classes"
         )
-    # The examples of each class in random order; the first n of each are trusted.
-    order = np.argsort(corruption.uniforms(trusted.seed, 2, source.train.ids), kind="stable")
-    chosen = np.concatenate([order[true_labels[order] == c][: trusted.per_class] for c in classes])
-    rest = np.setdiff1d(np.arange(len(source.train)), chosen)
-    if not len(rest):
-        raise UserError(f"trusted.per_class={trusted.per_class} leaves no training examples; lower it")
-    probe = source.train.take(chosen)
-    probe = Split(probe.images, probe.clean_labels, probe.clean_labels, probe.ids)
-    return source.train.take(rest), probe.take(_interleave(probe.labels))
+    same = np.isin(source.train.names, probe.names) if separate else np.isin(source.train.ids, probe.ids)
+    if same.all():
+        raise UserError(
+            f"the trusted set leaves no training examples of {source.name}; trust fewer (trusted.per_class, "
+            f"trusted.fraction, trusted.ids or data.trusted)"
+        )
+    return source.train.take(np.flatnonzero(~same)), probe.take(_interleave(probe.labels))
 
 
-def report(probe: Split, trusted: ConfigDict) -> dict:
-    """What the trusted set is, as plain numbers for trusted.json."""
+def validate(trusted: ConfigDict) -> None:
+    """Checks what can be judged without the data.
+
+    Raises:
+      UserError: for a fraction outside [0, 1], and where both a fraction and a list are given.
+    """
+    if not (math.isfinite(trusted.fraction) and 0 <= trusted.fraction <= 1):
+        raise UserError(
+            f"trusted.fraction: got {trusted.fraction!r}, expected a share in (0, 1], or 0 to take trusted.per_class"
+        )
+    if trusted.ids and trusted.fraction:
+        raise UserError(
+            f"trusted.ids={trusted.ids!r} lists the trusted examples and trusted.fraction={trusted.fraction!r} has "
+            f"them drawn; unset one of them"
+        )
+
+
+def read_ids(path: epath.PathLike) -> list[str]:
+    """The ids or names that a file lists, in its order.
+
+    Args:
+      path: .json: trusted.json of a run, or a list of ids or names; .csv: its first column, with or without the header
+        id, name or path; any other: text. Empty lines do not count.
+
+    Raises:
+      UserError: for a file that is missing, damaged or empty.
+    """
+    file, where = epath.Path(path).expanduser(), f"trusted.ids={str(path)!r}"
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: no text in UTF-8 ({error}); expected one id or image name per line") from None
+    if file.suffix == ".json":
+        entries = _json_entries(text, where)
+    elif file.suffix == ".csv":
+        entries = [row[0].strip() for row in csv.reader(text.splitlines()) if row]
+        entries = entries[1:] if entries and entries[0].lower() in _HEADERS else entries
+    else:
+        entries = [line.strip() for line in text.splitlines()]
+    entries = [entry for entry in entries if entry]
+    if not entries:
+        raise UserError(f"{where}: lists nothing; expected one id or image name per line")
+    return entries
+
+
+def report(probe: Split, trusted: ConfigDict, num_removed: int = 0) -> dict:
+    """What the trusted set is, for trusted.json, which `trusted.ids` takes.
+
+    Args:
+      probe: the trusted set.
+      trusted: the group `trusted` of the configuration.
+      num_removed: training examples that were taken out because they are trusted; of a separate set those that have
+        the name of a trusted one.
+    """
     return {
         "source": trusted.source,
         "seed": trusted.seed,
         "per_class": np.bincount(probe.labels).tolist(),
+        "num_removed": num_removed,
         "ids": probe.ids.tolist(),
         "labels": probe.labels.tolist(),
+        "names": probe.names.tolist(),
     }
+
+
+def _json_entries(text: str, where: str) -> list[str]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: no valid JSON ({error}); is the file complete?") from None
+    entries = content.get("ids") if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not all(type(entry) in (int, str) for entry in entries):
+        raise UserError(f'{where}: expected a list of ids or of names, or {{"ids": [...]}} as in trusted.json of a run')
+    return [str(entry) for entry in entries]
+
+
+def _listed_rows(pool: Split, entries: list[str], path: str, where: str) -> np.ndarray:
+    """The rows of the listed examples, in the order of the list: ids where all are whole numbers, else names."""
+    if all(entry.isdecimal() for entry in entries):
+        kind, keys, wanted = "ids", pool.ids.tolist(), [int(entry) for entry in entries]
+    else:
+        kind, keys, wanted = "names", pool.names.tolist(), entries
+    row_of = {key: row for row, key in enumerate(keys)}
+    unknown = [key for key in wanted if key not in row_of]
+    if unknown:
+        raise UserError(
+            f"trusted.ids={path!r}: {len(unknown)} of {len(wanted)} are no {kind} of {where}, first {unknown[0]!r}; "
+            f"expected {kind} such as {keys[0]!r}"
+        )
+    repeated = [key for key, count in collections.Counter(wanted).items() if count > 1]
+    if repeated:
+        raise UserError(f"trusted.ids={path!r}: {repeated[0]!r} is listed more than once; list each example once")
+    rows = np.array([row_of[key] for key in wanted])
+    wrong = rows[pool.clean_labels[rows] == NO_CLASS]
+    if len(wrong):
+        raise UserError(
+            f"trusted.ids={path!r}: the label of {len(wrong)} of {len(rows)} is known to be wrong and no true one is "
+            f"known (open-set noise, or the data say so), first id {pool.ids[wrong[0]]}; list others"
+        )
+    return rows
+
+
+def _drawn_rows(pool: Split, trusted: ConfigDict, num_classes: int, where: str) -> np.ndarray:
+    true_labels = pool.clean_labels
+    if (true_labels < 0).all():
+        raise UserError(
+            f"trusted.source={trusted.source}, but no true label of {where} is known; give the data clean_labels, "
+            f"list examples in trusted.ids, or give a trusted set of its own with trusted.source=separate"
+        )
+    counts = np.bincount(true_labels[true_labels >= 0], minlength=num_classes)
+    if trusted.fraction:
+        key, advice, wanted = "fraction", "each class needs one", np.maximum(np.round(trusted.fraction * counts), 1)
+    else:
+        key, advice, wanted = "per_class", "lower it", np.full(num_classes, trusted.per_class)
+    short = np.flatnonzero(counts < wanted)
+    if len(short):
+        raise UserError(
+            f"trusted.{key}={trusted[key]!r}, but class {short[0]} of {where} has only {counts[short[0]]} examples to "
+            f"choose from, those with a known label; {advice}"
+        )
+    # The examples of each class in random order; the first of each are trusted.
+    order = np.argsort(uniforms(trusted.seed, TRUSTED, pool.ids), kind="stable")
+    ordered = true_labels[order]
+    return np.concatenate([order[ordered == label][: int(count)] for label, count in enumerate(wanted)])
 
 
 def _interleave(labels: np.ndarray) -> np.ndarray:

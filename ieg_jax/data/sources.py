@@ -15,46 +15,13 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
+from ieg_jax.data import cifar, image_files, images, records, webvision
+from ieg_jax.data.splits import Source, Split, check_images_and_labels, check_labels, make_split
 from ieg_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Images in memory with their labels.
-
-    Attributes:
-      images: `[n, H, W, C]`, uint8 or float32 in [0, 1].
-      labels: `[n]` int32, as given, possibly wrong.
-      clean_labels: `[n]` int32, true labels, -1 where not known.
-      ids: `[n]` int64, the same for an example in every run.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    clean_labels: np.ndarray
-    ids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, rows: np.ndarray) -> "Split":
-        """The examples in these rows, in this order."""
-        return Split(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A data set as it comes: before noise, the trusted split and a validation split."""
-
-    name: str
-    num_classes: int
-    train: Split
-    test: Split | None
-    trusted: Split | None  # only where it comes with the data
-
-
 def load(data: ConfigDict) -> Source:
-    """Loads the source that `config.data` names and resizes its images to `data.image_size`.
+    """Loads the source that `config.data` names, its images checked and, with `data.image_size`, in memory.
 
     Raises:
       UserError: for files that are missing, damaged or of another shape than they should be.
@@ -66,9 +33,45 @@ def load(data: ConfigDict) -> Source:
             f"{source.num_classes - 1}; set it to at least {source.num_classes}, or to 0 to take it from the data"
         )
     splits = {name: getattr(source, name) for name in ("train", "test", "trusted")}
+    left_out: dict[str, str] = {}
+    for name, split in splits.items():
+        if split is not None and not (name == "trusted" and source.trusted_is_pool):
+            splits[name], bad = open_images(split, data)
+            left_out |= bad
+    return dataclasses.replace(source, num_classes=data.num_classes or source.num_classes, left_out=left_out, **splits)
+
+
+def open_images(split: Split, data: ConfigDict) -> tuple[Split, dict[str, str]]:
+    """Makes the images of a split readable: files are decoded once, and kept in memory with `data.image_size`.
+
+    Returns:
+      The split, and name -> what is wrong with it for the images that it no longer holds.
+
+    Raises:
+      UserError: for images that cannot be decoded with `data.unreadable=refuse`, and for a class of which none is left.
+    """
+    left_out = {}
+    if isinstance(split.images, images.FileImages):
+        checked = images.check(split.images.paths)
+        plain = np.array([one.plain for one in checked])
+        split = dataclasses.replace(split, images=images.FileImages(split.images.paths, plain))
+        good = np.array([not one.error for one in checked])
+        left_out = {str(split.names[row]): checked[row].error for row in np.flatnonzero(~good)}
+        if left_out and data.unreadable == "refuse":
+            some = [f"{name}: {error}" for name, error in list(left_out.items())[:10]]
+            more = [f"... and {len(left_out) - 10} more"] if len(left_out) > 10 else []
+            raise UserError(
+                f"{len(left_out)} of {len(split)} images cannot be used:\n  "
+                + "\n  ".join(some + more)
+                + "\nmend or remove them, or set data.unreadable=skip to train without them"
+            )
+        lost = np.setdiff1d(split.labels, split.labels[good])
+        if len(lost):
+            raise UserError(f"no image of class {lost[0]} can be decoded; a class needs at least one")
+        split = split.take(np.flatnonzero(good))
     if data.image_size:
-        splits = {name: split and _resize(split, data.image_size) for name, split in splits.items()}
-    return dataclasses.replace(source, num_classes=data.num_classes or source.num_classes, **splits)
+        split = _resize(split, data.image_size)
+    return split, left_out
 
 
 def digits(data: ConfigDict) -> Source:
@@ -84,14 +87,17 @@ def digits(data: ConfigDict) -> Source:
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     rows = np.arange(len(images))
     train, test = train_test_split(rows, test_size=500, random_state=0, stratify=bunch.target)
-    everything = _split(images, bunch.target, bunch.target)
-    return Source("digits", 10, everything.take(np.sort(train)), everything.take(np.sort(test)), None)
+    everything = make_split(images, bunch.target, bunch.target)
+    return Source("digits", 10, everything.take(np.sort(train)), everything.take(np.sort(test)))
 
 
 FASHION_MNIST_FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
 
 
 def fashion_mnist(data: ConfigDict) -> Source:
@@ -104,10 +110,10 @@ def fashion_mnist(data: ConfigDict) -> Source:
 
         arrays = tfds.as_numpy(tfds.load("fashion_mnist", batch_size=-1))
         splits = {
-            name: _split(arrays[name]["image"], arrays[name]["label"], arrays[name]["label"])
+            name: make_split(arrays[name]["image"], arrays[name]["label"], arrays[name]["label"])
             for name in ("train", "test")
         }
-        return Source("fashion_mnist", 10, splits["train"], splits["test"], None)
+        return Source("fashion_mnist", 10, **splits, class_names=FASHION_MNIST_CLASSES)
 
     folder = pathlib.Path(data.dir).expanduser()
     missing = [name for names in FASHION_MNIST_FILES.values() for name in names if not (folder / name).is_file()]
@@ -119,9 +125,9 @@ def fashion_mnist(data: ConfigDict) -> Source:
     splits = {}
     for name, (image_file, label_file) in FASHION_MNIST_FILES.items():
         images, labels = read_idx(folder / image_file, 3), read_idx(folder / label_file, 1)
-        _check_images_and_labels(images[..., None], labels, str(folder / image_file), 10)
-        splits[name] = _split(images[..., None], labels, labels)
-    return Source("fashion_mnist", 10, splits["train"], splits["test"], None)
+        check_images_and_labels(images[..., None], labels, str(folder / image_file), 10)
+        splits[name] = make_split(images[..., None], labels, labels)
+    return Source("fashion_mnist", 10, **splits, class_names=FASHION_MNIST_CLASSES)
 
 
 def read_idx(path: pathlib.Path, rank: int) -> np.ndarray:
@@ -185,18 +191,19 @@ def arrays(data: ConfigDict) -> Source:
             raise UserError(f"{path}: has {sorted(content)}, expected at least the arrays images and labels")
 
     def read(prefix: str) -> Split | None:
-        images, labels = content.get(f"{prefix}images"), content.get(f"{prefix}labels")
-        if (images is None) != (labels is None):
+        pixels, labels = content.get(f"{prefix}images"), content.get(f"{prefix}labels")
+        if (pixels is None) != (labels is None):
             raise UserError(f"{path}: has only one of {prefix}images and {prefix}labels, expected both or none")
-        if images is None:
+        if pixels is None:
             return None
-        images = images[..., None] if images.ndim == 3 else images
-        _check_images_and_labels(images, labels, f"{path}: {prefix}images", data.num_classes)
+        pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+        check_images_and_labels(pixels, labels, f"{path}: {prefix}images", data.num_classes)
         clean = content.get("clean_labels") if not prefix else None
         if clean is not None:
-            _check_labels(clean, len(labels), f"{path}: clean_labels", data.num_classes, lowest=-1)
+            check_labels(clean, len(labels), f"{path}: clean_labels", data.num_classes, lowest=-1)
+        names = np.char.add(f"{prefix}images/", np.arange(len(labels)).astype(str))
         # What is for testing or trusted is taken at its word.
-        return _split(images, labels, clean if not prefix else labels)
+        return make_split(pixels, labels, clean if not prefix else labels, names)
 
     train, test, trusted = read(""), read("test_"), read("trusted_")
     for name, split in (("test_images", test), ("trusted_images", trusted)):
@@ -215,57 +222,26 @@ def arrays(data: ConfigDict) -> Source:
 REGISTRY: dict[str, Callable[[ConfigDict], Source]] = {
     "digits": digits,
     "fashion_mnist": fashion_mnist,
+    "cifar10": cifar.cifar10,
+    "cifar100": cifar.cifar100,
+    "webvision": webvision.webvision,
+    "imagenet": webvision.imagenet,
+    "food101": webvision.food101,
+    "controlled_noisy_web_labels": webvision.controlled_noisy_web_labels,
+    "image_folder": image_files.image_folder,
+    "image_csv": image_files.image_csv,
+    "records": records.records,
     "arrays": arrays,
 }
 
 
-def _split(images: np.ndarray, labels: np.ndarray, clean_labels: np.ndarray | None = None) -> Split:
-    labels = np.asarray(labels, np.int32)
-    clean = np.full_like(labels, -1) if clean_labels is None else np.asarray(clean_labels, np.int32)
-    images = images if images.dtype == np.uint8 else np.asarray(images, np.float32)
-    return Split(images, labels, clean, np.arange(len(labels), dtype=np.int64))
-
-
-def _check_images_and_labels(images: np.ndarray, labels: np.ndarray, where: str, num_classes: int) -> None:
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise UserError(f"{where}: shape {images.shape}, expected [n, H, W] or [n, H, W, C] with C = 1 or 3")
-    if not len(images):
-        raise UserError(f"{where}: no images")
-    if images.dtype.kind == "f":
-        if not np.isfinite(images).all():
-            bad = int(np.argwhere(~np.isfinite(images))[0][0])
-            raise UserError(f"{where}: image {bad} has pixels that are nan or infinite, expected floats in [0, 1]")
-        if images.min() < 0 or images.max() > 1:
-            raise UserError(
-                f"{where}: floats from {images.min():g} to {images.max():g}, expected [0, 1] (or uint8 from 0 to 255)"
-            )
-    elif images.dtype != np.uint8:
-        raise UserError(f"{where}: dtype {images.dtype}, expected uint8 or floats in [0, 1]")
-    _check_labels(labels, len(images), f"{where}: their labels", num_classes, lowest=0)
-
-
-def _check_labels(labels: np.ndarray, length: int, where: str, num_classes: int, lowest: int) -> None:
-    if labels.ndim != 1 or len(labels) != length:
-        raise UserError(f"{where}: shape {labels.shape}, expected ({length},), one for each image")
-    if labels.dtype.kind not in "iu":
-        raise UserError(f"{where}: dtype {labels.dtype}, expected integers")
-    highest = num_classes - 1 if num_classes else np.iinfo(np.int32).max
-    bad = np.flatnonzero((labels < lowest) | (labels > highest))
-    if len(bad):
-        expected = f"{lowest} to {highest}" + ("" if num_classes else " (set data.num_classes to narrow it)")
-        raise UserError(f"{where}: {int(labels[bad[0]])} at place {bad[0]}, expected {expected}")
-
-
 def _resize(split: Split, size: int) -> Split:
-    import tensorflow as tf
-
+    if not split.in_memory:
+        return dataclasses.replace(split, images=images.load_resized(split.images, size))
     if split.images.shape[1:3] == (size, size):
         return split
-    parts = [
-        tf.image.resize(split.images[start : start + 4096], (size, size), method="area").numpy()
-        for start in range(0, len(split), 4096)
-    ]
-    images = np.concatenate(parts)
+    parts = [images.square(split.images[row : row + 4096], size).numpy() for row in range(0, len(split), 4096)]
+    resized = np.concatenate(parts)
     if split.images.dtype == np.uint8:
-        images = np.round(images).astype(np.uint8)
-    return dataclasses.replace(split, images=images)
+        resized = np.round(resized).astype(np.uint8)
+    return dataclasses.replace(split, images=resized)

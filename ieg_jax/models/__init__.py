@@ -1,19 +1,22 @@
 """Networks: one file per family, one registry.
 
 Every network is a Flax linen module with the attributes `num_classes`, `batch_groups` and `dtype`, called as
-`network(images, train)`: float32 images `[n, H, W, C]` in, float32 logits `[n, K]` out.
+`network(images, train)`: float32 images `[n, H, W, C]` in, float32 logits `[n, K]` out. Its last layer is a dense
+layer named `head`.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ieg_jax.models import resnet29, tiny, wide_resnet
+from ieg_jax.models import resnet29, resnet50, tiny, vgg, wide_resnet
 
 # name -> function(model config, **attributes common to all networks) -> module
 REGISTRY = {
     "wide_resnet": wide_resnet.from_config,
     "resnet29_v2": resnet29.from_config,
+    "resnet50": resnet50.from_config,
+    "vgg13": vgg.from_config,
     "tiny": tiny.from_config,
 }
 

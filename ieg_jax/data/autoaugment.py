@@ -1,0 +1,418 @@
+"""AutoAugment and RandAugment: the primitive operations, what a level means to each, and how policies draw them.
+
+The primitives work on uint8 `[H, W, C]`, C = 1 or 3, and are those of Pillow, pixel for pixel; `augment.py` says
+what an image and a seed of the three policies at the end are. A policy rounds the image to 256 grey levels,
+which changes nothing in an image that came as uint8, draws everything from one vector of uniform numbers, and
+looks its operations up in a table; so its graph has as many branches as there are primitives, not sub-policies.
+
+    Cubuk et al., AutoAugment: Learning Augmentation Strategies from Data, CVPR 2019.
+    Cubuk et al., RandAugment: Practical Automated Data Augmentation with a Reduced Search Space, 2020.
+"""
+
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from ieg_jax.errors import UserError
+
+GREY = 128
+
+# ---------------------------------------------------------------------------------------------------------------
+# Grey levels: each pixel by itself
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def invert(image: tf.Tensor) -> tf.Tensor:
+    """255 − v."""
+    return 255 - image
+
+
+def solarize(image: tf.Tensor, threshold: float | tf.Tensor) -> tf.Tensor:
+    """255 − v where v >= `threshold` (0 … 256; 256 changes nothing), v elsewhere."""
+    return tf.where(tf.cast(image, tf.float32) < threshold, image, 255 - image)
+
+
+def solarize_add(image: tf.Tensor, addition: float | tf.Tensor) -> tf.Tensor:
+    """Adds `addition` where v < 128, rounded down and clipped to [0, 255]. Pillow has no such operation."""
+    return tf.where(image < 128, _to_uint8(tf.cast(image, tf.float32) + addition), image)
+
+
+def posterize(image: tf.Tensor, bits: float | tf.Tensor) -> tf.Tensor:
+    """Keeps the highest `bits` bits (a whole number, 0 … 8) of v and clears the rest; 0 leaves black."""
+    cleared = tf.bitwise.left_shift(1, 8 - tf.cast(bits, tf.int32)) - 1
+    return tf.bitwise.bitwise_and(image, tf.cast(255 - cleared, tf.uint8))
+
+
+def brightness(image: tf.Tensor, factor: float | tf.Tensor) -> tf.Tensor:
+    """Blend of black and the image: factor · v, rounded down and clipped."""
+    return _blend(0.0, tf.cast(image, tf.float32), factor)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Grey levels: by the histogram of the image
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def autocontrast(image: tf.Tensor) -> tf.Tensor:
+    """Stretches each channel linearly to 0 … 255; a constant channel stays.
+
+    s · v − s · low with s = 255 / (high − low), in float64, rounded down and clipped. Rounding may make 254 of
+    what is 255 on paper, as it does in Pillow.
+    """
+    values = tf.cast(image, tf.float64)
+    low, high = tf.reduce_min(values, [0, 1]), tf.reduce_max(values, [0, 1])
+    stretches = high > low
+    scale = tf.where(stretches, 255.0 / (high - low), 1.0)
+    offset = tf.where(stretches, -low * scale, 0.0)
+    return _to_uint8(values * scale + offset)
+
+
+def equalize(image: tf.Tensor) -> tf.Tensor:
+    """Makes the histogram of each channel as flat as it can be.
+
+    With n(v) the number of pixels below v, and step = ⌊n(highest v in the channel) / 255⌋:
+    v → min(⌊(n(v) + ⌊step / 2⌋) / step⌋, 255). A channel with step = 0 stays.
+    """
+    channels = image.shape[2]
+    place = tf.cast(image, tf.int32) + 256 * np.arange(channels, dtype=np.int32)
+    histogram = tf.raw_ops.DenseBincount(
+        input=tf.reshape(place, [-1]), size=256 * channels, weights=tf.constant([], tf.int32), binary_output=False
+    )
+    histogram = tf.reshape(histogram, [channels, 256])
+    below = tf.cumsum(histogram, axis=1, exclusive=True)
+    step = tf.reduce_max(tf.where(histogram > 0, below, 0), axis=1, keepdims=True) // 255
+    table = tf.minimum((below + step // 2) // tf.maximum(step, 1), 255)
+    table = tf.where(step > 0, table, np.arange(256, dtype=np.int32))
+    return tf.gather(tf.reshape(tf.cast(table, tf.uint8), [-1]), place)
+
+
+def contrast(image: tf.Tensor, factor: float | tf.Tensor) -> tf.Tensor:
+    """Blend of a constant, the mean luminance rounded to a whole number, and the image."""
+    total = tf.cast(tf.reduce_sum(_luminance(image)), tf.float64)
+    mean = tf.floor(total / (image.shape[0] * image.shape[1]) + 0.5)
+    return _blend(tf.cast(mean, tf.float32), tf.cast(image, tf.float32), factor)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Colours and neighbours
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def color(image: tf.Tensor, factor: float | tf.Tensor) -> tf.Tensor:
+    """Blend of the luminance and the image: 0 makes it grey, 1 leaves it, more makes it colourful."""
+    return _blend(tf.cast(_luminance(image), tf.float32), tf.cast(image, tf.float32), factor)
+
+
+def sharpness(image: tf.Tensor, factor: float | tf.Tensor) -> tf.Tensor:
+    """Blend of the smoothed image and the image: 0 smooths, 1 leaves, more sharpens.
+
+    Smoothing is the mean over 3×3 pixels, in which the middle one counts 5 times, rounded to the nearest; the
+    pixels of the border stay.
+    """
+    values = tf.cast(image, tf.float32)
+    rows = values[:-2] + values[1:-1] + values[2:]
+    inner = values[1:-1, 1:-1]
+    weighted = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4.0 * inner
+    smooth = tf.floor(weighted / 13.0 + 0.5)
+    return _blend(values + tf.pad(smooth - inner, [[1, 1], [1, 1], [0, 0]]), values, factor)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Places
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def rotate(image: tf.Tensor, degrees: float | tf.Tensor, fill: int = 0) -> tf.Tensor:
+    """Turns counterclockwise about the centre; places from outside become `fill`, as in all of this section."""
+    angle = tf.cast(degrees, tf.float64) * (math.pi / 180)
+    x, y = image.shape[1] / 2, image.shape[0] / 2
+    cos = tf.cos(angle) * np.array([[1.0, 0.0, 0.5 - x], [0.0, 1.0, 0.5 - y]])
+    sin = tf.sin(angle) * np.array([[0.0, -1.0, y - 0.5], [1.0, 0.0, 0.5 - x]])
+    return _nearest(image, cos + sin + np.array([[0.0, 0.0, x], [0.0, 0.0, y]]), fill)
+
+
+def shear_x(image: tf.Tensor, shear: float | tf.Tensor, fill: int = 0) -> tf.Tensor:
+    """What is y below the upper edge comes from `shear` · y further right."""
+    return _nearest(image, _STAY + tf.cast(shear, tf.float64) * np.array([[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]), fill)
+
+
+def shear_y(image: tf.Tensor, shear: float | tf.Tensor, fill: int = 0) -> tf.Tensor:
+    """What is x from the left edge comes from `shear` · x further down."""
+    return _nearest(image, _STAY + tf.cast(shear, tf.float64) * np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.5]]), fill)
+
+
+def translate_x(image: tf.Tensor, pixels: float | tf.Tensor, fill: int = 0) -> tf.Tensor:
+    """Moves the image to the left by `pixels`."""
+    return _nearest(image, _STAY + tf.cast(pixels, tf.float64) * np.array([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), fill)
+
+
+def translate_y(image: tf.Tensor, pixels: float | tf.Tensor, fill: int = 0) -> tf.Tensor:
+    """Moves the image up by `pixels`."""
+    return _nearest(image, _STAY + tf.cast(pixels, tf.float64) * np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), fill)
+
+
+def cutout(image: tf.Tensor, reach: float | tf.Tensor, centre: tf.Tensor, fill: int = 0) -> tf.Tensor:
+    """Fills the rows and columns from c − `reach` to c + `reach` − 1 about `centre`, which is (row, column)."""
+    from_centre = [tf.cast(tf.range(side) - centre[axis], tf.float32) for axis, side in enumerate(image.shape[:2])]
+    rows, columns = ((offset >= -reach) & (offset < reach) for offset in from_centre)
+    return tf.where((rows[:, None] & columns[None])[..., None], tf.cast(fill, tf.uint8), image)
+
+
+# The middle of the pixel in column x and row y is the point (x + ½, y + ½).
+_STAY = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
+
+
+def _nearest(image: tf.Tensor, matrix: tf.Tensor, fill: int) -> tf.Tensor:
+    """The affine map of `PIL.Image.transform` with the nearest pixel, and its 16.16 fixed-point arithmetic.
+
+    Args:
+      image: `[H, W, C]` uint8.
+      matrix: `[2, 3]` float64; the output pixel in column x and row y comes from the pixel in which the point
+        matrix · (x, y, 1) lies.
+      fill: 0 … 255, for points outside the image.
+    """
+    height, width, channels = image.shape
+    grid = np.stack([*np.indices([height, width])[::-1], np.ones([height, width])]).reshape(3, -1)
+    # Whole numbers far below 2⁵³ over 2¹⁶: float64 is exact here.
+    point = tf.floor(matrix * 65536.0 + 0.5) @ (grid / 65536.0)
+    place = tf.cast(tf.floor(point), tf.int32)
+    inside = tf.reduce_all((place >= 0) & (place < np.array([[width], [height]], np.int32)), axis=0)
+    column, row = tf.unstack(place)
+    outside = height * width  # the place of one more pixel, of the fill
+    pixels = tf.pad(tf.reshape(image, [-1, channels]), [[0, 1], [0, 0]], constant_values=tf.cast(fill, tf.uint8))
+    return tf.reshape(tf.gather(pixels, tf.where(inside, row * width + column, outside)), image.shape)
+
+
+def _blend(low: float | tf.Tensor, high: tf.Tensor, factor: float | tf.Tensor) -> tf.Tensor:
+    """Computes low + factor · (high − low) in float32, clipped to [0, 255] and rounded down to uint8."""
+    return _to_uint8(low + factor * (high - low))
+
+
+def _luminance(image: tf.Tensor) -> tf.Tensor:
+    """0.299 R + 0.587 G + 0.114 B in 16-bit fixed point, `[H, W, 1]` int32; a grey image is its own."""
+    values = tf.cast(image, tf.int32)
+    if image.shape[2] == 1:
+        return values
+    weighted = tf.reduce_sum(values * np.array([19595, 38470, 7471], np.int32), axis=2, keepdims=True)
+    return tf.bitwise.right_shift(weighted + 32768, 16)
+
+
+def _to_uint8(values: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tf.clip_by_value(values, 0.0, 255.0), tf.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a level means
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Parameter(NamedTuple):
+    """Of one operation at one level: its value, and whether its sign is drawn, + or − with probability ½ each."""
+
+    value: float = 0.0
+    signed: bool = False
+
+
+def cifar_parameters(level: float) -> dict[str, Parameter]:
+    """Operation → parameter at `level`, 0 … 10, in the policy for CIFAR: as AutoAugment's authors released it."""
+    return {
+        "Invert": Parameter(),
+        "AutoContrast": Parameter(),
+        "Equalize": Parameter(),
+        "Rotate": Parameter(3.0 * level, signed=True),  # degrees
+        "ShearX": Parameter(0.03 * level, signed=True),  # pixels per pixel
+        "ShearY": Parameter(0.03 * level, signed=True),
+        "TranslateX": Parameter(level, signed=True),  # pixels
+        "TranslateY": Parameter(level, signed=True),
+        "Solarize": Parameter(256 - 256 * level // 10),  # threshold: 256 at level 0, 0 at level 10
+        "Posterize": Parameter(4 - 4 * level // 10),  # bits: 4 at level 0, none at level 10
+        "Color": Parameter(0.1 + 0.18 * level),  # factor; 1, which changes nothing, is level 5
+        "Contrast": Parameter(0.1 + 0.18 * level),
+        "Brightness": Parameter(0.1 + 0.18 * level),
+        "Sharpness": Parameter(0.1 + 0.18 * level),
+        "Cutout": Parameter(level),  # half the side, pixels
+    }
+
+
+def imagenet_parameters(level: float, translate_pixels: float = 250.0) -> dict[str, Parameter]:
+    """Operation → parameter at `level`, 0 … 10, in the policy `imagenet_v0`: as EfficientNet was trained on TPUs.
+
+    Solarize and posterize grow weaker with the level here. `translate_pixels` is the shift at level 10. EfficientNet's
+    own operations differ from Pillow's by roundings, and its shears by a shift of half the shear, in pixels.
+    """
+    return {
+        "Invert": Parameter(),
+        "AutoContrast": Parameter(),
+        "Equalize": Parameter(),
+        "Rotate": Parameter(3.0 * level, signed=True),  # degrees
+        "ShearX": Parameter(0.03 * level, signed=True),  # pixels per pixel
+        "ShearY": Parameter(0.03 * level, signed=True),
+        "TranslateY": Parameter(translate_pixels * level / 10, signed=True),  # pixels
+        "Solarize": Parameter(256 * level // 10),  # threshold: 0 at level 0, 256 at level 10
+        "SolarizeAdd": Parameter(110 * level // 10),  # grey levels
+        # Bits. Levels 0 to 2 ask for none, by a shift of 8, which TensorFlow cuts to 7: one stays.
+        "Posterize": Parameter(max(1, 4 * level // 10)),
+        "Color": Parameter(0.1 + 0.18 * level),  # factor
+    }
+
+
+def randaugment_parameters(magnitude: float, height: int, width: int) -> dict[str, Parameter]:
+    """Operation → parameter at `magnitude`, 0 … 10: the 14 of the paper, over the ranges of AutoAugment's Table 6.
+
+    The table gives no direction; here solarize and posterize grow stronger with the magnitude. Its 150 pixels of
+    translation are of images of 331: 0.45 of the side.
+    """
+    return {
+        "Identity": Parameter(),
+        "AutoContrast": Parameter(),
+        "Equalize": Parameter(),
+        "Rotate": Parameter(3.0 * magnitude, signed=True),  # degrees
+        "ShearX": Parameter(0.03 * magnitude, signed=True),  # pixels per pixel
+        "ShearY": Parameter(0.03 * magnitude, signed=True),
+        "TranslateX": Parameter(round(0.045 * magnitude * width), signed=True),  # pixels
+        "TranslateY": Parameter(round(0.045 * magnitude * height), signed=True),
+        "Solarize": Parameter(256 - 25.6 * magnitude),  # threshold: 256 at 0, 0 at 10
+        "Posterize": Parameter(8 - round(0.4 * magnitude)),  # bits: 8 at 0, 4 at 10
+        "Color": Parameter(0.1 + 0.18 * magnitude),  # factor; 1, which changes nothing, is magnitude 5
+        "Contrast": Parameter(0.1 + 0.18 * magnitude),
+        "Brightness": Parameter(0.1 + 0.18 * magnitude),
+        "Sharpness": Parameter(0.1 + 0.18 * magnitude),
+    }
+
+
+# name → function of (image, value, centre, fill); fill is for places outside the image.
+PRIMITIVES: dict[str, Callable[..., tf.Tensor]] = {
+    "Identity": lambda image, value, centre, fill: image,
+    "Invert": lambda image, value, centre, fill: invert(image),
+    "AutoContrast": lambda image, value, centre, fill: autocontrast(image),
+    "Equalize": lambda image, value, centre, fill: equalize(image),
+    "Rotate": lambda image, value, centre, fill: rotate(image, value, fill),
+    "ShearX": lambda image, value, centre, fill: shear_x(image, value, fill),
+    "ShearY": lambda image, value, centre, fill: shear_y(image, value, fill),
+    "TranslateX": lambda image, value, centre, fill: translate_x(image, value, fill),
+    "TranslateY": lambda image, value, centre, fill: translate_y(image, value, fill),
+    "Solarize": lambda image, value, centre, fill: solarize(image, value),
+    "SolarizeAdd": lambda image, value, centre, fill: solarize_add(image, value),
+    "Posterize": lambda image, value, centre, fill: posterize(image, value),
+    "Color": lambda image, value, centre, fill: color(image, value),
+    "Contrast": lambda image, value, centre, fill: contrast(image, value),
+    "Brightness": lambda image, value, centre, fill: brightness(image, value),
+    "Sharpness": lambda image, value, centre, fill: sharpness(image, value),
+    "Cutout": lambda image, value, centre, fill: cutout(image, value, centre, GREY),
+}
+
+# ---------------------------------------------------------------------------------------------------------------
+# Policies
+# ---------------------------------------------------------------------------------------------------------------
+
+# name → sub-policies, each a list of (operation, probability, level).
+SUB_POLICIES = json.loads(pathlib.Path(__file__).with_name("autoaugment_policies.json").read_text())
+
+
+class Drawn(NamedTuple):
+    """What a policy does to one image: L operations, one after the other.
+
+    Attributes:
+      operations: `[L]` int32, places in the table of parameters; its length = nothing is done.
+      values: `[L]` float32, their parameters with sign.
+      centres: `[L, 2]` float32 in [0, 1): where `Cutout` cuts, in shares of height and width.
+    """
+
+    operations: tf.Tensor
+    values: tf.Tensor
+    centres: tf.Tensor
+
+
+def autoaugment_cifar(image: tf.Tensor, seed: tf.Tensor, fill: float = -1.0) -> tf.Tensor:
+    """One of the 95 sub-policies for CIFAR, drawn anew for each image.
+
+    Places from outside become `fill`, black. The authors of the policy paint them black and transparent too, and
+    what is still transparent at the end grey: `fill=0` gives that, but where `Invert`, `AutoContrast`, `Equalize`,
+    `Solarize` or `Posterize` come after and make it opaque.
+    """
+    drawn = draw_sub_policy(seed, SUB_POLICIES["cifar"], cifar_parameters)
+    return _apply(image, drawn, list(cifar_parameters(0)), round((fill + 1) * 127.5))
+
+
+def autoaugment_imagenet(image: tf.Tensor, seed: tf.Tensor, translate_pixels: float = 250.0) -> tf.Tensor:
+    """One of the 25 sub-policies for ImageNet, drawn anew for each image; places from outside become grey.
+
+    One of them moves the image by nine tenths of `translate_pixels`. The 250 that EfficientNet was trained with leave
+    nothing of an image of 224 pixels or less: lower it for those.
+    """
+    parameters = functools.partial(imagenet_parameters, translate_pixels=translate_pixels)
+    drawn = draw_sub_policy(seed, SUB_POLICIES["imagenet_v0"], parameters)
+    return _apply(image, drawn, list(parameters(0)), GREY)
+
+
+def randaugment(image: tf.Tensor, seed: tf.Tensor, layers: int = 2, magnitude: float = 10.0) -> tf.Tensor:
+    """`layers` operations, each any of 14 with the same probability, all at `magnitude`; grey from outside.
+
+    Raises:
+      UserError: for no layers, and for a magnitude outside 0 … 10.
+    """
+    if layers < 1:
+        raise UserError(f"randaugment(layers={layers}): expected at least 1; change it where augment.* names it")
+    if not 0 <= magnitude <= 10:
+        raise UserError(f"randaugment(magnitude={magnitude:g}): expected 0 … 10; change it where augment.* names it")
+    parameters = randaugment_parameters(magnitude, *image.shape[:2])
+    return _apply(image, draw_operations(seed, layers, parameters), list(parameters), GREY)
+
+
+def draw_sub_policy(seed: tf.Tensor, sub_policies: list, parameters: Callable[[float], dict]) -> Drawn:
+    """Draws a sub-policy, which of its operations are applied, and their signs.
+
+    Args:
+      seed: `[2]` int64.
+      sub_policies: S lists of L triples (operation, probability, level).
+      parameters: level → {operation: Parameter}.
+    """
+    names = list(parameters(0))
+    rows = [[(names.index(n), p, *parameters(level)[n]) for n, p, level in sub_policy] for sub_policy in sub_policies]
+    table = np.array(rows, np.float32).swapaxes(1, 2)
+    which, apply, sign, *centre = tf.unstack(tf.random.stateless_uniform([5, table.shape[2]], seed))
+    place, probability, value, signed = tf.unstack(tf.gather(table, tf.cast(which[0] * len(table), tf.int32)))
+    operations = tf.cast(tf.where(apply < probability, place, len(names)), tf.int32)
+    return Drawn(operations, _with_sign(value, signed, sign), tf.stack(centre, axis=1))
+
+
+def draw_operations(seed: tf.Tensor, layers: int, parameters: dict[str, Parameter]) -> Drawn:
+    """Draws each of `layers` operations from all of `parameters`, and their signs."""
+    which, sign, *centre = tf.unstack(tf.random.stateless_uniform([4, layers], seed))
+    operations = tf.cast(which * len(parameters), tf.int32)
+    table = np.array(list(parameters.values()), np.float32)
+    value, signed = tf.unstack(tf.gather(table, operations), axis=1)
+    return Drawn(operations, _with_sign(value, signed, sign), tf.stack(centre, axis=1))
+
+
+def _with_sign(value: tf.Tensor, signed: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
+    return tf.where(u < 0.5 * signed, -value, value)
+
+
+def _apply(image: tf.Tensor, drawn: Drawn, names: list[str], fill: int) -> tf.Tensor:
+    """Does what was drawn, on 256 grey levels, and goes back to float32 in [-1, 1]."""
+    pixels = tf.cast(tf.round((image + 1.0) * 127.5), tf.uint8)
+    centres = tf.cast(drawn.centres * np.array(image.shape[:2], np.float32), tf.int32)
+    branches = [_branch(name, tuple(image.shape), fill) for name in [*names, "Identity"]]
+    for operation, *inputs in zip(*map(tf.unstack, (drawn.operations, drawn.values, centres)), strict=True):
+        # One kernel that calls one function. Of tf.switch_case the executor visits every node of every branch, which
+        # takes longer than the operations do.
+        [pixels] = tf.raw_ops.StatelessCase(
+            branch_index=operation, input=[pixels, *inputs], Tout=[tf.uint8], branches=branches
+        )
+    return tf.ensure_shape(tf.cast(pixels, tf.float32) / 127.5 - 1.0, image.shape)
+
+
+@functools.lru_cache
+def _branch(name: str, shape: tuple[int, ...], fill: int) -> Callable[..., tf.Tensor]:
+    """A primitive as a TensorFlow function of (image, value, centre), traced once for images of one shape."""
+    image, value, centre = tf.TensorSpec(shape, tf.uint8), tf.TensorSpec([], tf.float32), tf.TensorSpec([2], tf.int32)
+    with tf.init_scope():
+        primitive = tf.function(functools.partial(PRIMITIVES[name], fill=fill), autograph=False)
+        return primitive.get_concrete_function(image, value, centre)

@@ -1,0 +1,210 @@
+"""A user's own images: a folder for each class, or a list of paths and labels."""
+
+import csv
+import dataclasses
+import io
+import os
+import pathlib
+import re
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ieg_jax.data.images import FileImages
+from ieg_jax.data.splits import UNKNOWN, Source, Split, make_split
+from ieg_jax.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SPLITS = ("train", "test", "trusted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """One image of a folder or list.
+
+    Attributes:
+      path: of the file.
+      name: what it is called in reports: its path as seen from the base folder, where it lies below it.
+      label: name of the class, as given.
+      clean_label: name of the true class, "" = not known.
+      split: train, test or trusted.
+      where: the line of the list or the folder, for messages.
+    """
+
+    path: str
+    name: str
+    label: str
+    clean_label: str
+    split: str
+    where: str
+
+
+def image_folder(data: ConfigDict) -> Source:
+    """Folders with one folder for each class: `data.train`/class/x.jpg; `data.test` and `data.trusted` likewise.
+
+    The classes are the folders' names in alphabetical order. `data.test` and `data.trusted` may also be lists,
+    see `image_csv`.
+    """
+    if not data.train or not pathlib.Path(data.train).expanduser().is_dir():
+        raise UserError(f"data.train={data.train!r}: no such folder; data.name=image_folder expects class/x.jpg there")
+    return _load(data)
+
+
+def image_csv(data: ConfigDict) -> Source:
+    """Lists (CSV) with a header and the columns `path` and `label`; optional `split` and `clean_label`.
+
+    Paths are relative to `data.dir`, or to the list's own folder where it is empty. `split` is train, test or
+    trusted. `data.test` and `data.trusted` name further lists, or folders as for `image_folder`. Labels are names
+    of classes, sorted; or, where all are whole numbers, the numbers themselves.
+    """
+    if not data.train or not pathlib.Path(data.train).expanduser().is_file():
+        raise UserError(f"data.train={data.train!r}: no such file; data.name=image_csv expects a CSV file there")
+    return _load(data)
+
+
+def _load(data: ConfigDict) -> Source:
+    base = pathlib.Path(data.dir or data.train).expanduser()
+    base = base if base.is_dir() else base.parent
+    listed = []
+    for split in SPLITS:
+        if where := getattr(data, split):
+            listed += list_images(pathlib.Path(where).expanduser(), base, split, bool(data.dir))
+    listed = _without_repeats(listed)
+    trained = [image for image in listed if image.split == "train"]
+    if not trained:
+        raise UserError(f"data.train={data.train!r}: no training images in it")
+    classes, numbers = _number_classes(trained, data.num_classes)
+    for image in listed:
+        for label in filter(None, (image.label, image.clean_label)):
+            if label not in numbers:
+                known = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+                raise UserError(f"{image.where}: label {label!r} is none of the {len(classes)} classes {known}")
+    parts = {split: _to_split([image for image in listed if image.split == split], numbers) for split in SPLITS}
+    return Source(base.name or "images", len(classes), parts["train"], parts["test"], parts["trusted"], classes)
+
+
+def list_images(where: pathlib.Path, base: pathlib.Path, split: str, relative_to_base: bool) -> list[Listed]:
+    """The images of a folder with a folder for each class, or of a list.
+
+    Args:
+      where: the folder or list.
+      base: names are relative to it.
+      split: the split of images that do not say one themselves.
+      relative_to_base: paths in a list are relative to `base` rather than to the list's own folder.
+
+    Raises:
+      UserError: for a folder without classes, a class without images, a list without the two columns, a line
+        without path or label, or a split of another name.
+    """
+    if where.is_dir():
+        return _list_folder(where, base, split)
+    if where.is_file():
+        return _read_list(where, base, split, relative_to_base)
+    raise UserError(f"data.{split}={str(where)!r}: no such folder or list")
+
+
+def _list_folder(folder: pathlib.Path, base: pathlib.Path, split: str) -> list[Listed]:
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"data.{split}={str(folder)!r}: no folders in it; expected one for each class, with its images")
+    listed = []
+    for folder_of_class in classes:
+        paths = sorted(
+            pathlib.Path(root, file)
+            for root, _, files in os.walk(folder_of_class, followlinks=True)
+            for file in files
+            if pathlib.Path(file).suffix.lower() in SUFFIXES and not file.startswith(".")
+        )
+        if not paths:
+            raise UserError(
+                f"data.{split}: class {folder_of_class.name!r} has no images in {folder_of_class} "
+                f"(files ending in {', '.join(sorted(SUFFIXES))}); remove the folder or fill it"
+            )
+        label = folder_of_class.name
+        listed += [Listed(str(p), _name(p, base), label, "", split, f"{folder_of_class}: {p.name}") for p in paths]
+    return listed
+
+
+def _read_list(file: pathlib.Path, base: pathlib.Path, split: str, relative_to_base: bool) -> list[Listed]:
+    try:
+        text = file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    columns = [(name or "").strip() for name in reader.fieldnames or []]
+    if not {"path", "label"} <= set(columns):
+        raise UserError(f"{file}: columns {columns}, expected a first line with path and label, e.g. path,label,split")
+    reader.fieldnames = columns
+    root, listed = (base if relative_to_base else file.parent), []
+    for row in reader:
+        where = f"{file}, line {reader.line_num}"
+        cells = {key: (value or "").strip() for key, value in row.items() if key and not isinstance(value, list)}
+        if not any(cells.values()):
+            continue  # a blank line, or one of nothing but commas
+        if not cells["path"] or not cells["label"]:
+            raise UserError(f"{where}: path {cells['path']!r}, label {cells['label']!r}; expected both")
+        part = cells.get("split") or split
+        if part not in SPLITS:
+            raise UserError(f"{where}: split {part!r}, expected one of {', '.join(SPLITS)}")
+        path = root / cells["path"]
+        listed.append(Listed(str(path), _name(path, base), cells["label"], cells.get("clean_label", ""), part, where))
+    if not listed:
+        raise UserError(f"{file}: no images listed")
+    return listed
+
+
+def _name(path: pathlib.Path, base: pathlib.Path) -> str:
+    absolute, root = os.path.abspath(path), os.path.abspath(base)
+    return os.path.relpath(absolute, root) if os.path.commonpath([absolute, root]) == root else absolute
+
+
+def _without_repeats(listed: list[Listed]) -> list[Listed]:
+    """Each image once in a split; one that is listed twice with two labels is an error."""
+    seen: dict[tuple[str, str], Listed] = {}
+    for image in listed:
+        first = seen.setdefault((image.split, image.name), image)
+        if (first.label, first.clean_label) != (image.label, image.clean_label):
+            raise UserError(
+                f"{image.where}: {image.name} has label {image.label!r}, but {first.label!r} in {first.where}; "
+                f"keep one of the two"
+            )
+    return list(seen.values())
+
+
+def _number_classes(listed: list[Listed], num_classes: int) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Names of the classes by number, and number by name as it is written."""
+    written = {label for image in listed for label in (image.label, image.clean_label) if label}
+    if all(re.fullmatch(r"[+-]?\d+", label) for label in written):
+        highest = max(max(int(label) for label in written), 1)
+        for image in listed:
+            for label in filter(None, (image.label, image.clean_label)):
+                if not 0 <= int(label) < (num_classes or highest + 1):
+                    upper = f"to {num_classes - 1} (data.num_classes)" if num_classes else "and up"
+                    raise UserError(f"{image.where}: label {label}, expected 0 {upper}")
+        classes = tuple(str(number) for number in range(num_classes or highest + 1))
+        numbers = {name: number for number, name in enumerate(classes)} | {label: int(label) for label in written}
+        empty = set(range(len(classes))) - {int(image.label) for image in listed}
+        if empty and not num_classes:
+            raise UserError(
+                f"labels go up to {highest}, but class {min(empty)} has no training images; "
+                f"set data.num_classes={highest + 1} if that is meant"
+            )
+    else:
+        classes = tuple(sorted(written))
+        numbers = {name: number for number, name in enumerate(classes)}
+    if len(classes) < 2:
+        raise UserError(f"all labels are {classes[0]!r}, expected at least two classes")
+    return classes, numbers
+
+
+def _to_split(listed: list[Listed], numbers: dict[str, int]) -> Split | None:
+    if not listed:
+        return None
+    labels = np.array([numbers[image.label] for image in listed])
+    clean = np.array([numbers[image.clean_label] if image.clean_label else UNKNOWN for image in listed])
+    if listed[0].split != "train":
+        clean = labels  # what is for testing or trusted is taken at its word
+    images = FileImages(np.array([image.path for image in listed]))
+    return make_split(images, labels, clean, np.array([image.name for image in listed]))

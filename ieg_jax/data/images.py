@@ -1,0 +1,274 @@
+"""Images that stay encoded, in files or in records, until a tf.data pipeline needs them.
+
+Plain images (8-bit grey or RGB JPEG and PNG, upright) are decoded by TensorFlow, of a JPEG only the window that is
+asked for. All others (CMYK, 16 bits, palettes, transparency, EXIF orientation, other formats) go through
+Pillow, which is slower and knows them all; both give the same pixels where both can read a file.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image, ImageOps
+from rich.progress import track
+
+JPEG_START = b"\xff\xd8\xff"
+ORIENTATION = 0x0112  # EXIF tag; 1 = upright
+# (height, width) int32 [2] -> (top, left, height, width) int32 [4]
+ChooseWindow = Callable[[tf.Tensor], tf.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """One encoded image inside a tf.data function.
+
+    Attributes:
+      content: scalar string, the bytes of the file.
+      plain: scalar bool, whether TensorFlow's decoders read it as it is meant.
+    """
+
+    content: tf.Tensor
+    plain: tf.Tensor
+
+    def whole(self) -> tf.Tensor:
+        """The image, uint8 `[H, W, 3]`."""
+        return self.window(lambda size: tf.concat([[0, 0], size], 0))
+
+    def window(self, choose: ChooseWindow) -> tf.Tensor:
+        """A window of the image, uint8 `[h, w, 3]`; of a plain JPEG no more than it is decoded."""
+
+        def of_jpeg():
+            box = choose(tf.image.extract_jpeg_shape(self.content)[:2])
+            return tf.image.decode_and_crop_jpeg(self.content, box, channels=3, dct_method="INTEGER_ACCURATE")
+
+        def of_other():
+            image = tf.cond(
+                self.plain,
+                lambda: tf.io.decode_image(self.content, channels=3, expand_animations=False),
+                lambda: tf.numpy_function(_decode_any, [self.content], tf.uint8, stateful=False),
+            )
+            image = tf.ensure_shape(image, [None, None, 3])
+            box = choose(tf.shape(image)[:2])
+            return tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3])
+
+        is_jpeg = tf.strings.substr(self.content, 0, len(JPEG_START)) == JPEG_START
+        return tf.ensure_shape(tf.cond(self.plain & is_jpeg, of_jpeg, of_other), [None, None, 3])
+
+
+class StoredImages:
+    """Encoded images by row: has a length, takes an array of rows as index, and makes a reader for tf.data."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, rows: np.ndarray) -> "StoredImages":
+        """The images in these rows, in this order."""
+        raise NotImplementedError
+
+    def reader(self) -> Callable[[tf.Tensor], Encoded]:
+        """A function row -> Encoded whose tables are tensors already."""
+        raise NotImplementedError
+
+    def read(self, row: int) -> bytes:
+        """The encoded bytes of one image."""
+        return self.reader()(tf.constant(row)).content.numpy()
+
+
+@dataclasses.dataclass(frozen=True)
+class FileImages(StoredImages):
+    """Image files.
+
+    Attributes:
+      paths: `[n]` strings.
+      plain: `[n]` bool, see `Encoded`; from `check`. None = not checked yet, cannot be read.
+    """
+
+    paths: np.ndarray
+    plain: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, rows: np.ndarray) -> "FileImages":
+        return FileImages(self.paths[rows], None if self.plain is None else self.plain[rows])
+
+    def reader(self) -> Callable[[tf.Tensor], Encoded]:
+        """A function row -> Encoded."""
+        paths, plain = tf.constant(self.paths.tolist(), tf.string), tf.constant(self.plain, tf.bool)
+        return lambda row: Encoded(tf.io.read_file(paths[row]), plain[row])
+
+    def read(self, row: int) -> bytes:
+        """The bytes of one file."""
+        return pathlib.Path(self.paths[row]).read_bytes()
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What `check_image` found out about one encoded image.
+
+    Attributes:
+      plain: see `Encoded`.
+      height, width: pixels, upright.
+      error: what is wrong with it, "" = nothing.
+    """
+
+    plain: bool = False
+    height: int = 0
+    width: int = 0
+    error: str = ""
+
+
+def decode_any(content: bytes) -> np.ndarray:
+    """Decodes any image that Pillow can read.
+
+    Upright as EXIF says; transparent parts over white; 16 bits scaled to 8; CMYK and palettes to RGB; of
+    an animation the first picture.
+
+    Args:
+      content: the bytes of a file.
+
+    Returns:
+      uint8 `[H, W, 3]`.
+
+    Raises:
+      OSError, ValueError, SyntaxError: as Pillow does for what it cannot read.
+    """
+    with Image.open(io.BytesIO(content)) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):
+            values = np.asarray(image, np.float64)
+            image = Image.fromarray(np.clip(np.round(values / 257), 0, 255).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("pixels are floats of unknown range; save it with 8 or 16 bits")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
+
+
+def check_image(content: bytes) -> Checked:
+    """Decodes an image as the pipeline will, and says what there is to know."""
+    if not content:
+        return Checked(error="zero bytes")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            plain = _is_plain(image, content)
+        if plain:
+            if content.startswith(JPEG_START):
+                decoded = tf.io.decode_jpeg(content, channels=3, dct_method="INTEGER_ACCURATE")
+            else:
+                decoded = tf.io.decode_image(content, channels=3, expand_animations=False)
+        else:
+            decoded = decode_any(content)
+    except Image.UnidentifiedImageError:
+        return Checked(error=f"no image in a known format (begins with {content[:8]!r})")
+    except tf.errors.InvalidArgumentError:
+        return Checked(error="cannot be decoded: damaged or cut short")
+    except Exception as error:  # Pillow's plugins raise whatever they meet
+        return Checked(error=f"cannot be decoded: {type(error).__name__}: {error}")
+    return Checked(plain, decoded.shape[0], decoded.shape[1])
+
+
+def check(paths: np.ndarray, description: str = "checking images") -> list[Checked]:
+    """Decodes every file once and remembers the outcome.
+
+    Results are kept in the user's cache folder under a hash of paths, sizes and times of change, so that the
+    next start of the same data does not decode them again.
+
+    Args:
+      paths: `[n]` strings.
+      description: for the progress bar.
+
+    Returns:
+      `[n]`, in order.
+    """
+    stats = [_stat(path) for path in paths]
+    key = hashlib.sha256(repr(list(zip(paths.tolist(), stats, strict=True))).encode()).hexdigest()
+    cached = cache_folder() / "checked" / f"{key}.npz"
+    if cached.is_file():
+        with np.load(cached, allow_pickle=False) as table:
+            columns = [table[field.name].tolist() for field in dataclasses.fields(Checked)]
+        return [Checked(*row) for row in zip(*columns, strict=True)]
+
+    def check_file(path: str) -> Checked:
+        try:
+            return check_image(pathlib.Path(path).read_bytes())
+        except FileNotFoundError:
+            return Checked(error="no such file")
+        except OSError as error:
+            return Checked(error=f"cannot be read: {error.strerror}")
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(check_file, paths)
+        results = list(track(results, description, len(paths), transient=True, disable=len(paths) < 1000))
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    table = {field.name: [getattr(r, field.name) for r in results] for field in dataclasses.fields(Checked)}
+    temporary = cached.with_suffix(f".{os.getpid()}.tmp.npz")
+    np.savez_compressed(temporary, **table)
+    temporary.replace(cached)
+    return results
+
+
+def cache_folder() -> pathlib.Path:
+    """Where results that can be computed again are kept: `$XDG_CACHE_HOME/ieg_jax` or `~/.cache/ieg_jax`."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ieg_jax"
+
+
+def load_resized(images: StoredImages, size: int) -> np.ndarray:
+    """Decodes all images into memory.
+
+    Args:
+      images: n of them.
+      size: the shorter side is resized (area) to this many pixels and the centre square is taken.
+
+    Returns:
+      uint8 `[n, size, size, 3]`.
+    """
+    read = images.reader()
+
+    def load(row):
+        return square(tf.cast(read(row).whole(), tf.float32), size)
+
+    rows = tf.data.Dataset.range(len(images)).map(load, tf.data.AUTOTUNE, deterministic=True).batch(256)
+    batches = track(rows, "decoding images", -(-len(images) // 256), transient=True, disable=len(images) < 1000)
+    return np.concatenate([np.round(batch.numpy()).astype(np.uint8) for batch in batches])
+
+
+def square(image: tf.Tensor, size: int) -> tf.Tensor:
+    """The centre square of an image `[..., H, W, C]`, resized (area) to `size`; float32."""
+    height, width = tf.shape(image)[-3], tf.shape(image)[-2]
+    side = tf.minimum(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    image = image[..., top : top + side, left : left + side, :]
+    return tf.image.resize(image, (size, size), method="area")
+
+
+def to_float(image: tf.Tensor) -> tf.Tensor:
+    """uint8, or floats in [0, 1] -> float32 in [-1, 1]."""
+    return tf.cast(image, tf.float32) / 127.5 - 1.0 if image.dtype == tf.uint8 else image * 2.0 - 1.0
+
+
+def _decode_any(content: bytes | np.ndarray) -> np.ndarray:
+    return decode_any(content if isinstance(content, bytes) else content.item())  # outside a graph it is an array
+
+
+def _is_plain(image: Image.Image, content: bytes) -> bool:
+    upright = image.getexif().get(ORIENTATION, 1) in (0, 1)
+    if image.format == "PNG":
+        bits = content[24]  # of the header chunk, which comes first
+        return upright and bits == 8 and image.mode in ("L", "RGB") and not image.has_transparency_data
+    return upright and image.format == "JPEG" and image.mode in ("L", "RGB")
+
+
+def _stat(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (-1, -1)
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,307 @@
+"""The command that turns a folder of images into sharded records: `python -m ieg_jax.data.prepare`.
+
+    python -m ieg_jax.data.prepare --config=configs/webvision_mini.py --config.data.dir=webvision --out=gs://bucket/mini
+
+Reads what the config names (WebVision, ImageNet, folders and lists of images), and writes TFDS-style TFRecord
+shards with an index beside them, which `data.name=records` reads by random access. Every image is decoded once on
+the way; what is not a plain 8-bit JPEG or PNG is stored as PNG, everything else as the bytes it came as, unless
+--resize makes it smaller. Every shard is read back and compared before it gets its name, so an interrupted run of
+the command goes on with the first shard that is not there.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import sys
+
+import numpy as np
+import tensorflow as tf
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ieg_jax import cli
+from ieg_jax import config as config_lib
+from ieg_jax.data import images, probe, records, sources
+from ieg_jax.data.splits import Source, Split
+from ieg_jax.errors import UserError
+
+JPEG_QUALITY = 95
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be written, in which files; the same for every run of one command.
+
+    Attributes:
+      name: of the data set.
+      splits: name -> split.
+      class_names: `[K]`.
+      examples_per_shard: listed images in one file; fewer are in it where some cannot be decoded.
+      resize: see the flag.
+    """
+
+    name: str
+    splits: dict[str, Split]
+    class_names: tuple[str, ...]
+    examples_per_shard: int
+    resize: int
+
+    def shards(self) -> list[tuple[str, int, np.ndarray]]:
+        """(split, number, rows) of each file."""
+        return [
+            (name, number, np.arange(start, min(start + self.examples_per_shard, len(split))))
+            for name, split in self.splits.items()
+            for number, start in enumerate(range(0, len(split), self.examples_per_shard))
+        ]
+
+    def file_name(self, split: str, number: int) -> str:
+        """Of a shard, as TFDS names it."""
+        total = -(-len(self.splits[split]) // self.examples_per_shard)
+        return f"{self.name}-{split}.tfrecord-{number:05d}-of-{total:05d}"
+
+    def fingerprint(self) -> dict:
+        """By which a later run knows that it would write the same."""
+        digest = hashlib.sha256()
+        for split in self.splits.values():
+            for column in (split.names.astype(str), split.labels, split.clean_labels, split.ids):
+                digest.update("\n".join(map(str, column.tolist())).encode())
+        sizes = {name: len(split) for name, split in self.splits.items()}
+        return {
+            "name": self.name,
+            "images": sizes,
+            "examples_per_shard": self.examples_per_shard,
+            "resize": self.resize,
+            "sha256_of_lists": digest.hexdigest(),
+        }
+
+
+def make_plan(config: ConfigDict, examples_per_shard: int, resize: int) -> Plan:
+    """Lists the images that `config` names.
+
+    Raises:
+      UserError: for data that are in memory anyway, and whatever is wrong with the lists.
+    """
+    source: Source = sources.REGISTRY[config.data.name](config.data)
+    trusted = source.trusted
+    if source.trusted_is_pool and trusted is not None:
+        trusted = probe.split_trusted(source, config.trusted)[1] if config.trusted.source == "separate" else None
+    splits = {"train": source.train, "test": source.test, "trusted": trusted}
+    splits = {name: split for name, split in splits.items() if split is not None}
+    if any(split.in_memory for split in splits.values()):
+        raise UserError(f"data.name={config.data.name} fits into memory as it is; only image files are made records")
+    name = "".join(c if c.isalnum() else "_" for c in source.name.lower()).strip("_") or "images"
+    classes = source.class_names or tuple(map(str, range(source.num_classes)))
+    return Plan(name, splits, classes, examples_per_shard, resize)
+
+
+def prepare(config: ConfigDict, out: epath.PathLike, examples_per_shard: int = 1024, resize: int = 0) -> dict:
+    """Writes the records that `config` names, or what is missing of them.
+
+    Args:
+      config: its `data` group says what, `trusted` which images of a pool are trusted, `data.unreadable` what to do
+        about images that cannot be decoded.
+      out: folder, local or on a bucket.
+      examples_per_shard: images in one file.
+      resize: pixels of the shorter side, 0 = as they come.
+
+    Returns:
+      `{"images": {split: written}, "left_out": {name: error}, "bytes": n}`.
+
+    Raises:
+      UserError: where `out` holds other data, and for images that cannot be decoded with `data.unreadable=refuse`,
+        after all others have been written.
+    """
+    plan, out = make_plan(config, examples_per_shard, resize), epath.Path(out)
+    _claim(out, plan)
+    if (out / "dataset_info.json").exists():
+        return json.loads((out / "prepared.json").read_text())
+    left_out: dict[str, str] = {}
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*bar, console=Console(stderr=True)) as progress:
+        task = progress.add_task("writing records", total=sum(len(split) for split in plan.splits.values()))
+        for split, number, rows in plan.shards():
+            done = _part(out, split, number)
+            if not done.exists():
+                _write_shard(plan, out, split, number, rows)
+            left_out |= json.loads(done.read_text())["left_out"]
+            progress.advance(task, len(rows))
+    if left_out:
+        (out / "left_out.json").write_text(json.dumps(left_out, indent=1))
+    if left_out and config.data.unreadable == "refuse":
+        some = "\n  ".join(f"{name}: {error}" for name, error in itertools.islice(left_out.items(), 10))
+        raise UserError(
+            f"{len(left_out)} images cannot be decoded, all are in {out / 'left_out.json'}:\n  {some}\n"
+            f"all others are written; run the same command with --config.data.unreadable=skip to finish without them"
+        )
+    return _finish(plan, out, left_out)
+
+
+def _claim(out: epath.Path, plan: Plan) -> None:
+    """Makes the folder, or checks that it holds the beginning of the same."""
+    recipe, fingerprint = out / "plan.json", plan.fingerprint()
+    if recipe.exists():
+        changed = config_lib.differences(json.loads(recipe.read_text()), fingerprint)
+        if changed:
+            raise UserError(f"{out} holds records of other data (there -> now):\n  " + "\n  ".join(changed))
+        return
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no records; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(json.dumps(fingerprint, indent=1))
+
+
+def _part(out: epath.Path, split: str, number: int) -> epath.Path:
+    """What is noted about a finished shard."""
+    return out / "parts" / f"{split}-{number:05d}.json"
+
+
+def _write_shard(plan: Plan, out: epath.Path, split_name: str, number: int, rows: np.ndarray) -> None:
+    split = plan.splits[split_name]
+    final = out / plan.file_name(split_name, number)
+    temporary = out / "parts" / f"{final.name}.incomplete"
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    hashes, left_out = [], {}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, tf.io.TFRecordWriter(str(temporary)) as writer:
+        for row, (content, error) in zip(rows, _in_order(pool, split.images, rows, plan.resize), strict=True):
+            if error:
+                left_out[str(split.names[row])] = error
+                continue
+            hashes.append(hashlib.sha256(content).hexdigest())
+            writer.write(_example(split, row, content))
+    # What was written is what is there: TensorFlow's reader checks the sums, the hashes are of the bytes handed over.
+    parsed = tf.data.TFRecordDataset(str(temporary)).map(
+        lambda record: tf.io.parse_single_example(record, {"image": tf.io.FixedLenFeature([], tf.string)})["image"]
+    )
+    found = [hashlib.sha256(content).hexdigest() for content in parsed.as_numpy_iterator()]
+    if found != hashes:
+        raise UserError(f"{temporary}: reads back differently from what was written; is the disk in order?")
+    temporary.rename(final)
+    _part(out, split_name, number).write_text(json.dumps({"images": len(hashes), "left_out": left_out}))
+
+
+def _in_order(pool, stored: images.StoredImages, rows: np.ndarray, resize: int):
+    """Yields (bytes to store, error) for each row; a few at a time are in memory."""
+    waiting = collections.deque()
+    for row in rows:
+        waiting.append(pool.submit(_encode, stored, row, resize))
+        if len(waiting) > 4 * (os.cpu_count() or 1):
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _encode(stored: images.StoredImages, row: int, resize: int) -> tuple[bytes, str]:
+    try:
+        content = stored.read(row)
+    except FileNotFoundError:
+        return b"", "no such file"
+    except OSError as error:
+        return b"", f"cannot be read: {error.strerror}"
+    checked = images.check_image(content)
+    if checked.error:
+        return b"", checked.error
+    small = resize and min(checked.height, checked.width) > resize
+    if checked.plain and not small:
+        return content, ""
+    picture = Image.fromarray(images.decode_any(content))
+    buffer = io.BytesIO()
+    if small:
+        factor = resize / min(picture.size)
+        size = tuple(max(resize, round(side * factor)) for side in picture.size)
+        picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    else:
+        picture.save(buffer, "PNG")
+    return buffer.getvalue(), ""
+
+
+def _example(split: Split, row: int, content: bytes) -> bytes:
+    def integer(value):
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=[int(value)]))
+
+    def text(value):
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+    features = {
+        "image": text(content),
+        "label": integer(split.labels[row]),
+        "clean_label": integer(split.clean_labels[row]),
+        "id": integer(split.ids[row]),
+        "name": text(str(split.names[row]).encode()),
+    }
+    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+
+
+def _finish(plan: Plan, out: epath.Path, left_out: dict[str, str]) -> dict:
+    """Writes the indexes and TFDS's description, which makes the folder complete."""
+    import tensorflow_datasets as tfds
+
+    infos, result = [], {"images": {}, "left_out": left_out, "bytes": 0}
+    for name in plan.splits:
+        files = [str(out / plan.file_name(split, number)) for split, number, _ in plan.shards() if split == name]
+        parts = [records.index_shard(file, number) for number, file in enumerate(files)]
+        sizes = np.array([tf.io.gfile.stat(file).length for file in files])
+        records.write_index(records.index_path(out, name), records.join_indexes(parts), sizes)
+        lengths = [len(part["offset"]) for part in parts]
+        infos.append(
+            tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=lengths,
+                num_bytes=int(sizes.sum()),
+                filename_template=tfds.core.ShardedFileTemplate(
+                    data_dir=out, dataset_name=plan.name, split=name, filetype_suffix="tfrecord"
+                ),
+            )
+        )
+        result["images"][name] = sum(lengths)
+        result["bytes"] += int(sizes.sum())
+    (out / "prepared.json").write_text(json.dumps(result, indent=1))
+    tfds.folder_dataset.write_metadata(
+        data_dir=out,
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(names=list(plan.class_names)),
+                "clean_label": np.int64,
+                "id": np.int64,
+                "name": tfds.features.Text(),
+            }
+        ),
+        split_infos=infos,
+        description=f"{plan.name}, written by ieg_jax.data.prepare",
+        check_data=False,
+    )
+    return result
+
+
+def define_flags() -> None:
+    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    cli.define_config_flag()
+    flags.DEFINE_string("out", None, "Folder for the records, local or on a bucket.", required=True)
+    flags.DEFINE_integer("examples_per_shard", 1024, "Images in one file.", lower_bound=1)
+    flags.DEFINE_integer(
+        "resize", 0, "Pixels: images whose shorter side is longer are made that small, as JPEG. 0 = as they come."
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Writes the records and prints what was written as one line of JSON."""
+    del argv
+    values = flags.FLAGS
+    result = prepare(values.config, values.out, values.examples_per_shard, values.resize)
+    for name, error in result["left_out"].items():
+        print(f"left out: {name}: {error}", file=sys.stderr)
+    print(json.dumps({key: result[key] for key in ("images", "bytes")} | {"left_out": len(result["left_out"])}))
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,129 @@
+"""What a data set is made of: splits of images with labels, and the checks that every source makes."""
+
+import dataclasses
+
+import numpy as np
+
+from ieg_jax.data.images import StoredImages
+from ieg_jax.errors import UserError
+
+UNKNOWN = -1  # as a clean label: the true class is not known
+NO_CLASS = -2  # as a clean label: known to be none of the classes, or known not to be the given one
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images with their labels.
+
+    Attributes:
+      images: `[n, H, W, C]` in memory, uint8 or float32 in [0, 1]; or `StoredImages`, which are read and decoded
+        when they are needed, each of its own size. Both have a length and take an array of rows as index.
+      labels: `[n]` int32, as given, possibly wrong.
+      clean_labels: `[n]` int32, true labels, or UNKNOWN or NO_CLASS.
+      ids: `[n]` int64, the same for an example in every run.
+      names: `[n]` strings, what a person finds the image by: its path, or its place in an archive.
+    """
+
+    images: np.ndarray | StoredImages
+    labels: np.ndarray
+    clean_labels: np.ndarray
+    ids: np.ndarray
+    names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> "Split":
+        """The examples in these rows, in this order."""
+        return Split(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are an array."""
+        return isinstance(self.images, np.ndarray)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set as it comes: before noise, the trusted split and a validation split.
+
+    Attributes:
+      name: of the data set.
+      num_classes: K.
+      train: the training set.
+      test: the test set, or None.
+      trusted: a separate trusted set, or None where it is to be taken out of the training set.
+      class_names: `[K]`, in the order of the labels; numbers where the classes have no names.
+      trusted_is_pool: True where `trusted` is a large set to choose from, False where all of it is to be used.
+      left_out: name -> what is wrong with it, of images that are listed and not used.
+    """
+
+    name: str
+    num_classes: int
+    train: Split
+    test: Split | None = None
+    trusted: Split | None = None
+    class_names: tuple[str, ...] = ()
+    trusted_is_pool: bool = False
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def make_split(
+    images: np.ndarray | StoredImages,
+    labels: np.ndarray,
+    clean_labels: np.ndarray | None = None,
+    names: np.ndarray | None = None,
+) -> Split:
+    """A split whose ids are its places; without `clean_labels` they are UNKNOWN, without `names` the ids."""
+    labels = np.asarray(labels, np.int32)
+    clean = np.full_like(labels, UNKNOWN) if clean_labels is None else np.asarray(clean_labels, np.int32)
+    if isinstance(images, np.ndarray) and images.dtype != np.uint8:
+        images = np.asarray(images, np.float32)
+    ids = np.arange(len(labels), dtype=np.int64)
+    return Split(images, labels, clean, ids, ids.astype(str) if names is None else np.asarray(names))
+
+
+def check_images_and_labels(images: np.ndarray, labels: np.ndarray, where: str, num_classes: int) -> None:
+    """Checks shapes, dtypes and ranges of images in memory and of their labels.
+
+    Args:
+      images: should be `[n, H, W, C]`, C = 1 or 3, uint8 or floats in [0, 1].
+      labels: should be `[n]` integers in 0 … `num_classes` − 1.
+      where: for the messages.
+      num_classes: K, 0 = not known.
+
+    Raises:
+      UserError: for the first thing that is not so.
+    """
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(f"{where}: shape {images.shape}, expected [n, H, W] or [n, H, W, C] with C = 1 or 3")
+    if not len(images):
+        raise UserError(f"{where}: no images")
+    if images.dtype.kind == "f":
+        if not np.isfinite(images).all():
+            bad = int(np.argwhere(~np.isfinite(images))[0][0])
+            raise UserError(f"{where}: image {bad} has pixels that are nan or infinite, expected floats in [0, 1]")
+        if images.min() < 0 or images.max() > 1:
+            raise UserError(
+                f"{where}: floats from {images.min():g} to {images.max():g}, expected [0, 1] (or uint8 from 0 to 255)"
+            )
+    elif images.dtype != np.uint8:
+        raise UserError(f"{where}: dtype {images.dtype}, expected uint8 or floats in [0, 1]")
+    check_labels(labels, len(images), f"{where}: their labels", num_classes, lowest=0)
+
+
+def check_labels(labels: np.ndarray, length: int, where: str, num_classes: int, lowest: int) -> None:
+    """Checks that `labels` are `length` integers in `lowest` … `num_classes` − 1 (0 = not known).
+
+    Raises:
+      UserError: for the first thing that is not so.
+    """
+    if labels.ndim != 1 or len(labels) != length:
+        raise UserError(f"{where}: shape {labels.shape}, expected ({length},), one for each image")
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"{where}: dtype {labels.dtype}, expected integers")
+    highest = num_classes - 1 if num_classes else np.iinfo(np.int32).max
+    bad = np.flatnonzero((labels < lowest) | (labels > highest))
+    if len(bad):
+        expected = f"{lowest} to {highest}" + ("" if num_classes else " (set data.num_classes to narrow it)")
+        raise UserError(f"{where}: {int(labels[bad[0]])} at place {bad[0]}, expected {expected}")

@@ -1,0 +1,61 @@
+"""WebVision 1.0 for TensorFlow Datasets: `tfds build`-able, so that a pod reads sharded records from a bucket.
+
+import ieg_jax.data.webvision_tfds
+tfds.builder("webvision/mini", data_dir="gs://bucket/tfds").download_and_prepare(
+    download_config=tfds.download.DownloadConfig(manual_dir="webvision"))
+"""
+
+import pathlib
+
+import tensorflow_datasets as tfds
+
+from ieg_jax.data import webvision
+
+
+class Webvision(tfds.core.GeneratorBasedBuilder):
+    """Splits `train` and `validation`; features `image`, `label` (names: wnids) and `file_name`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = tuple(
+        tfds.core.BuilderConfig(name=name, description=f"{' and '.join(parts)} images, {name}")
+        for name, parts in webvision.PARTS.items()
+    )
+    MANUAL_DOWNLOAD_INSTRUCTIONS = """
+    The folder with info/, google/ (for `full` also flickr/) and val_images_256/, unpacked from the files at
+    https://data.vision.ee.ethz.ch/cvl/webvision/download.html (images resized to 256 pixels).
+    """
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Images from Google and Flickr for the 1,000 classes of ILSVRC 2012, labelled by the query.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(encoding_format="jpeg"),
+                    "label": tfds.features.ClassLabel(),  # named when synsets.txt is there
+                    "file_name": tfds.features.Text(),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage="https://data.vision.ee.ethz.ch/cvl/webvision/",
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        folder = pathlib.Path(dl_manager.manual_dir)
+        wnids = webvision.read_synsets(folder / "info" / "synsets.txt")
+        self.info.metadata["wnids"] = list(wnids)
+        is_mini = self.builder_config.name == "mini"
+        self.info.features["label"].names = wnids[: webvision.MINI_CLASSES] if is_mini else wnids
+        parts = webvision.PARTS[self.builder_config.name]
+        return {
+            "train": self._generate_examples(folder, parts),
+            "validation": self._generate_examples(folder, ("val",)),
+        }
+
+    def _generate_examples(self, folder, parts):
+        """Yields (file name, example)."""
+        for part in parts:
+            split = webvision.read_list(folder, part, self.info.features["label"].num_classes)
+            for path, label, name in zip(split.images.paths, split.labels, split.names, strict=True):
+                yield str(name), {"image": str(path), "label": int(label), "file_name": str(name)}

@@ -1,0 +1,136 @@
+import image_trees
+import numpy as np
+import pytest
+
+from configs import default
+from ieg_jax.data import sources
+from ieg_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def config(name, train, **more):
+    data = default.get_config().data
+    data.name, data.train = name, str(train)
+    data.update(more)
+    return data
+
+
+def write_images(folder, names):
+    return {name: image_trees.save(folder / name, image_trees.picture(i)) for i, name in enumerate(names)}
+
+
+def pixels_of(split, row):
+    return split.images.reader()(row).whole().numpy()
+
+
+def test_folder_of_odd_images(tmp_path):
+    """Class names with spaces and umlauts, every format, things that are no images beside them."""
+    want = {f"Süße Äpfel/{k}": v for k, v in image_trees.odd_images(tmp_path / "own" / "Süße Äpfel").items()}
+    want |= {f"birnen/{k}": v for k, v in image_trees.odd_images(tmp_path / "own" / "birnen" / "more").items()}
+    (tmp_path / "own" / "birnen" / "notes.txt").write_text("no image")
+    (tmp_path / "own" / "birnen" / "._x.jpg").write_bytes(b"of another system")
+    (tmp_path / "own" / "Thumbs.db").write_bytes(b"")
+    source = sources.load(config("image_folder", tmp_path / "own"))
+    assert source.class_names == ("Süße Äpfel", "birnen") and source.num_classes == 2
+    assert len(source.train) == len(want)
+    assert source.train.clean_labels.tolist() == [-1] * len(want)
+    for row, name in enumerate(source.train.names):
+        np.testing.assert_array_equal(pixels_of(source.train, row), want[name.replace("/more", "")], err_msg=name)
+        assert source.class_names[source.train.labels[row]] == name.split("/")[0]
+
+
+def test_folders_for_test_and_trusted(tmp_path):
+    for part, count in (("train", 3), ("test", 2), ("trusted", 1)):
+        write_images(tmp_path / part, [f"{label}/{k}.png" for label in "ab" for k in range(count)])
+    data = config("image_folder", tmp_path / "train", test=str(tmp_path / "test"), trusted=str(tmp_path / "trusted"))
+    source = sources.load(data)
+    assert [len(s) for s in (source.train, source.test, source.trusted)] == [6, 4, 2]
+    assert source.test.clean_labels.tolist() == source.test.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_list_with_everything(tmp_path):
+    """A byte order mark, CRLF, blank lines, semicolons, quotes, spaces, a repeated line."""
+    want = write_images(tmp_path / "img", ["a 1.png", "b;2.png", "c.png", "d.png", "t.png"])
+    text = (
+        'path; label; clean_label; split\r\nimg/a 1.png;rot;;\r\n\r\n"img/b;2.png";grün;rot;\r\n;;;\r\n'
+        "img/c.png;rot;rot;train\r\nimg/c.png;rot;rot;train\r\nimg/d.png;grün;;trusted\r\nimg/t.png;rot;;test\r\n"
+    )
+    (tmp_path / "list.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    source = sources.load(config("image_csv", tmp_path / "list.csv"))
+    assert source.class_names == ("grün", "rot")
+    assert source.train.names.tolist() == ["img/a 1.png", "img/b;2.png", "img/c.png"]
+    assert source.train.labels.tolist() == [1, 0, 1]
+    assert source.train.clean_labels.tolist() == [-1, 1, 1]
+    assert source.trusted.labels.tolist() == source.trusted.clean_labels.tolist() == [0]
+    assert source.test.names.tolist() == ["img/t.png"]
+    np.testing.assert_array_equal(pixels_of(source.train, 1), want["b;2.png"])
+
+
+def test_paths_are_relative_to_data_dir_where_it_is_given(tmp_path):
+    write_images(tmp_path / "img", ["0.png", "1.png", "2.png"])
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "train.csv").write_text("path,label\n0.png,0\n1.png,1\n")
+    (tmp_path / "lists" / "trusted.csv").write_text(f"path,label\n{tmp_path}/img/1.png,1\n2.png,0\n")
+    data = config(
+        "image_csv",
+        tmp_path / "lists" / "train.csv",
+        dir=str(tmp_path / "img"),
+        trusted=str(tmp_path / "lists" / "trusted.csv"),
+    )
+    source = sources.load(data)
+    assert source.class_names == ("0", "1")
+    assert source.trusted.names.tolist() == ["1.png", "2.png"], "the same file has the same name in both lists"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("file,label\nx.png,0\n", r"columns \['file', 'label'\], expected a first line with path and label"),
+        ("x.png,0\ny.png,1\n", "expected a first line with path and label"),
+        ("path,label\n", "no images listed"),
+        ("path,label\nx.png,\n", "line 2: path 'x.png', label ''"),
+        ("path,label\nx.png,a\ny.png,b\nx.png,b\n", "line 4: x.png has label 'b', but 'a' in .*line 2"),
+        ("path,label\nx.png,a\n./x.png,b\n", "x.png has label 'b', but 'a'"),
+        ("path,label\nx.png,a\ny.png,a\n", "at least two classes"),
+        ("path,label\nx.png,0\ny.png,-1\n", "line 3: label -1, expected 0 and up"),
+        ("path,label\nx.png,0\ny.png,2\n", "class 1 has no training images"),
+        ("path,label,split\nx.png,0,training\n", "split 'training', expected one of train, test, trusted"),
+        ("path,label,split\nx.png,a,train\ny.png,b,train\nz.png,c,test\n", "'c' is none of the 2 classes a, b"),
+        ("path,label\nx.png,a\ngone.png,b\n", "1 of 2 images cannot be used:\n  gone.png: no such file"),
+    ],
+)
+def test_bad_lists(tmp_path, text, message):
+    write_images(tmp_path, ["x.png", "y.png", "z.png"])
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        sources.load(config("image_csv", tmp_path / "list.csv"))
+
+
+def test_a_label_beyond_num_classes(tmp_path):
+    write_images(tmp_path, ["x.png", "y.png"])
+    (tmp_path / "list.csv").write_text("path,label\nx.png,0\ny.png,7\n")
+    with pytest.raises(UserError, match=r"line 3: label 7, expected 0 to 4 \(data.num_classes\)"):
+        sources.load(config("image_csv", tmp_path / "list.csv", num_classes=5))
+    (tmp_path / "list.csv").write_text("path,label\nx.png,0\ny.png,3\n")
+    assert sources.load(config("image_csv", tmp_path / "list.csv", num_classes=5)).num_classes == 5
+
+
+def test_bad_places(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        sources.load(config("image_folder", tmp_path / "none"))
+    with pytest.raises(UserError, match="no such file"):
+        sources.load(config("image_csv", tmp_path / "none.csv"))
+    (tmp_path / "flat").mkdir()
+    with pytest.raises(UserError, match="expected one for each class"):
+        sources.load(config("image_folder", tmp_path / "flat"))
+    write_images(tmp_path / "own", ["a/x.png", "b/y.png"])
+    (tmp_path / "own" / "c").mkdir()
+    with pytest.raises(UserError, match="class 'c' has no images"):
+        sources.load(config("image_folder", tmp_path / "own"))
+    (tmp_path / "latin.csv").write_bytes("path,label\nx.png,grün\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        sources.load(config("image_csv", tmp_path / "latin.csv"))
