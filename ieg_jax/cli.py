@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from ieg_jax.errors import UserError, check_choice
@@ -46,6 +47,17 @@ def load_config(specification: str) -> ConfigDict:
     except (OSError, KeyError) as error:
         raise UserError(f"--config={specification}: cannot be loaded ({error}); expected a file of configs/") from None
     return get_config(arguments) if arguments else get_config()
+
+
+def check_new_folder(flag: str, folder: epath.Path) -> None:
+    """Raises UserError unless `folder` can be made, or is there and empty: nothing is to be overwritten."""
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"{flag}={folder}: {place} is a file, expected a folder")
+            break
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{flag}={folder} is not empty; name a new folder")
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -87,7 +87,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         functools.partial(steps.create_state, context, method, image_shape=image_shape, num_examples=len(data.train)),
         out_shardings=layout.replicated,
     )(init_rng)
-    folder.begin(config)
+    folder.begin(config, data.fingerprint())
     folder.write("noise.json", data.noise_report)
     folder.write("trusted.json", data.trusted_report)
     if config.noise.kind != "none":

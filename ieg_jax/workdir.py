@@ -56,9 +56,25 @@ class WorkFolder:
             )
         return self._read("result.json")
 
-    def begin(self, config: ConfigDict) -> None:
-        """Claims the folder for a run by writing config.json."""
+    def begin(self, config: ConfigDict, data: dict[str, str]) -> None:
+        """Claims the folder for a run by writing config.json and data.json.
+
+        Args:
+          config: of the run.
+          data: `pipeline.Data.fingerprint()`.
+
+        Raises:
+          UserError: where the run was begun with other data.
+        """
+        old = self._read("data.json")
+        changed = [] if old is None else [name for name in old.keys() | data.keys() if old.get(name) != data.get(name)]
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run that was begun with other data: its {' and '.join(sorted(changed))} examples "
+                f"(ids, names, labels or pixels) were not these; restore them, or use another work folder"
+            )
         self.write("config.json", json.loads(config.to_json()))
+        self.write("data.json", data)
 
     def write(self, name: str, content: dict[str, Any] | list[int]) -> None:
         """Writes a JSON file, whole or not at all."""

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from ieg_jax.data import augment
 from ieg_jax.data.augment import parse_policy
+from ieg_jax.errors import UserError
 
 
 def seed(*numbers):
@@ -96,3 +97,21 @@ def test_operations_are_applied_in_order_with_seeds_of_their_own():
     expected = augment.cutout(augment.crop(image, fold(s, 0), 1), fold(s, 1), 0.4)
     np.testing.assert_array_equal(parse_policy("crop(1)|cutout(size=0.4)", "key")(image, s), expected)
     np.testing.assert_array_equal(parse_policy("", "key")(image, s), image)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("crop(pad=-1)", "pad is -1, expected at least 0"),
+        ("resize(0)", "size is 0, expected above 0"),
+        ("random_resized_crop(8, smallest=2)", "smallest is 2.0, expected a share"),
+        ("random_resized_crop(8, stretch=0.5)", "stretch is 0.5, expected at least 1"),
+        ("randaugment(layers=0)", "layers is 0, expected at least 1"),
+        ("randaugment(magnitude=11)", "magnitude is 11.0, expected a level"),
+        ("cutout(0.5, fill=2)", "fill is 2.0, expected a grey value"),
+        ("intensity(1e999)", "strength is inf, expected a number"),
+    ],
+)
+def test_numbers_that_make_no_sense(text, message):
+    with pytest.raises(UserError, match=f"augment.strong: .*{message}"):
+        augment.parse_policy(text, "augment.strong")

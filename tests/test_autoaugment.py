@@ -6,7 +6,6 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
 from ieg_jax.data import autoaugment as aa
-from ieg_jax.errors import UserError
 
 
 def pictures():
@@ -295,9 +294,3 @@ def test_the_graph_has_one_case_for_each_operation_of_a_sub_policy():
     seed = tf.TensorSpec([2], tf.int64)
     graph = tf.function(aa.autoaugment_cifar).get_concrete_function(tf.TensorSpec([32, 32, 3]), seed).graph
     assert [node.type for node in graph.get_operations()].count("StatelessCase") == 2
-
-
-@pytest.mark.parametrize("arguments, message", [({"layers": 0}, "at least 1"), ({"magnitude": 11}, "expected 0 … 10")])
-def test_randaugment_refuses(arguments, message):
-    with pytest.raises(UserError, match=message):
-        aa.randaugment(tf.zeros([4, 4, 3]), tf.zeros([2], tf.int64), **arguments)

@@ -73,12 +73,17 @@ def published(name, folder):
     if name.startswith("cifar"):
         write = archives.cifar_binary if name == "cifar10.py" else archives.cifar_python
         write(folder / "cifar", name.removesuffix(".py"), archives.PUBLISHED)
-        return f"configs/{name}:trusted_per_class=2", [f"--config.data.dir={folder / 'cifar'}"]
+        flags = [f"--config.data.dir={folder / 'cifar'}", "--config.eval_batch_size=2000"]
+        return f"configs/{name}:trusted_per_class=2", flags
     content = image_trees.webvision(folder / "webvision")
     for split, per_class in (("train", 2), ("val", 1)):
         image_trees.imagenet(folder / "imagenet" / split, content["wnids"], per_class, 700)
     argument = f"configs/{name}:imagenet={folder / 'imagenet'}"
-    return argument, [f"--config.data.dir={folder / 'webvision'}", "--config.trusted.per_class=2"]
+    return argument, [
+        f"--config.data.dir={folder / 'webvision'}",
+        "--config.trusted.per_class=2",
+        "--config.eval_batch_size=50",
+    ]
 
 
 SMALL = [

@@ -146,6 +146,8 @@ def test_nothing_is_overwritten(photos, tmp_path):
     with pytest.raises(UserError, match="is not empty"):
         examine(photos, tmp_path / "out")
     assert (tmp_path / "out" / "report.json").read_text() == "mine"
+    with pytest.raises(UserError, match="report.json is a file, expected a folder"):
+        examine(photos, tmp_path / "out" / "report.json" / "x")
 
 
 def test_the_command(photos, tmp_path):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from ieg_jax.data import sources
+from ieg_jax.data import image_files, sources
 from ieg_jax.errors import UserError
 
 
@@ -96,6 +96,10 @@ def test_paths_are_relative_to_data_dir_where_it_is_given(tmp_path):
         ("path,label\nx.png,a\ny.png,b\nx.png,b\n", "line 4: x.png has label 'b', but 'a' in .*line 2"),
         ("path,label\nx.png,a\n./x.png,b\n", "x.png has label 'b', but 'a'"),
         ("path,label\nx.png,a\ny.png,a\n", "at least two classes"),
+        ('path,label\n"x.png,a\ny.png,b\n"z.png",b\n', "line 4: path .*is a quotation mark left open"),
+        ("path,label\nx,1.png,a\ny.png,b\n", "line 2: 1 cells too many"),
+        ("path,label\nx.png,20240101123\ny.png,1\n", "class 0 has no training images"),
+        ("path,label\nx.png,a\nbad\0name.png,b\n", "line"),
         ("path,label\nx.png,0\ny.png,-1\n", "line 3: label -1, expected 0 and up"),
         ("path,label\nx.png,0\ny.png,2\n", "class 1 has no training images"),
         ("path,label,split\nx.png,0,training\n", "split 'training', expected one of train, test, trusted"),
@@ -134,3 +138,34 @@ def test_bad_places(tmp_path):
     (tmp_path / "latin.csv").write_bytes("path,label\nx.png,grün\n".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         sources.load(config("image_csv", tmp_path / "latin.csv"))
+
+
+def test_folders_that_are_numbers_are_names_in_their_order(tmp_path):
+    write_images(tmp_path / "own", [f"{number}/x.png" for number in (10, 2, 1)])
+    source = sources.load(config("image_folder", tmp_path / "own"))
+    assert source.class_names == ("1", "2", "10") and source.train.labels.tolist() == [0, 2, 1]
+    assert source.train.names.tolist() == ["1/x.png", "10/x.png", "2/x.png"]
+
+
+def test_links_are_followed_once(tmp_path):
+    write_images(tmp_path / "own", ["a/x.png", "a/more/z.png", "b/y.png"])
+    (tmp_path / "own" / "a" / "more" / "up").symlink_to(tmp_path / "own" / "a")
+    (tmp_path / "elsewhere").mkdir()
+    write_images(tmp_path / "elsewhere", ["w.png"])
+    (tmp_path / "own" / "b" / "linked").symlink_to(tmp_path / "elsewhere")
+    source = sources.load(config("image_folder", tmp_path / "own"))
+    assert source.train.names.tolist() == ["a/more/z.png", "a/x.png", "b/linked/w.png", "b/y.png"]
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    write_images(tmp_path / "own", ["a/x.png", "b/y.png", "b/more/z.png"])
+    listed = image_files.pathlib.Path.iterdir
+
+    def iterdir(path):
+        if path.name == "more":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(image_files.pathlib.Path, "iterdir", iterdir)
+    with pytest.raises(UserError, match=r"b/more: cannot be listed \(Permission denied\)"):
+        sources.load(config("image_folder", tmp_path / "own"))

@@ -95,6 +95,33 @@ def test_files_are_decoded_once_and_again_when_they_change(tmp_path, monkeypatch
     assert images.check(paths)[1].error and len(calls) == 6
 
 
+def test_a_passing_trouble_is_not_remembered(tmp_path, monkeypatch):
+    image_trees.save(tmp_path / "x.png", image_trees.picture(1))
+    paths = np.array([str(tmp_path / "x.png")], object)
+    with monkeypatch.context() as patch:
+        patch.setattr(images.pathlib.Path, "read_bytes", raise_permission_error)
+        assert images.check(paths)[0].error == "cannot be read: Permission denied"
+    assert images.check(paths)[0].error == ""
+
+
+def raise_permission_error(path):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_what_is_remembered_is_kept_part_by_part_and_made_again_when_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "CHECKED_AT_ONCE", 2)
+    for k in range(5):
+        image_trees.save(tmp_path / f"{k}.png", image_trees.picture(k, (10 + k, 9)))
+    paths = np.array([str(tmp_path / f"{k}.png") for k in range(5)], object)
+    first = images.check(paths)
+    assert [(c.height, c.width) for c in first] == [(9, 10 + k) for k in range(5)]
+    kept = sorted((tmp_path / "cache").rglob("*.npz"))
+    assert len(kept) == 3
+    kept[0].write_bytes(b"damaged")
+    assert images.check(paths) == first
+    assert len(kept[0].read_bytes()) > 10
+
+
 def test_random_resized_crop_draws_what_it_says(tmp_path):
     """On an image whose pixels are their own coordinates, each crop tells which window it was."""
     height, width = 90, 120

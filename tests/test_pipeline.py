@@ -274,7 +274,11 @@ def test_evaluation_of_stored_images(stored):
         ("crop(pad=2)", "", "augment.standard: crop needs images of one size.*random_resized_crop"),
         ("", "", "augment.standard does not make them equal"),
         ("resize(16)", "", "augment.standard does not make them equal"),
-        ("random_resized_crop(16)", "randaugment(magnitude=12)", "magnitude=12"),
+        (
+            "random_resized_crop(16)",
+            "randaugment(magnitude=12)",
+            "magnitude is 12.0, expected a level",
+        ),
     ],
 )
 def test_policies_that_do_not_fit_the_images(stored, standard, strong, message):
@@ -292,3 +296,15 @@ def test_a_file_that_goes_away(stored):
     data = dataclasses.replace(data, train=dataclasses.replace(data.train, images=gone))
     with pytest.raises(UserError, match="can no longer be read: .*gone"):
         next(pipeline.train_batches(config, data, 0, 1, SHARDING))
+
+
+def test_the_fingerprint_changes_with_what_it_is_of(config, data):
+    same = pipeline.load(config).fingerprint()
+    assert same == data.fingerprint() and set(same) == {"train", "trusted", "test"}
+    for column in ("labels", "names", "images", "ids", "clean_labels"):
+        changed = getattr(data.evaluation, column).copy()
+        changed[3] = changed[4]
+        other = dataclasses.replace(data, evaluation=dataclasses.replace(data.evaluation, **{column: changed}))
+        if (changed != getattr(data.evaluation, column)).any():
+            differs = {name for name, value in other.fingerprint().items() if value != same[name]}
+            assert differs == {"test"}, column

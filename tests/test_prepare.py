@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from configs import default
-from ieg_jax.data import prepare, records, sources
+from ieg_jax.data import images, prepare, records, sources
 from ieg_jax.errors import UserError
 
 
@@ -81,12 +81,12 @@ def test_an_interrupted_run_goes_on(photos, tmp_path, monkeypatch):
     calls = []
     write = prepare._write_shard
 
-    def write_or_die(plan, folder, split, number, rows):
+    def write_or_die(plan, folder, split, number, rows, state):
         calls.append((split, number))
         if len(calls) == 3:
             (folder / "parts" / "half.incomplete").write_text("half a shard")
             raise KeyboardInterrupt
-        write(plan, folder, split, number, rows)
+        return write(plan, folder, split, number, rows, state)
 
     monkeypatch.setattr(prepare, "_write_shard", write_or_die)
     with pytest.raises(KeyboardInterrupt):
@@ -109,9 +109,9 @@ def test_other_data_in_the_folder(photos, tmp_path):
         prepare.prepare(config, tmp_path / "records", examples_per_shard=7, resize=12)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("not to be lost")
-    with pytest.raises(UserError, match="not empty and holds no records"):
+    with pytest.raises(UserError, match="is not empty; name a new folder"):
         prepare.prepare(config, tmp_path / "mine")
-    with pytest.raises(UserError, match="fits into memory"):
+    with pytest.raises(UserError, match="in memory or in records already"):
         prepare.prepare(default.get_config(), tmp_path / "digits")
 
 
@@ -128,6 +128,57 @@ def test_unreadable_images(photos, tmp_path):
     want = sources.load(config.data)
     np.testing.assert_array_equal(got.train.ids, want.train.ids)
     np.testing.assert_array_equal(got.train.names, want.train.names)
+
+
+def test_a_mended_image_is_taken_in(photos, tmp_path):
+    config, _ = photos
+    broken = tmp_path / "photos" / "cat" / "broken.jpg"
+    broken.write_bytes(b"hello")
+    with pytest.raises(UserError, match="mend these files"):
+        prepare.prepare(config, tmp_path / "records", examples_per_shard=7)
+    pixels = image_trees.save(broken, image_trees.picture(5))
+    written = prepare.prepare(config, tmp_path / "records", examples_per_shard=7)
+    assert written["images"]["train"] == 31 and not written["left_out"]
+    source = sources.load(records_config(tmp_path / "records").data)
+    row = source.train.names.tolist().index("cat/broken.jpg")
+    np.testing.assert_array_equal(source.train.images.reader()(row).whole(), pixels)
+    broken.write_bytes(b"changed again")
+    with pytest.raises(UserError, match="is finished, and image files have changed since"):
+        prepare.prepare(config, tmp_path / "records", examples_per_shard=7)
+
+
+def test_a_class_or_split_of_which_nothing_is_left(photos, tmp_path):
+    config, _ = photos
+    config.data.unreadable = "skip"
+    (tmp_path / "test" / "cat" / "x.png").write_bytes(b"")
+    with pytest.raises(UserError, match="no image of class 'cat' can be decoded"):
+        prepare.prepare(config, tmp_path / "records")
+
+
+@pytest.mark.parametrize("name, want", [("Äpfel 2", "pfel_2"), ("123", "images_123"), ("Äß", "images")])
+def test_names_that_tfds_takes(photos, tmp_path, name, want):
+    config, _ = photos
+    (tmp_path / "photos").rename(tmp_path / name)
+    config.data.train = str(tmp_path / name)
+    prepare.prepare(config, tmp_path / "records")
+    assert list((tmp_path / "records").glob(f"{want}-train.tfrecord-*"))
+    assert len(sources.load(records_config(tmp_path / "records").data).train) == 30
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("name", "webvison", "Did you mean 'webvision'"),
+        ("unreadable", "ignore", "refuse"),
+        ("image_size", 8, "--resize"),
+    ],
+)
+def test_settings_that_cannot_work(photos, tmp_path, key, value, message):
+    config, _ = photos
+    config.data[key] = value
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(config, tmp_path / "records")
+    assert not (tmp_path / "records").exists()
 
 
 def test_resize(photos, tmp_path):
@@ -183,26 +234,21 @@ def test_an_index_is_made_where_there_is_none(photos, tmp_path, monkeypatch):
     got = sources.load(records_config(out).data).train
     np.testing.assert_array_equal(got.images.offsets, want.images.offsets)
     assert index.exists()
-    index.write_bytes(first)
+    index.write_bytes(first[:50])
+    got = sources.load(records_config(out).data).train
+    np.testing.assert_array_equal(got.images.offsets, want.images.offsets, "a damaged one is made again")
     # Where the records may only be read it is kept in the cache.
     index.unlink()
-    monkeypatch.setattr(records, "index_path", lambda folder, split: tmp_path / "none" / "x" / "index.npz")
-    monkeypatch.setattr(type(tmp_path), "write_bytes", write_bytes_outside(tmp_path / "none"))
-    sources.load(records_config(out).data)
-    assert list((tmp_path / "cache").rglob("*-train.npz"))
+    write = images.write_table
 
-
-def write_bytes_outside(forbidden):
-    import pathlib
-
-    original = pathlib.Path.write_bytes
-
-    def write_bytes(self, data):
-        if forbidden in self.parents:
+    def write_elsewhere(path, table):
+        if out in path.parents:
             raise PermissionError("read only")
-        return original(self, data)
+        write(path, table)
 
-    return write_bytes
+    monkeypatch.setattr(images, "write_table", write_elsewhere)
+    sources.load(records_config(out).data)
+    assert list((tmp_path / "cache").rglob("*-train.npz")) and not index.exists()
 
 
 def test_offsets_are_those_of_the_file(tmp_path):

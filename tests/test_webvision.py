@@ -1,3 +1,5 @@
+import shutil
+
 import image_trees
 import numpy as np
 import pytest
@@ -123,6 +125,28 @@ def test_the_tfds_builder_writes_the_same(tree, tmp_path):
     assert len(full.test) == len(content["val"])
 
 
+def test_the_tfds_builder_leaves_out_what_cannot_be_decoded(tree, tmp_path):
+    """And turns images as they are meant: what TensorFlow alone would read otherwise is stored as PNG."""
+    from ieg_jax.data import webvision_tfds
+
+    folder, content = tmp_path / "raw", tree[1]
+    shutil.copytree(tree[0], folder)
+    first, second, third = (name for name, _, _ in content["google"][:3])
+    (folder / first).write_bytes((folder / first).read_bytes()[:200])
+    (folder / second).unlink()
+    exif = image_trees.Image.Exif()
+    exif[0x0112] = 6
+    image_trees.picture(1, (30, 20)).save(folder / third, exif=exif)
+    (tmp_path / "tfds").mkdir()
+    builder = webvision_tfds.Webvision(config="mini", data_dir=tmp_path / "tfds")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=folder))
+    source = sources.load(config(tmp_path / "tfds"))
+    assert set(source.left_out) == {first, second} and source.left_out[second].startswith("cannot be read")
+    assert len(source.train) == 98 and first not in source.train.names
+    row = source.train.names.tolist().index(third)
+    assert source.train.images.reader()(row).whole().shape == (30, 20, 3)
+
+
 def edited(tree, tmp_path, file, change):
     folder = tree[0]
     for name in ("google", "flickr", "val_images_256"):
@@ -130,7 +154,8 @@ def edited(tree, tmp_path, file, change):
     (tmp_path / "info").mkdir()
     for source in (folder / "info").iterdir():
         text = source.read_text()
-        (tmp_path / "info" / source.name).write_text(change(text) if source.name == file else text)
+        changed = change(text) if source.name == file else text
+        (tmp_path / "info" / source.name).write_bytes(changed.encode("utf-8", "surrogateescape"))
     return config(tmp_path)
 
 
@@ -146,6 +171,7 @@ TRAIN = "train_filelist_google.txt"
         (TRAIN, lambda text: text.replace("google/", "elsewhere/"), "none of its first images is there"),
         (TRAIN, lambda text: "\n".join(text.splitlines()[2:]), "class 0 has no images"),
         (TRAIN, lambda text: text + "google/q0000/lost.jpg 0\n", "1 of 101 images cannot be used"),
+        (TRAIN, lambda text: text.replace("img", "\udce9", 1), "not UTF-8"),
         ("synsets.txt", lambda text: "tench\n" + text, "begins with 'tench', expected a wnid"),
         ("synsets.txt", lambda text: text + text, "different wnids"),
     ],
@@ -168,7 +194,17 @@ def test_what_is_not_there(tmp_path, tree, ilsvrc):
         sources.load(config(tree[0], variant="maxi"))
     with pytest.raises(UserError, match="data.test=.*no folder for 50 of 50 classes"):
         sources.load(config(tree[0], test=str(tmp_path)))
-    with pytest.raises(UserError, match="TFDS cannot provide webvision/mini"):
+    with pytest.raises(UserError, match="elsewhere.*no such folder"):
         sources.load(config(tmp_path / "elsewhere"))
+    assert not (tmp_path / "elsewhere").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="TFDS cannot provide webvision/mini"):
+        sources.load(config(tmp_path / "empty"))
     with pytest.raises(UserError, match="needs data.dir"):
         webvision.imagenet(default.get_config().data)
+
+
+def test_image_files_in_a_bucket(monkeypatch):
+    monkeypatch.setattr(webvision, "_imagenet_place", lambda place: (None, webvision.epath.Path(place)))
+    with pytest.raises(UserError, match="data.test='gs://bucket/imagenet'.*local folders only"):
+        webvision.imagenet_split("gs://bucket/imagenet", "val", ("n00000001",), ("n00000001",), "data.test")

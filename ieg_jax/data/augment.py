@@ -174,6 +174,18 @@ OPERATIONS = {
 }
 
 
+# Parameters that not every number fits: name -> (test, what is expected).
+BOUNDS = {
+    "pad": (lambda v: v >= 0, "at least 0"),
+    "size": (lambda v: v > 0, "above 0"),
+    "smallest": (lambda v: 0 < v <= 1, "a share in (0, 1]"),
+    "stretch": (lambda v: v >= 1, "at least 1"),
+    "fill": (lambda v: -1 <= v <= 1, "a grey value in [-1, 1]"),
+    "layers": (lambda v: v >= 1, "at least 1"),
+    "magnitude": (lambda v: 0 <= v <= 10, "a level in [0, 10]"),
+}
+
+
 def parse_policy(text: str, key: str) -> Policy:
     """Makes a policy of its text, such as `crop(pad=4)|flip`.
 
@@ -240,4 +252,8 @@ def _operation(node: ast.expr, text: str, key: str) -> Policy:
         raise UserError(
             f"{key}: {ast.unparse(node)!r}: {error}; {name} takes numbers for {', '.join(known) or 'nothing'}"
         ) from None
+    for parameter, value in parameters.items():
+        test, expected = BOUNDS.get(parameter, (math.isfinite, "a number"))
+        if not (math.isfinite(value) and test(value)):
+            raise UserError(f"{key}: {ast.unparse(node)!r}: {parameter} is {value}, expected {expected}")
     return functools.partial(OPERATIONS[name], **parameters)

@@ -19,8 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from ieg_jax.errors import UserError
-
 GREY = 128
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -352,15 +350,7 @@ def autoaugment_imagenet(image: tf.Tensor, seed: tf.Tensor, translate_pixels: fl
 
 
 def randaugment(image: tf.Tensor, seed: tf.Tensor, layers: int = 2, magnitude: float = 10.0) -> tf.Tensor:
-    """`layers` operations, each any of 14 with the same probability, all at `magnitude`; grey from outside.
-
-    Raises:
-      UserError: for no layers, and for a magnitude outside 0 … 10.
-    """
-    if layers < 1:
-        raise UserError(f"randaugment(layers={layers}): expected at least 1; change it where augment.* names it")
-    if not 0 <= magnitude <= 10:
-        raise UserError(f"randaugment(magnitude={magnitude:g}): expected 0 … 10; change it where augment.* names it")
+    """`layers` operations, each any of 14 with the same probability, all at `magnitude`, 0 … 10; grey from outside."""
     parameters = randaugment_parameters(magnitude, *image.shape[:2])
     return _apply(image, draw_operations(seed, layers, parameters), list(parameters), GREY)
 

@@ -53,12 +53,6 @@ LOOKALIKES = {
 NEIGHBOURS = {"cifar100": _cycles(np.arange(100).reshape(20, 5).tolist())}
 
 
-def uniform(name: str, num_classes: int) -> np.ndarray:
-    """Every class alike, the true one included."""
-    del name
-    return np.full((num_classes, num_classes), 1 / num_classes)
-
-
 def symmetric(name: str, num_classes: int) -> np.ndarray:
     """Every class alike but the true one."""
     del name

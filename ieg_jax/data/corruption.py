@@ -191,7 +191,6 @@ def _none(source: Source, noise: ConfigDict) -> Split:
 
 
 def _uniform(source: Source, noise: ConfigDict) -> Split:
-    """`class_flips.uniform` by a draw of its own, without the rounding of a cumulative sum."""
     train = source.train
     selected = select(noise, train.ids, train.clean_labels)
     drawn = np.floor(uniforms(noise.seed, DRAW, train.ids) * source.num_classes).astype(np.int32)
@@ -219,9 +218,11 @@ def _draw_rows(train: Split, seed: int, selected: np.ndarray, matrix: np.ndarray
 
 
 def _file(source: Source, noise: ConfigDict) -> Split:
-    labels = read_labels(noise.file)
-    check_labels(labels, len(source.train), f"noise.file={noise.file!r}", source.num_classes, lowest=0)
-    return _in_order_of_ids(source.train, labels)
+    train, labels = source.train, read_labels(noise.file)
+    if max(train.ids.max(), len(train)) < len(labels) <= len(train) + len(source.left_out):
+        labels = labels[np.sort(train.ids)]  # of all that are listed, also of those that were left out
+    check_labels(labels, len(train), f"noise.file={noise.file!r}", source.num_classes, lowest=0)
+    return _in_order_of_ids(train, labels)
 
 
 def _human(source: Source, noise: ConfigDict) -> Split:
@@ -255,7 +256,6 @@ _UNSET = {"rate": 0.0, "selection": "bernoulli", "file": "", "label_set": "", "o
 
 # (name of the data set, K) -> where selected labels go, by true class.
 CLASS_FLIPS: dict[str, Callable[[str, int], np.ndarray]] = {
-    "uniform": class_flips.uniform,
     "symmetric_flip": class_flips.symmetric,
     "asymmetric": class_flips.asymmetric,
     "asymmetric_contiguous": class_flips.asymmetric_contiguous,

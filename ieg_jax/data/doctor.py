@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorflow as tf
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
@@ -47,9 +48,8 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
       UserError: for what training would refuse, and where `out` holds files already.
     """
     config_lib.validate(config)
-    out = epath.Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out={out} is not empty; name a new folder")
+    out = epath.Path(out).expanduser()
+    cli.check_new_folder("--out", out)
     config = config.copy_and_resolve_references()
     refuses = config.data.unreadable == "refuse"
     config.data.unreadable = "skip"
@@ -184,17 +184,23 @@ def _sizes(split: Split) -> str:
         height, width, channels = split.images.shape[1:]
         return f"{height}×{width}×{channels}, {split.images.dtype}, in memory"
     if isinstance(split.images, images.FileImages):
-        found = np.array([(one.height, one.width) for one in images.check(split.images.paths)])
-        which = "files"
+        found, which = split.images.sizes, "files"
     else:
         rows = np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int))
         read = split.images.reader()
-        found = np.array([read(row).whole().shape[:2] for row in rows])
+        found = np.array([_readable(read, row).whole().shape[:2] for row in rows])
         which = f"records, {len(rows)} looked at"
     low, middle, high = found.min(0), np.median(found, 0).astype(int), found.max(0)
     return (
         f"height {low[0]} to {high[0]} (median {middle[0]}), width {low[1]} to {high[1]} (median {middle[1]}), {which}"
     )
+
+
+def _readable(read, row: int) -> images.Encoded:
+    try:
+        return read(tf.constant(row))
+    except tf.errors.OpError as error:
+        raise UserError(f"image {row} cannot be read: {error.message.splitlines()[0]}") from None
 
 
 def _label_file(noise: ConfigDict, console: Console) -> dict[str, Any] | None:
@@ -239,8 +245,9 @@ def _duplicates(splits: dict[str, Split]) -> dict[str, list[list[str]]]:
     """Groups of images with the same bytes: "first and second split" -> lists of their names."""
     places: dict[str, list[tuple[str, str]]] = {}
     for name, split in splits.items():
+        read = None if split.in_memory else split.images.reader()
         for row in track(range(len(split)), f"hashing {name}", transient=True, disable=len(split) < 2000):
-            content = split.images[row].tobytes() if split.in_memory else split.images.read(row)
+            content = split.images[row].tobytes() if read is None else _readable(read, row).content.numpy()
             digest = hashlib.blake2b(content, digest_size=16).hexdigest()
             places.setdefault(digest, []).append((name, str(split.names[row])))
     found: dict[str, list[list[str]]] = {}

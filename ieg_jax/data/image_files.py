@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -14,8 +15,12 @@ from ieg_jax.data.images import FileImages
 from ieg_jax.data.splits import UNKNOWN, Source, Split, make_split
 from ieg_jax.errors import UserError
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm",
+}  # fmt: skip
 SPLITS = ("train", "test", "trusted")
+_NUMBER = re.compile(r"[+-]?\d+")
+Classes = tuple[tuple[str, ...], dict[str, int]]  # names by number; number by name as it is written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +47,13 @@ class Listed:
 def image_folder(data: ConfigDict) -> Source:
     """Folders with one folder for each class: `data.train`/class/x.jpg; `data.test` and `data.trusted` likewise.
 
-    The classes are the folders' names in alphabetical order. `data.test` and `data.trusted` may also be lists,
-    see `image_csv`.
+    The classes are the folders' names in alphabetical order, or in that of the numbers where all are whole numbers.
+    Files that do not end in one of SUFFIXES, or begin with a dot, are no images. `data.test` and `data.trusted` may
+    also be lists, see `image_csv`.
     """
     if not data.train or not pathlib.Path(data.train).expanduser().is_dir():
         raise UserError(f"data.train={data.train!r}: no such folder; data.name=image_folder expects class/x.jpg there")
-    return _load(data)
+    return _load(data, _number_names)
 
 
 def image_csv(data: ConfigDict) -> Source:
@@ -59,10 +65,10 @@ def image_csv(data: ConfigDict) -> Source:
     """
     if not data.train or not pathlib.Path(data.train).expanduser().is_file():
         raise UserError(f"data.train={data.train!r}: no such file; data.name=image_csv expects a CSV file there")
-    return _load(data)
+    return _load(data, _number_labels)
 
 
-def _load(data: ConfigDict) -> Source:
+def _load(data: ConfigDict, number_classes: Callable[[list["Listed"], int], Classes]) -> Source:
     base = pathlib.Path(data.dir or data.train).expanduser()
     base = base if base.is_dir() else base.parent
     listed = []
@@ -73,7 +79,9 @@ def _load(data: ConfigDict) -> Source:
     trained = [image for image in listed if image.split == "train"]
     if not trained:
         raise UserError(f"data.train={data.train!r}: no training images in it")
-    classes, numbers = _number_classes(trained, data.num_classes)
+    classes, numbers = number_classes(trained, data.num_classes)
+    if len(classes) < 2:
+        raise UserError(f"all labels are {classes[0]!r}, expected at least two classes")
     for image in listed:
         for label in filter(None, (image.label, image.clean_label)):
             if label not in numbers:
@@ -104,25 +112,41 @@ def list_images(where: pathlib.Path, base: pathlib.Path, split: str, relative_to
 
 
 def _list_folder(folder: pathlib.Path, base: pathlib.Path, split: str) -> list[Listed]:
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = [entry for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith(".")]
     if not classes:
         raise UserError(f"data.{split}={str(folder)!r}: no folders in it; expected one for each class, with its images")
     listed = []
-    for folder_of_class in classes:
-        paths = sorted(
-            pathlib.Path(root, file)
-            for root, _, files in os.walk(folder_of_class, followlinks=True)
-            for file in files
-            if pathlib.Path(file).suffix.lower() in SUFFIXES and not file.startswith(".")
-        )
+    for place in classes:
+        paths = list(_images_below(place, set()))
         if not paths:
             raise UserError(
-                f"data.{split}: class {folder_of_class.name!r} has no images in {folder_of_class} "
+                f"data.{split}: class {place.name!r} has no images in {place} "
                 f"(files ending in {', '.join(sorted(SUFFIXES))}); remove the folder or fill it"
             )
-        label = folder_of_class.name
-        listed += [Listed(str(p), _name(p, base), label, "", split, f"{folder_of_class}: {p.name}") for p in paths]
+        listed += [Listed(str(p), _name(str(p), str(base)), place.name, "", split, f"{place}: {p.name}") for p in paths]
     return listed
+
+
+def _images_below(folder: pathlib.Path, seen: set[str]) -> Iterator[pathlib.Path]:
+    """The image files of a folder and of those in it, each folder once however many links lead there."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    seen.add(real)
+    for entry in _entries(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _images_below(entry, seen)
+        elif entry.suffix.lower() in SUFFIXES:
+            yield entry
+
+
+def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
 
 
 def _read_list(file: pathlib.Path, base: pathlib.Path, split: str, relative_to_base: bool) -> list[Listed]:
@@ -137,27 +161,41 @@ def _read_list(file: pathlib.Path, base: pathlib.Path, split: str, relative_to_b
     if not {"path", "label"} <= set(columns):
         raise UserError(f"{file}: columns {columns}, expected a first line with path and label, e.g. path,label,split")
     reader.fieldnames = columns
-    root, listed = (base if relative_to_base else file.parent), []
-    for row in reader:
-        where = f"{file}, line {reader.line_num}"
-        cells = {key: (value or "").strip() for key, value in row.items() if key and not isinstance(value, list)}
-        if not any(cells.values()):
-            continue  # a blank line, or one of nothing but commas
-        if not cells["path"] or not cells["label"]:
-            raise UserError(f"{where}: path {cells['path']!r}, label {cells['label']!r}; expected both")
-        part = cells.get("split") or split
-        if part not in SPLITS:
-            raise UserError(f"{where}: split {part!r}, expected one of {', '.join(SPLITS)}")
-        path = root / cells["path"]
-        listed.append(Listed(str(path), _name(path, base), cells["label"], cells.get("clean_label", ""), part, where))
+    root, listed = str(base if relative_to_base else file.parent), []
+    try:
+        for row in reader:
+            image = _listed(row, f"{file}, line {reader.line_num}", root, str(base), split)
+            listed += [image] if image else []
+    except csv.Error as error:
+        raise UserError(f"{file}, line {reader.line_num}: {error}; is a quotation mark left open?") from None
     if not listed:
         raise UserError(f"{file}: no images listed")
     return listed
 
 
-def _name(path: pathlib.Path, base: pathlib.Path) -> str:
-    absolute, root = os.path.abspath(path), os.path.abspath(base)
-    return os.path.relpath(absolute, root) if os.path.commonpath([absolute, root]) == root else absolute
+def _listed(row: dict, where: str, root: str, base: str, split: str) -> Listed | None:
+    """The image of one line, None for a line with nothing in it."""
+    if None in row:
+        raise UserError(f"{where}: {len(row[None])} cells too many; a path with the separator in it needs quotes")
+    cells = {key: (value or "").strip() for key, value in row.items()}
+    if not any(cells.values()):
+        return None
+    if not cells["path"] or not cells["label"]:
+        raise UserError(f"{where}: path {cells['path']!r}, label {cells['label']!r}; expected both")
+    if any(character in cells["path"] for character in "\r\n\0"):
+        raise UserError(
+            f"{where}: path {cells['path'][:40]!r}... goes over several lines; is a quotation mark left open?"
+        )
+    part = cells.get("split") or split
+    if part not in SPLITS:
+        raise UserError(f"{where}: split {part!r}, expected one of {', '.join(SPLITS)}")
+    path = os.path.join(root, cells["path"])
+    return Listed(path, _name(path, base), cells["label"], cells.get("clean_label", ""), part, where)
+
+
+def _name(path: str, base: str) -> str:
+    path, base = os.path.abspath(path), os.path.abspath(base)
+    return path.removeprefix(base + os.sep)
 
 
 def _without_repeats(listed: list[Listed]) -> list[Listed]:
@@ -173,30 +211,41 @@ def _without_repeats(listed: list[Listed]) -> list[Listed]:
     return list(seen.values())
 
 
-def _number_classes(listed: list[Listed], num_classes: int) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Names of the classes by number, and number by name as it is written."""
-    written = {label for image in listed for label in (image.label, image.clean_label) if label}
-    if all(re.fullmatch(r"[+-]?\d+", label) for label in written):
-        highest = max(max(int(label) for label in written), 1)
-        for image in listed:
-            for label in filter(None, (image.label, image.clean_label)):
-                if not 0 <= int(label) < (num_classes or highest + 1):
-                    upper = f"to {num_classes - 1} (data.num_classes)" if num_classes else "and up"
-                    raise UserError(f"{image.where}: label {label}, expected 0 {upper}")
-        classes = tuple(str(number) for number in range(num_classes or highest + 1))
-        numbers = {name: number for number, name in enumerate(classes)} | {label: int(label) for label in written}
-        empty = set(range(len(classes))) - {int(image.label) for image in listed}
-        if empty and not num_classes:
+def _labels(listed: list[Listed]) -> set[str]:
+    return {label for image in listed for label in (image.label, image.clean_label) if label}
+
+
+def _number_names(listed: list[Listed], num_classes: int) -> Classes:
+    """Names in order, whole numbers in theirs: (names by number, number by name)."""
+    del num_classes
+    written = _labels(listed)
+    key = int if all(map(_NUMBER.fullmatch, written)) else None
+    classes = tuple(sorted(written, key=key))
+    return classes, {name: number for number, name in enumerate(classes)}
+
+
+def _number_labels(listed: list[Listed], num_classes: int) -> Classes:
+    """As `_number_names`, but labels that are whole numbers are the numbers of their classes."""
+    written = _labels(listed)
+    if not all(map(_NUMBER.fullmatch, written)):
+        return _number_names(listed, num_classes)
+    numbers = {label: int(label) for label in written}
+    highest = max(numbers.values())
+    for image in listed:
+        for label in filter(None, (image.label, image.clean_label)):
+            if not 0 <= numbers[label] < (num_classes or highest + 1):
+                upper = f"to {num_classes - 1} (data.num_classes)" if num_classes else "and up"
+                raise UserError(f"{image.where}: label {label}, expected 0 {upper}")
+    if not num_classes:
+        present = {numbers[image.label] for image in listed}
+        empty = next((number for number in range(highest + 1) if number not in present), None)
+        if empty is not None:
             raise UserError(
-                f"labels go up to {highest}, but class {min(empty)} has no training images; "
+                f"labels go up to {highest}, but class {empty} has no training images; "
                 f"set data.num_classes={highest + 1} if that is meant"
             )
-    else:
-        classes = tuple(sorted(written))
-        numbers = {name: number for number, name in enumerate(classes)}
-    if len(classes) < 2:
-        raise UserError(f"all labels are {classes[0]!r}, expected at least two classes")
-    return classes, numbers
+    classes = tuple(str(number) for number in range(num_classes or highest + 1))
+    return classes, {name: number for number, name in enumerate(classes)} | numbers
 
 
 def _to_split(listed: list[Listed], numbers: dict[str, int]) -> Split | None:
@@ -206,5 +255,5 @@ def _to_split(listed: list[Listed], numbers: dict[str, int]) -> Split | None:
     clean = np.array([numbers[image.clean_label] if image.clean_label else UNKNOWN for image in listed])
     if listed[0].split != "train":
         clean = labels  # what is for testing or trusted is taken at its word
-    images = FileImages(np.array([image.path for image in listed]))
-    return make_split(images, labels, clean, np.array([image.name for image in listed]))
+    images = FileImages(np.array([image.path for image in listed], object))
+    return make_split(images, labels, clean, [image.name for image in listed])

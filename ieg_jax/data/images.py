@@ -11,14 +11,20 @@ import hashlib
 import io
 import os
 import pathlib
+import zipfile
 from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
+from etils import epath
 from PIL import Image, ImageOps
 from rich.progress import track
 
+from ieg_jax.errors import UserError
+
 JPEG_START = b"\xff\xd8\xff"
+JPEG_QUALITY = 95
+CHECKED_AT_ONCE = 5000  # files whose outcome is kept together
 ORIENTATION = 0x0112  # EXIF tag; 1 = upright
 # (height, width) int32 [2] -> (top, left, height, width) int32 [4]
 ChooseWindow = Callable[[tf.Tensor], tf.Tensor]
@@ -72,12 +78,8 @@ class StoredImages:
         raise NotImplementedError
 
     def reader(self) -> Callable[[tf.Tensor], Encoded]:
-        """A function row -> Encoded whose tables are tensors already."""
+        """A function row -> Encoded whose tables are tensors already: make it once, not for each image."""
         raise NotImplementedError
-
-    def read(self, row: int) -> bytes:
-        """The encoded bytes of one image."""
-        return self.reader()(tf.constant(row)).content.numpy()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,27 +87,26 @@ class FileImages(StoredImages):
     """Image files.
 
     Attributes:
-      paths: `[n]` strings.
-      plain: `[n]` bool, see `Encoded`; from `check`. None = not checked yet, cannot be read.
+      paths: `[n]` str objects.
+      plain: `[n]` bool, see `Encoded`; None = the files have not been looked at and cannot be read yet.
+      sizes: `[n, 2]` int32, height and width in pixels, upright; None likewise.
     """
 
     paths: np.ndarray
     plain: np.ndarray | None = None
+    sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, rows: np.ndarray) -> "FileImages":
-        return FileImages(self.paths[rows], None if self.plain is None else self.plain[rows])
+        columns = (self.paths, self.plain, self.sizes)
+        return FileImages(*(None if column is None else column[rows] for column in columns))
 
     def reader(self) -> Callable[[tf.Tensor], Encoded]:
         """A function row -> Encoded."""
         paths, plain = tf.constant(self.paths.tolist(), tf.string), tf.constant(self.plain, tf.bool)
         return lambda row: Encoded(tf.io.read_file(paths[row]), plain[row])
-
-    def read(self, row: int) -> bytes:
-        """The bytes of one file."""
-        return pathlib.Path(self.paths[row]).read_bytes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,44 +176,88 @@ def check_image(content: bytes) -> Checked:
     return Checked(plain, decoded.shape[0], decoded.shape[1])
 
 
-def check(paths: np.ndarray, description: str = "checking images") -> list[Checked]:
+def check(paths: np.ndarray) -> list[Checked]:
     """Decodes every file once and remembers the outcome.
 
-    Results are kept in the user's cache folder under a hash of paths, sizes and times of change, so that the
-    next start of the same data does not decode them again.
+    Results are kept in the user's cache folder, for some thousand files at a time, under a hash of their paths, sizes
+    and times of change; so the next start on the same data decodes nothing, and one that was stopped goes on.
 
     Args:
-      paths: `[n]` strings.
-      description: for the progress bar.
+      paths: `[n]` str objects.
 
     Returns:
       `[n]`, in order.
     """
-    stats = [_stat(path) for path in paths]
+    parts = [paths[start : start + CHECKED_AT_ONCE] for start in range(0, len(paths), CHECKED_AT_ONCE)]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        shown = track(parts, "checking images", transient=True, disable=len(paths) < 1000)
+        return [checked for part in shown for checked in _check_part(part, pool)]
+
+
+def _check_part(paths: np.ndarray, pool: concurrent.futures.Executor) -> list[Checked]:
+    stats = list(pool.map(stat, paths))
     key = hashlib.sha256(repr(list(zip(paths.tolist(), stats, strict=True))).encode()).hexdigest()
     cached = cache_folder() / "checked" / f"{key}.npz"
     if cached.is_file():
-        with np.load(cached, allow_pickle=False) as table:
-            columns = [table[field.name].tolist() for field in dataclasses.fields(Checked)]
-        return [Checked(*row) for row in zip(*columns, strict=True)]
+        try:
+            with np.load(cached, allow_pickle=False) as table:
+                columns = [table[field.name].tolist() for field in dataclasses.fields(Checked)]
+            return [Checked(*row) for row in zip(*columns, strict=True)]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            pass  # damaged: look again
+    passing = []  # trouble that may be over at the next start, whatever size and time say
 
     def check_file(path: str) -> Checked:
         try:
             return check_image(pathlib.Path(path).read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return Checked(error="no such file")
         except OSError as error:
+            passing.append(path)
             return Checked(error=f"cannot be read: {error.strerror}")
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(check_file, paths)
-        results = list(track(results, description, len(paths), transient=True, disable=len(paths) < 1000))
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    table = {field.name: [getattr(r, field.name) for r in results] for field in dataclasses.fields(Checked)}
-    temporary = cached.with_suffix(f".{os.getpid()}.tmp.npz")
-    np.savez_compressed(temporary, **table)
-    temporary.replace(cached)
+    results = list(pool.map(check_file, paths))
+    if not passing:
+        table = {field.name: [getattr(r, field.name) for r in results] for field in dataclasses.fields(Checked)}
+        write_table(cached, table)
     return results
+
+
+def write_table(path: epath.Path | pathlib.Path, table: dict[str, np.ndarray]) -> None:
+    """Writes arrays as .npz, whole or not at all."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
+    temporary.write_bytes(content.getvalue())
+    temporary.replace(path)
+
+
+def storable(content: bytes, resize: int = 0) -> tuple[bytes, str]:
+    """What to put into a record for an image: bytes that TensorFlow alone decodes as they are meant.
+
+    Args:
+      content: the bytes of a file.
+      resize: an image whose shorter side is longer is made that small and stored as JPEG; 0 = none is.
+
+    Returns:
+      The bytes, those of the file where nothing speaks against it and a PNG otherwise; and what is wrong with the
+      image, "" = nothing.
+    """
+    checked = check_image(content)
+    if checked.error:
+        return b"", checked.error
+    small = resize and min(checked.height, checked.width) > resize
+    if checked.plain and not small:
+        return content, ""
+    picture, buffer = Image.fromarray(decode_any(content)), io.BytesIO()
+    if small:
+        factor = resize / min(picture.size)
+        size = tuple(max(resize, round(side * factor)) for side in picture.size)
+        picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    else:
+        picture.save(buffer, "PNG")
+    return buffer.getvalue(), ""
 
 
 def cache_folder() -> pathlib.Path:
@@ -237,7 +282,10 @@ def load_resized(images: StoredImages, size: int) -> np.ndarray:
 
     rows = tf.data.Dataset.range(len(images)).map(load, tf.data.AUTOTUNE, deterministic=True).batch(256)
     batches = track(rows, "decoding images", -(-len(images) // 256), transient=True, disable=len(images) < 1000)
-    return np.concatenate([np.round(batch.numpy()).astype(np.uint8) for batch in batches])
+    try:
+        return np.concatenate([np.round(batch.numpy()).astype(np.uint8) for batch in batches])
+    except tf.errors.OpError as error:
+        raise UserError(f"an image cannot be decoded: {error.message.splitlines()[0]}") from None
 
 
 def square(image: tf.Tensor, size: int) -> tf.Tensor:
@@ -266,9 +314,10 @@ def _is_plain(image: Image.Image, content: bytes) -> bool:
     return upright and image.format == "JPEG" and image.mode in ("L", "RGB")
 
 
-def _stat(path: str) -> tuple[int, int]:
+def stat(path: str) -> tuple[int, int]:
+    """Bytes, and time of the last change in nanoseconds; (-1, -1) where there is no such file."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # a path with a zero byte is a ValueError
         return (-1, -1)
     return found.st_size, found.st_mtime_ns

@@ -89,8 +89,8 @@ def data_config(name: str, place: str, image_size: int) -> ConfigDict:
 
 
 def _draw_foreign(own: Source, name: str, place: str, seed: int, stream: int, count: int, size: int) -> Split:
-    """`count` foreign images of `size` pixels; of a large set only those that are used are resized."""
-    foreign = sources.load(data_config(name, place, 0))
+    """`count` foreign images of `size` pixels; of a large set only those that are used are decoded."""
+    foreign = sources.REGISTRY[name](data_config(name, place, 0))
     if foreign.name == own.name and name not in _PLACED_BY_TRAIN:  # these are named after files
         raise UserError(f"noise.open_set={name}: these are the images of data.name themselves; name another source")
     order = np.argsort(uniforms(seed, stream, foreign.train.ids), kind="stable")

@@ -7,6 +7,7 @@ training, on the host's processors.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 
 import jax
@@ -53,6 +54,11 @@ class Data:
     trusted_report: dict
     noisy_labels: np.ndarray
     left_out: dict[str, str]
+
+    def fingerprint(self) -> dict[str, str]:
+        """A hash of each split: ids, names, labels and the images in memory. By it a resumed run knows its data."""
+        splits = {"train": self.train, "trusted": self.trusted, self.evaluation_name: self.evaluation}
+        return {name: _hash(split) for name, split in splits.items() if split is not None}
 
 
 def load(config: ConfigDict) -> Data:
@@ -257,6 +263,13 @@ def _seed(seed: int, stream: int, position: tf.Tensor) -> tf.Tensor:
 
 
 _fold = tf.random.experimental.stateless_fold_in
+
+
+def _hash(split: Split) -> str:
+    digest = hashlib.sha256("\n".join(split.names).encode("utf-8", "surrogateescape"))
+    for column in (split.ids, split.labels, split.clean_labels, *([split.images] if split.in_memory else [])):
+        digest.update(np.ascontiguousarray(column))
+    return digest.hexdigest()
 
 
 class _Reader:

@@ -13,18 +13,19 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
+import pathlib
+import re
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -33,8 +34,6 @@ from ieg_jax import config as config_lib
 from ieg_jax.data import images, probe, records, sources
 from ieg_jax.data.splits import Source, Split
 from ieg_jax.errors import UserError
-
-JPEG_QUALITY = 95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +68,10 @@ class Plan:
         return f"{self.name}-{split}.tfrecord-{number:05d}-of-{total:05d}"
 
     def fingerprint(self) -> dict:
-        """By which a later run knows that it would write the same."""
+        """By which a later run knows that it would write the same images with the same labels."""
         digest = hashlib.sha256()
         for split in self.splits.values():
-            for column in (split.names.astype(str), split.labels, split.clean_labels, split.ids):
+            for column in (split.names, split.labels, split.clean_labels, split.ids):
                 digest.update("\n".join(map(str, column.tolist())).encode())
         sizes = {name: len(split) for name, split in self.splits.items()}
         return {
@@ -83,6 +82,11 @@ class Plan:
             "sha256_of_lists": digest.hexdigest(),
         }
 
+    def state_of_files(self, split: str, rows: np.ndarray) -> str:
+        """By which a later run knows that the files of a shard have not changed: a hash of sizes and times."""
+        stats = [images.stat(path) for path in self.splits[split].images.paths[rows]]
+        return hashlib.sha256(repr(stats).encode()).hexdigest()
+
 
 def make_plan(config: ConfigDict, examples_per_shard: int, resize: int) -> Plan:
     """Lists the images that `config` names.
@@ -90,15 +94,22 @@ def make_plan(config: ConfigDict, examples_per_shard: int, resize: int) -> Plan:
     Raises:
       UserError: for data that are in memory anyway, and whatever is wrong with the lists.
     """
+    if config.data.image_size:
+        raise UserError(f"data.image_size={config.data.image_size} is for images in memory; use --resize here")
     source: Source = sources.REGISTRY[config.data.name](config.data)
     trusted = source.trusted
     if source.trusted_is_pool and trusted is not None:
         trusted = probe.split_trusted(source, config.trusted)[1] if config.trusted.source == "separate" else None
     splits = {"train": source.train, "test": source.test, "trusted": trusted}
     splits = {name: split for name, split in splits.items() if split is not None}
-    if any(split.in_memory for split in splits.values()):
-        raise UserError(f"data.name={config.data.name} fits into memory as it is; only image files are made records")
-    name = "".join(c if c.isalnum() else "_" for c in source.name.lower()).strip("_") or "images"
+    for name, split in splits.items():
+        if not isinstance(split.images, images.FileImages):
+            raise UserError(
+                f"data.name={config.data.name}: its {name} images are in memory or in records already; this command "
+                f"is for image files"
+            )
+    name = re.sub("[^a-z0-9]+", "_", source.name.lower()).strip("_")
+    name = name if name[:1].isalpha() else f"images_{name}".strip("_")
     classes = source.class_names or tuple(map(str, range(source.num_classes)))
     return Plan(name, splits, classes, examples_per_shard, resize)
 
@@ -120,28 +131,26 @@ def prepare(config: ConfigDict, out: epath.PathLike, examples_per_shard: int = 1
       UserError: where `out` holds other data, and for images that cannot be decoded with `data.unreadable=refuse`,
         after all others have been written.
     """
-    plan, out = make_plan(config, examples_per_shard, resize), epath.Path(out)
+    config_lib.validate(config)
+    plan, out = make_plan(config, examples_per_shard, resize), epath.Path(out).expanduser()
     _claim(out, plan)
-    if (out / "dataset_info.json").exists():
-        return json.loads((out / "prepared.json").read_text())
+    finished = (out / "dataset_info.json").exists()
     left_out: dict[str, str] = {}
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*bar, console=Console(stderr=True)) as progress:
         task = progress.add_task("writing records", total=sum(len(split) for split in plan.splits.values()))
         for split, number, rows in plan.shards():
-            done = _part(out, split, number)
-            if not done.exists():
-                _write_shard(plan, out, split, number, rows)
-            left_out |= json.loads(done.read_text())["left_out"]
+            state = plan.state_of_files(split, rows)
+            note = _read_note(out, split, number)
+            if finished and note.get("state_of_files") != state:
+                raise UserError(f"{out} is finished, and image files have changed since; name another folder")
+            if note.get("state_of_files") != state:
+                note = _write_shard(plan, out, split, number, rows, state)
+            left_out |= note["left_out"]
             progress.advance(task, len(rows))
-    if left_out:
-        (out / "left_out.json").write_text(json.dumps(left_out, indent=1))
-    if left_out and config.data.unreadable == "refuse":
-        some = "\n  ".join(f"{name}: {error}" for name, error in itertools.islice(left_out.items(), 10))
-        raise UserError(
-            f"{len(left_out)} images cannot be decoded, all are in {out / 'left_out.json'}:\n  {some}\n"
-            f"all others are written; run the same command with --config.data.unreadable=skip to finish without them"
-        )
+    if finished:
+        return json.loads((out / "prepared.json").read_text())
+    _check_left_out(config, plan, out, left_out)
     return _finish(plan, out, left_out)
 
 
@@ -153,27 +162,31 @@ def _claim(out: epath.Path, plan: Plan) -> None:
         if changed:
             raise UserError(f"{out} holds records of other data (there -> now):\n  " + "\n  ".join(changed))
         return
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and holds no records; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    cli.check_new_folder("--out", out)
+    (out / "parts").mkdir(parents=True, exist_ok=True)
     recipe.write_text(json.dumps(fingerprint, indent=1))
 
 
-def _part(out: epath.Path, split: str, number: int) -> epath.Path:
-    """What is noted about a finished shard."""
-    return out / "parts" / f"{split}-{number:05d}.json"
+def _part(out: epath.Path, split: str, number: int, suffix: str) -> epath.Path:
+    """Files about a finished shard: .json, what is noted about it, and .npz, its index."""
+    return out / "parts" / f"{split}-{number:05d}{suffix}"
 
 
-def _write_shard(plan: Plan, out: epath.Path, split_name: str, number: int, rows: np.ndarray) -> None:
+def _read_note(out: epath.Path, split: str, number: int) -> dict:
+    """`left_out` and `state_of_files` of a shard; empty where it is not finished."""
+    note = _part(out, split, number, ".json")
+    return json.loads(note.read_text()) if note.exists() else {}
+
+
+def _write_shard(plan: Plan, out: epath.Path, split_name: str, number: int, rows: np.ndarray, state: str) -> dict:
     split = plan.splits[split_name]
     final = out / plan.file_name(split_name, number)
     temporary = out / "parts" / f"{final.name}.incomplete"
-    temporary.parent.mkdir(parents=True, exist_ok=True)
     hashes, left_out = [], {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, tf.io.TFRecordWriter(str(temporary)) as writer:
-        for row, (content, error) in zip(rows, _in_order(pool, split.images, rows, plan.resize), strict=True):
+        for row, (content, error) in zip(rows, _in_order(pool, split.images.paths[rows], plan.resize), strict=True):
             if error:
-                left_out[str(split.names[row])] = error
+                left_out[split.names[row]] = error
                 continue
             hashes.append(hashlib.sha256(content).hexdigest())
             writer.write(_example(split, row, content))
@@ -184,43 +197,31 @@ def _write_shard(plan: Plan, out: epath.Path, split_name: str, number: int, rows
     found = [hashlib.sha256(content).hexdigest() for content in parsed.as_numpy_iterator()]
     if found != hashes:
         raise UserError(f"{temporary}: reads back differently from what was written; is the disk in order?")
-    temporary.rename(final)
-    _part(out, split_name, number).write_text(json.dumps({"images": len(hashes), "left_out": left_out}))
+    images.write_table(_part(out, split_name, number, ".npz"), records.index_shard(str(temporary), number))
+    temporary.replace(final)
+    note = {"left_out": left_out, "state_of_files": state}
+    _part(out, split_name, number, ".json").write_text(json.dumps(note))
+    return note
 
 
-def _in_order(pool, stored: images.StoredImages, rows: np.ndarray, resize: int):
-    """Yields (bytes to store, error) for each row; a few at a time are in memory."""
+def _in_order(pool, paths: np.ndarray, resize: int) -> Iterator[tuple[bytes, str]]:
+    """Yields (bytes to store, error) for each file; a few at a time are in memory."""
     waiting = collections.deque()
-    for row in rows:
-        waiting.append(pool.submit(_encode, stored, row, resize))
+    for path in paths:
+        waiting.append(pool.submit(_read, path, resize))
         if len(waiting) > 4 * (os.cpu_count() or 1):
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _encode(stored: images.StoredImages, row: int, resize: int) -> tuple[bytes, str]:
+def _read(path: str, resize: int) -> tuple[bytes, str]:
     try:
-        content = stored.read(row)
-    except FileNotFoundError:
+        return images.storable(pathlib.Path(path).read_bytes(), resize)
+    except (FileNotFoundError, ValueError):
         return b"", "no such file"
     except OSError as error:
         return b"", f"cannot be read: {error.strerror}"
-    checked = images.check_image(content)
-    if checked.error:
-        return b"", checked.error
-    small = resize and min(checked.height, checked.width) > resize
-    if checked.plain and not small:
-        return content, ""
-    picture = Image.fromarray(images.decode_any(content))
-    buffer = io.BytesIO()
-    if small:
-        factor = resize / min(picture.size)
-        size = tuple(max(resize, round(side * factor)) for side in picture.size)
-        picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    else:
-        picture.save(buffer, "PNG")
-    return buffer.getvalue(), ""
 
 
 def _example(split: Split, row: int, content: bytes) -> bytes:
@@ -240,29 +241,50 @@ def _example(split: Split, row: int, content: bytes) -> bytes:
     return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
 
 
+def _check_left_out(config: ConfigDict, plan: Plan, out: epath.Path, left_out: dict[str, str]) -> None:
+    """Refuses what `data.unreadable` and `sources.open_images` refuse."""
+    if not left_out:
+        return
+    (out / "left_out.json").write_text(json.dumps(left_out, indent=1))
+    if config.data.unreadable == "refuse":
+        some = "\n  ".join(f"{name}: {error}" for name, error in itertools.islice(left_out.items(), 10))
+        raise UserError(
+            f"{len(left_out)} images cannot be decoded, all are in {out / 'left_out.json'}:\n  {some}\n"
+            f"all others are written; mend these files, or add --config.data.unreadable=skip, and run the same "
+            f"command again to finish"
+        )
+    for split in plan.splits.values():
+        good = np.array([name not in left_out for name in split.names])
+        lost = np.setdiff1d(split.labels, split.labels[good])
+        if len(lost):
+            raise UserError(
+                f"no image of class {plan.class_names[lost[0]]!r} can be decoded; a class needs at least one"
+            )
+
+
 def _finish(plan: Plan, out: epath.Path, left_out: dict[str, str]) -> dict:
     """Writes the indexes and TFDS's description, which makes the folder complete."""
     import tensorflow_datasets as tfds
 
     infos, result = [], {"images": {}, "left_out": left_out, "bytes": 0}
     for name in plan.splits:
-        files = [str(out / plan.file_name(split, number)) for split, number, _ in plan.shards() if split == name]
-        parts = [records.index_shard(file, number) for number, file in enumerate(files)]
-        sizes = np.array([tf.io.gfile.stat(file).length for file in files])
-        records.write_index(records.index_path(out, name), records.join_indexes(parts), sizes)
+        numbers = [number for split, number, _ in plan.shards() if split == name]
+        parts = [records.read_table(_part(out, name, number, ".npz")) for number in numbers]
+        files = tuple(str(out / plan.file_name(name, number)) for number in numbers)
+        sizes = records.write_index(out, name, files, records.join_indexes(parts))
         lengths = [len(part["offset"]) for part in parts]
         infos.append(
             tfds.core.SplitInfo(
                 name=name,
                 shard_lengths=lengths,
-                num_bytes=int(sizes.sum()),
+                num_bytes=sum(sizes),
                 filename_template=tfds.core.ShardedFileTemplate(
                     data_dir=out, dataset_name=plan.name, split=name, filetype_suffix="tfrecord"
                 ),
             )
         )
         result["images"][name] = sum(lengths)
-        result["bytes"] += int(sizes.sum())
+        result["bytes"] += sum(sizes)
     (out / "prepared.json").write_text(json.dumps(result, indent=1))
     tfds.folder_dataset.write_metadata(
         data_dir=out,
@@ -288,7 +310,10 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder for the records, local or on a bucket.", required=True)
     flags.DEFINE_integer("examples_per_shard", 1024, "Images in one file.", lower_bound=1)
     flags.DEFINE_integer(
-        "resize", 0, "Pixels: images whose shorter side is longer are made that small, as JPEG. 0 = as they come."
+        "resize",
+        0,
+        "Pixels: images whose shorter side is longer are made that small, as JPEG. 0 = as they come.",
+        lower_bound=0,
     )
 
 

@@ -65,7 +65,11 @@ def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
             f"{f'trusted.ids={trusted.ids!r}' if trusted.ids else where} has no example of class "
             f"{int(np.argmin(counts))}; expected at least one of each of the {source.num_classes} classes"
         )
-    same = np.isin(source.train.names, probe.names) if separate else np.isin(source.train.ids, probe.ids)
+    if separate:
+        trusted_names = set(probe.names)
+        same = np.array([name in trusted_names for name in source.train.names])
+    else:
+        same = np.isin(source.train.ids, probe.ids)
     if same.all():
         raise UserError(
             f"the trusted set leaves no training examples of {source.name}; trust fewer (trusted.per_class, "

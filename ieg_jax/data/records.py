@@ -10,6 +10,7 @@ TFDS prepared it is built at the first use by reading them once.
 import dataclasses
 import io
 import struct
+import zipfile
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -94,11 +95,14 @@ def open_tfds(name: str, folder: str):
     """
     import tensorflow_datasets as tfds  # a catalogue of data sets with checked downloads
 
+    place = epath.Path(folder).expanduser() if folder else None
+    if place is not None and not place.is_dir():  # TFDS would make it
+        raise UserError(f"data.dir={folder!r}: no such folder; expected one of TFDS, or the published files of {name}")
     try:
-        builder = tfds.builder(name, data_dir=str(epath.Path(folder).expanduser()) if folder else None)
+        builder = tfds.builder(name, data_dir=place and str(place))
         builder.download_and_prepare()
     except Exception as error:  # of the network, the file system, a missing manual download, ...
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"TFDS cannot provide {name} in data.dir={folder!r} ({type(error).__name__}: {reason}); prepare it there "
             f"on a machine with a network (tfds build {name} --data_dir=...), or name a folder with the published files"
@@ -138,7 +142,7 @@ def read_split(
         table["label"].astype(np.int32),
         (clean(table) if clean else table.get("clean_label", unknown)).astype(np.int32),
         table["id"] if "id" in table and table["id"].dtype.kind == "i" else place,
-        table[name].astype(str) if name in table else np.char.add(f"{split}/", place.astype(str)),
+        (table[name].astype(str) if name in table else np.char.add(f"{split}/", place.astype(str))).astype(object),
     )
 
 
@@ -162,41 +166,47 @@ def load_index(folder: epath.Path, split: str, files: tuple[str, ...], expected:
     Raises:
       UserError: for a damaged or missing shard, and another number of records than expected.
     """
-    cached = images.cache_folder() / "indexes" / f"{str(folder).strip('/').replace('/', '_')}-{split}.npz"
-    sizes = np.array([_size(file) for file in files])
-    for path in (index_path(folder, split), epath.Path(cached)):
-        if path.exists():
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-                table = dict(archive)
-            if np.array_equal(table.pop("sizes"), sizes):
-                return table
-    parts = [
-        index_shard(file, number)
-        for number, file in enumerate(track(files, f"indexing {split}", transient=True, disable=len(files) < 4))
-    ]
-    table = join_indexes(parts)
+    cached = epath.Path(images.cache_folder() / "indexes" / f"{str(folder).strip('/').replace('/', '_')}-{split}.npz")
+    # A copy of the folder has other times, so only the index that is not beside its records goes by them.
+    stats = [_stat(file) for file in files]
+    sizes, times = np.array([stat[0] for stat in stats]), np.array([stat[1] for stat in stats])
+    places = ((index_path(folder, split), sizes), (cached, np.concatenate([sizes, times])))
+    for path, stamp in places:
+        table = read_table(path)
+        if np.array_equal(table.pop("stamp", None), stamp):
+            return table
+    shards = track(files, f"indexing {split}", transient=True, disable=len(files) < 4)
+    table = join_indexes([index_shard(file, number) for number, file in enumerate(shards)])
     if len(table["offset"]) != expected:
         raise UserError(f"{folder}: split {split} has {len(table['offset'])} records, expected {expected}")
-    for path in (index_path(folder, split), epath.Path(cached)):
+    for path, stamp in places:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_index(path, table, sizes)
+            images.write_table(path, table | {"stamp": stamp})
             break
         except OSError:  # a folder that we may only read
             continue
     return table
 
 
+def read_table(path: epath.Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file; none where it is missing or damaged."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+            return dict(archive)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return {}
+
+
+def write_index(folder: epath.Path, split: str, files: tuple[str, ...], table: dict[str, np.ndarray]) -> list[int]:
+    """Writes the index of a split beside its records; returns the bytes of each shard."""
+    sizes = [_stat(file)[0] for file in files]
+    images.write_table(index_path(folder, split), table | {"stamp": np.array(sizes)})
+    return sizes
+
+
 def index_path(folder: epath.Path, split: str) -> epath.Path:
     """Where the index of a split lies."""
     return folder / f"index-{split}.npz"
-
-
-def write_index(path: epath.Path, table: dict[str, np.ndarray], sizes: np.ndarray) -> None:
-    """Writes an index; `sizes` of the shards in bytes, by which a later change is noticed."""
-    content = io.BytesIO()
-    np.savez_compressed(content, sizes=sizes, **table)
-    path.write_bytes(content.getvalue())
 
 
 def index_shard(file: str, number: int) -> dict[str, np.ndarray]:
@@ -213,7 +223,7 @@ def index_shard(file: str, number: int) -> dict[str, np.ndarray]:
 
 def join_indexes(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The index of a split from those of its shards, in order."""
-    parts = [part for part in parts if len(part["offset"])]
+    parts = [part for part in parts if len(part["offset"])] or parts[:1]
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -253,8 +263,10 @@ def _features(record: bytes, file: str) -> dict:
     return row
 
 
-def _size(file: str) -> int:
+def _stat(file: str) -> tuple[int, int]:
+    """Bytes, and time of the last change in nanoseconds."""
     try:
-        return tf.io.gfile.stat(file).length
+        found = tf.io.gfile.stat(file)
     except tf.errors.OpError as error:
         raise UserError(f"{file}: cannot be read: {error.message}") from None
+    return found.length, found.mtime_nsec

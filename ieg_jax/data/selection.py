@@ -50,7 +50,7 @@ def select(noise: ConfigDict, ids: np.ndarray, true_labels: np.ndarray) -> np.nd
     if noise.selection == "exact":
         groups = [known]
     else:
-        groups = [true_labels == label for label in np.unique(true_labels[known])]
+        groups = (true_labels == label for label in np.unique(true_labels[known]))
     selected = np.zeros(len(ids), bool)
     for group in groups:
         rows = np.flatnonzero(group)

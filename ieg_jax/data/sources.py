@@ -33,7 +33,7 @@ def load(data: ConfigDict) -> Source:
             f"{source.num_classes - 1}; set it to at least {source.num_classes}, or to 0 to take it from the data"
         )
     splits = {name: getattr(source, name) for name in ("train", "test", "trusted")}
-    left_out: dict[str, str] = {}
+    left_out = dict(source.left_out)
     for name, split in splits.items():
         if split is not None and not (name == "trusted" and source.trusted_is_pool):
             splits[name], bad = open_images(split, data)
@@ -54,7 +54,8 @@ def open_images(split: Split, data: ConfigDict) -> tuple[Split, dict[str, str]]:
     if isinstance(split.images, images.FileImages):
         checked = images.check(split.images.paths)
         plain = np.array([one.plain for one in checked])
-        split = dataclasses.replace(split, images=images.FileImages(split.images.paths, plain))
+        sizes = np.array([(one.height, one.width) for one in checked], np.int32)
+        split = dataclasses.replace(split, images=images.FileImages(split.images.paths, plain, sizes))
         good = np.array([not one.error for one in checked])
         left_out = {str(split.names[row]): checked[row].error for row in np.flatnonzero(~good)}
         if left_out and data.unreadable == "refuse":

@@ -21,7 +21,7 @@ class Split:
       labels: `[n]` int32, as given, possibly wrong.
       clean_labels: `[n]` int32, true labels, or UNKNOWN or NO_CLASS.
       ids: `[n]` int64, the same for an example in every run.
-      names: `[n]` strings, what a person finds the image by: its path, or its place in an archive.
+      names: `[n]` str objects, what a person finds the image by: its path, or its place in an archive.
     """
 
     images: np.ndarray | StoredImages
@@ -80,7 +80,8 @@ def make_split(
     if isinstance(images, np.ndarray) and images.dtype != np.uint8:
         images = np.asarray(images, np.float32)
     ids = np.arange(len(labels), dtype=np.int64)
-    return Split(images, labels, clean, ids, ids.astype(str) if names is None else np.asarray(names))
+    names = ids.astype(str) if names is None else names
+    return Split(images, labels, clean, ids, np.asarray(names, object))
 
 
 def check_images_and_labels(images: np.ndarray, labels: np.ndarray, where: str, num_classes: int) -> None:

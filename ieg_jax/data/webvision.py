@@ -5,10 +5,12 @@ part of the first 50 classes (Jiang et al. 2018), 65,944 training and 2,500 vali
 `google` the Google part of all classes; `full` both parts.
 """
 
+import os
 import pathlib
 import re
 
 import numpy as np
+import tensorflow as tf
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -34,10 +36,9 @@ def webvision(data: ConfigDict) -> Source:
     """
     variant = data.variant or "mini"
     check_choice("data.variant", variant, PARTS)
-    folder = pathlib.Path(data.dir or ".").expanduser()
-    test = None
-    if "://" not in data.dir and (folder / "info").is_dir():
-        ilsvrc = read_synsets(folder / "info" / "synsets.txt")
+    folder, test = pathlib.Path(data.dir).expanduser(), None
+    if data.dir and "://" not in data.dir and (folder / "info").is_dir():
+        ilsvrc, left_out = read_synsets(folder / "info" / "synsets.txt"), {}
         wnids = ilsvrc[:MINI_CLASSES] if variant == "mini" else ilsvrc
         train = join([read_list(folder, part, len(wnids)) for part in PARTS[variant]])
         if not data.test:
@@ -47,21 +48,22 @@ def webvision(data: ConfigDict) -> Source:
 
         builder = records.open_tfds(f"webvision/{variant}", data.dir)
         wnids = tuple(builder.info.features["label"].names)
-        ilsvrc = tuple(builder.info.metadata["wnids"])
+        ilsvrc, left_out = tuple(builder.info.metadata["wnids"]), builder.info.metadata["left_out"]
         train = records.read_split(builder, "train", "file_name")
         if not data.test:
             test = records.read_split(builder, "validation", "file_name", clean=records.labels_of)
     if data.test:
         test = imagenet_split(data.test, "val", wnids, ilsvrc, "data.test")
     trusted = imagenet_split(data.trusted, "train", wnids, ilsvrc, "data.trusted") if data.trusted else None
-    return Source(f"webvision_{variant}", len(wnids), train, test, trusted, wnids, trusted_is_pool=True)
+    name = f"webvision_{variant}"
+    return Source(name, len(wnids), train, test, trusted, wnids, trusted_is_pool=True, left_out=left_out)
 
 
 def read_synsets(file: pathlib.Path) -> tuple[str, ...]:
     """The wnid of each class: line i of `synsets.txt` begins with that of class i."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected WebVision's info folder")
-    lines = [line for line in file.read_text("utf-8", "replace").splitlines() if line.strip()]
+    lines = [line for line in _read_text(file).splitlines() if line.strip()]
     wnids = tuple(line.split()[0] for line in lines)
     for number, wnid in enumerate(wnids, start=1):
         if not _WNID.fullmatch(wnid):
@@ -90,7 +92,7 @@ def read_list(folder: pathlib.Path, part: str, num_classes: int) -> Split:
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected WebVision's info folder")
     labels: dict[str, int] = {}
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(file).splitlines(), start=1):
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(" ")
@@ -111,8 +113,9 @@ def read_list(folder: pathlib.Path, part: str, num_classes: int) -> Split:
     if not found:
         tried = " nor ".join(str(root / listed[0][0]) for root in roots)
         raise UserError(f"{file}: none of its first images is there: neither {tried}; is the download unpacked?")
-    names = np.array([str((found[0] / path).relative_to(folder)) for path, _ in listed])
-    paths = np.array([str(found[0] / path) for path, _ in listed])
+    below = "" if found[0] == folder else f"{found[0].name}/"
+    names = [below + path for path, _ in listed]
+    paths = np.array([f"{folder}/{name}" for name in names], object)
     values = np.array([label for _, label in listed])
     return make_split(FileImages(paths), values, values if part == "val" else None, names)
 
@@ -159,6 +162,11 @@ def imagenet_split(place: str, split: str, wnids: tuple[str, ...], ilsvrc: tuple
         whole = records.read_split(builder, {"val": "validation"}.get(split, split), "file_name")
         part = whole.take(np.flatnonzero(to_label[whole.labels] >= 0))
         return make_split(part.images, to_label[part.labels], to_label[part.labels], part.names)
+    if "://" in place:
+        raise UserError(
+            f"{key}={place!r}: image files are read from local folders only; in a bucket TFDS's imagenet2012 can be "
+            f"read, or records that ieg_jax.data.prepare made"
+        )
     folder = folder / split if (folder / split).is_dir() else folder
     classes = {entry.name: entry for entry in folder.iterdir() if entry.is_dir()} if folder.is_dir() else {}
     if len(classes) == len(ilsvrc) and all(name.isdecimal() for name in classes):
@@ -171,13 +179,13 @@ def imagenet_split(place: str, split: str, wnids: tuple[str, ...], ilsvrc: tuple
         )
     paths, labels = [], []
     for label, wnid in enumerate(wnids):
-        found = sorted(str(file) for file in classes[wnid].iterdir() if file.suffix.lower() in SUFFIXES)
+        found = sorted(f"{classes[wnid]}/{file}" for file in os.listdir(classes[wnid]) if _is_image(file))
         if not found:
             raise UserError(f"{key}={place!r}: no images of class {wnid} in {classes[wnid]}")
         paths += found
         labels += [label] * len(found)
-    names = np.array(["/".join(pathlib.PurePath(path).parts[-2:]) for path in paths])
-    return make_split(FileImages(np.array(paths)), np.array(labels), np.array(labels), names)
+    names = [f"{wnids[label]}/{os.path.basename(path)}" for path, label in zip(paths, labels, strict=True)]
+    return make_split(FileImages(np.array(paths, object)), np.array(labels), np.array(labels), names)
 
 
 def food101(data: ConfigDict) -> Source:
@@ -216,9 +224,24 @@ def join(splits: list[Split]) -> Split:
     return make_split(images, *(np.concatenate([getattr(split, name) for split in splits]) for name in columns))
 
 
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+
+
+def _read_text(file: pathlib.Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def _imagenet_place(place: str):
     """(TFDS builder, None) or (None, folder)."""
     folder = epath.Path(place).expanduser()
-    if place == "tfds" or (folder / "imagenet2012").exists():
+    try:
+        prepared = place == "tfds" or (folder / "imagenet2012").exists()
+    except tf.errors.OpError as error:
+        raise UserError(f"{place} cannot be reached: {error.message.splitlines()[0]}") from None
+    if prepared:
         return records.open_tfds("imagenet2012", "" if place == "tfds" else place), None
     return None, folder

@@ -5,15 +5,20 @@ tfds.builder("webvision/mini", data_dir="gs://bucket/tfds").download_and_prepare
     download_config=tfds.download.DownloadConfig(manual_dir="webvision"))
 """
 
+import io
 import pathlib
 
 import tensorflow_datasets as tfds
+from absl import logging
 
-from ieg_jax.data import webvision
+from ieg_jax.data import images, webvision
 
 
 class Webvision(tfds.core.GeneratorBasedBuilder):
-    """Splits `train` and `validation`; features `image`, `label` (names: wnids) and `file_name`."""
+    """Splits `train` and `validation`; features `image`, `label` (names: wnids) and `file_name`.
+
+    Images that cannot be decoded are left out and named in the metadata, `left_out`; `wnids` there are of all classes.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = tuple(
@@ -44,7 +49,7 @@ class Webvision(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         folder = pathlib.Path(dl_manager.manual_dir)
         wnids = webvision.read_synsets(folder / "info" / "synsets.txt")
-        self.info.metadata["wnids"] = list(wnids)
+        self.info.metadata["wnids"], self.info.metadata["left_out"] = list(wnids), {}
         is_mini = self.builder_config.name == "mini"
         self.info.features["label"].names = wnids[: webvision.MINI_CLASSES] if is_mini else wnids
         parts = webvision.PARTS[self.builder_config.name]
@@ -54,8 +59,16 @@ class Webvision(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, folder, parts):
-        """Yields (file name, example)."""
+        """Yields (file name, example) of the images that can be decoded, and notes the others."""
         for part in parts:
-            split = webvision.read_list(folder, part, self.info.features["label"].num_classes)
+            split = webvision.read_list(folder, part, len(self.info.features["label"].names))
             for path, label, name in zip(split.images.paths, split.labels, split.names, strict=True):
-                yield str(name), {"image": str(path), "label": int(label), "file_name": str(name)}
+                try:
+                    content, error = images.storable(pathlib.Path(path).read_bytes())
+                except OSError as trouble:
+                    content, error = b"", f"cannot be read: {trouble.strerror}"
+                if error:
+                    logging.warning("left out: %s: %s", name, error)
+                    self.info.metadata["left_out"][name] = error
+                else:
+                    yield name, {"image": io.BytesIO(content), "label": int(label), "file_name": name}
