@@ -82,7 +82,6 @@ def published(name, folder):
     return argument, [
         f"--config.data.dir={folder / 'webvision'}",
         "--config.trusted.per_class=2",
-        "--config.eval_batch_size=50",
     ]
 
 

@@ -192,8 +192,8 @@ def food101(data: ConfigDict) -> Source:
     """Food-101 (Bossard et al. 2014) through TFDS: 75,750 training images with web labels, 25,250 checked ones."""
     builder = records.open_tfds("food101", data.dir)
     classes = tuple(builder.info.features["label"].names)
-    train = records.read_split(builder, "train")
-    test = records.read_split(builder, "validation", clean=records.labels_of)
+    train = records.read_split(builder, "train", "id")  # newer versions have it
+    test = records.read_split(builder, "validation", "id", records.labels_of)
     return Source("food101", len(classes), train, test, class_names=classes)
 
 
