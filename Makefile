@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: quickstart quickstart-seeds test test-all test-matrix lint format bench clean
+.PHONY: quickstart quickstart-seeds test test-all test-matrix kill-matrix lint format bench clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m ieg_jax.quickstart --workdir=runs/quickstart --seeds=0
@@ -23,9 +23,13 @@ test-all: $(STAMP)
 test-matrix:
 	./tests/matrix.sh
 
+kill-matrix: $(STAMP)
+	$(BIN)/python tests/kill_matrix.py --kills=30
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	! command -v shellcheck >/dev/null || shellcheck -x launch/*.sh launch/slurm.sbatch tests/*.sh
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -33,6 +37,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.precision
 
 clean:
 	rm -rf $(VENV) .venvs .cache build *.egg-info

@@ -23,6 +23,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     # mixup partners. 1 = the whole batch; the number of devices = nothing but gradients crosses devices.
     # batch_size and trusted.batch_size must be multiples of it.
     config.batch_groups = 1
+    # Parts of a batch that go through the network one after the other; only one part's activations are in memory, and
+    # each is computed once more in the backward pass. Must divide batch_groups; changes nothing but rounding.
+    config.microbatches = 1
     config.eval_batch_size = 256  # test examples per forward pass, over all devices
     config.num_train_steps = 0
     config.num_train_epochs = 10.0
@@ -84,7 +87,10 @@ def get_config(arguments: str = "") -> ConfigDict:
     # Multiple of the channels: wide_resnet (16, 32, 64 at width 1), resnet50, vgg13, tiny.
     model.width = 1.0
     model.variant = "authors"  # authors | standard: wide_resnet and resnet29_v2; see ieg_jax/models/
-    model.dtype = "float32"  # float32 | bfloat16: of the computation; parameters and losses are float32
+    # float32 | bfloat16 | float64: of the computation. Parameters, losses and meta-gradients are float32 or better;
+    # float64 is for checks, slow, and needs JAX_ENABLE_X64=1.
+    model.dtype = "float32"
+    model.remat = False  # keep only the inputs of each block, and compute it once more in the backward pass
 
     config.method = method = ConfigDict()
     method.name = "ieg"  # ieg | l2r | supervised | trusted_only
@@ -125,11 +131,22 @@ def get_config(arguments: str = "") -> ConfigDict:
     ema.warmup = True  # decay min(ema.decay, (1 + t) / (10 + t)) after step t
 
     config.mesh = mesh = ConfigDict()
-    mesh.data = -1  # devices over which the batch is split; -1 = all there are
+    # The batch is split over data × fsdp devices; parameters, their average and the optimiser's state over fsdp.
+    mesh.data = -1  # -1 = all there are, divided by fsdp
+    mesh.fsdp = 1  # for networks whose state is too large for one device
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.keep = 2  # newest checkpoints kept; at least 1
     checkpoint.keep_every_steps = 0  # keep besides each whose step is a multiple of this; 0 = none
+    checkpoint.keep_best = 0  # keep besides the best this many by best_metric; 0 = none
+    checkpoint.best_metric = "trusted/accuracy"  # a name in metrics.jsonl; only steps that evaluate it compete
+    checkpoint.best_mode = "max"  # max | min: which values of it are good
+
+    config.profile = profile = ConfigDict()  # traces for TensorBoard's profiler; see also docs/operation.md
+    profile.start_step = 0  # the first step that is traced; 0 = none
+    profile.num_steps = 5
+    # Without a finished step for this long, the stacks of all threads are written down; 0 = never.
+    config.stall_minutes = 20.0
 
     config_lib.apply_reference(config, args.reference)
     return config

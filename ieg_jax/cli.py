@@ -23,16 +23,22 @@ def define_config_flag() -> flags.FlagHolder:
     return holder
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(main: Callable[[list[str]], None], interrupted: str = "") -> None:
     """Parses the flags and calls `main`.
 
-    A UserError, and whatever is wrong with the flags, ends the program with one message and status 1. Logs of
-    libraries are shown from warnings up unless --verbosity says otherwise.
+    A UserError, Ctrl-C, and whatever is wrong with the flags, ends the program with one message and status 1; --help
+    and its like with status 0. Logs of libraries are shown from warnings up unless --verbosity says otherwise.
+
+    Args:
+      main: takes what is left of the command line.
+      interrupted: what to say after Ctrl-C besides that it was stopped.
     """
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; {interrupted}" if interrupted else "stopped")
 
 
 def load_config(specification: str) -> ConfigDict:
@@ -65,6 +71,9 @@ def _parse(argv: list[str]) -> list[str]:
         logging.set_verbosity(logging.WARNING)
     try:
         arguments = flags.FLAGS(argv)
+    except SystemExit as stop:
+        # absl exits with 1 after help that was asked for.
+        sys.exit(0 if any(argument.lstrip("-").startswith(("help", "?")) for argument in argv[1:]) else stop.code)
     except Exception as error:
         # The libraries report some mistakes as tracebacks of their own: look for the mistake first.
         _check_overrides(argv)

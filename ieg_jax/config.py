@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from ieg_jax.errors import UserError, check_choice
@@ -24,6 +25,10 @@ REFERENCE = {
 
 # Each is given as <name>_steps or <name>_epochs, exactly one of them.
 DURATIONS = ("num_train", "log_every", "eval_every", "checkpoint_every", "schedule.first_cycle")
+
+# Keys that say how a run is computed and watched, not what: they may change from one start of a run to the next.
+# Each is a key, or the beginning of several.
+FREE = ("mesh.", "microbatches", "model.remat", "eval_batch_size", "checkpoint", "profile.", "stall_minutes")
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -95,12 +100,13 @@ def validate(config: ConfigDict) -> None:
         "trusted.source": ("train", "separate"),
         "model.name": models.REGISTRY,
         "model.variant": ("authors", "standard"),
-        "model.dtype": ("float32", "bfloat16"),
+        "model.dtype": ("float32", "bfloat16", "float64"),
         "method.name": methods.REGISTRY,
         "method.mixup_coefficient": ("approximate", "exact"),
         "optimizer.name": optimizers.NAMES,
         "optimizer.weight_decay_on": ("all", "kernels"),
         "schedule.name": schedules.NAMES,
+        "checkpoint.best_mode": ("max", "min"),
     }
     for key, allowed in choices.items():
         check_choice(key, _get(config, key), allowed)
@@ -108,6 +114,7 @@ def validate(config: ConfigDict) -> None:
     bounds = {  # key: (test, what is expected)
         "batch_size": (lambda v: v >= 1, "at least 1"),
         "batch_groups": (lambda v: v >= 1, "at least 1"),
+        "microbatches": (lambda v: v >= 1, "at least 1"),
         "eval_batch_size": (lambda v: v >= 1, "at least 1"),
         "data.image_size": (lambda v: v >= 0, "0 or a number of pixels"),
         "data.num_classes": (lambda v: v == 0 or v >= 2, "0 (from the data) or at least 2"),
@@ -134,8 +141,13 @@ def validate(config: ConfigDict) -> None:
         "schedule.peak_mult": (lambda v: 0 < v <= 1, "in (0, 1]"),
         "ema.decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
         "mesh.data": (lambda v: v == -1 or v >= 1, "-1 (all devices) or at least 1"),
+        "mesh.fsdp": (lambda v: v >= 1, "at least 1"),
         "checkpoint.keep": (lambda v: v >= 1, "at least 1"),
         "checkpoint.keep_every_steps": (lambda v: v >= 0, "0 or a number of steps"),
+        "checkpoint.keep_best": (lambda v: v >= 0, "0 or a number of checkpoints"),
+        "profile.start_step": (lambda v: v >= 0, "0 or a step, counted from 1"),
+        "profile.num_steps": (lambda v: v >= 1, "at least 1"),
+        "stall_minutes": (lambda v: v >= 0, "0 or a number of minutes"),
     }
     for key, (test, expected) in bounds.items():
         value = _get(config, key)
@@ -150,6 +162,14 @@ def validate(config: ConfigDict) -> None:
             raise UserError(
                 f"{key}={_get(config, key)} is not a multiple of batch_groups={config.batch_groups}; change one of them"
             )
+
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UserError("model.dtype=float64: set the environment variable JAX_ENABLE_X64=1, without it jax has none")
+    if config.batch_groups % config.microbatches:
+        raise UserError(
+            f"microbatches={config.microbatches} does not divide batch_groups={config.batch_groups}: batch norm and "
+            f"mixup work inside a group, so a part of the batch must be a whole number of groups; change one of them"
+        )
 
     corruption.validate(config.noise)
     probe.validate(config.trusted)
@@ -183,13 +203,13 @@ def duration(config: ConfigDict, name: str, steps_per_epoch: float) -> int:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Returns `key: old -> new` for every leaf in which two nested dicts differ."""
+    """Returns `key: old -> new` for every leaf in which two nested dicts differ, those of FREE left out."""
     old, new = _flatten(old), _flatten(new)
     missing = "(no such key)"
     return [
         f"{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key, missing) != new.get(key, missing)
+        if old.get(key, missing) != new.get(key, missing) and not key.startswith(FREE)
     ]
 
 

@@ -1,6 +1,8 @@
 """The error that means: the input is wrong, not the program."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -9,6 +11,18 @@ class UserError(ValueError):
 
     Commands print the message alone and exit with status 1; any other exception keeps its traceback.
     """
+
+
+class StorageError(RuntimeError):
+    """Something cannot be written: a full disk, a bucket that is gone. What was saved before is intact."""
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an exception and the first line of its message, at most 300 characters; a full disk by its name."""
+    text = str(error).strip()
+    if os.strerror(errno.ENOSPC) in text:  # libraries bury it in a page of their own state
+        return os.strerror(errno.ENOSPC)
+    return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:300]}"
 
 
 def check_choice(key: str, got: str, allowed: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """The command: `python -m ieg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`."""
 
 import json
+import os
 import sys
 
 from absl import flags
@@ -14,18 +15,37 @@ _WORKDIR = flags.DEFINE_string(
     "Folder for checkpoints, metrics and the result; a run that was interrupted goes on there.",
     required=True,
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    "",
+    "Several processes: host:port of process 0. Not needed on Cloud TPU, GKE and Slurm, where jax finds out by itself.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: the number of this process, from 0.")
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    "~/.cache/ieg_jax/xla",
+    "Folder that keeps compiled programs, local or on a bucket, so that a restart need not compile again; '' = none.",
+)
 flags.adopt_module_key_flags(cli)
 
 
 def main(argv: list[str]) -> None:
     """Trains, and prints the result as one line of JSON."""
     del argv
-    from ieg_jax import train  # after the flags have been checked: it takes seconds
+    from ieg_jax import distributed, observability, train  # after the flags have been checked: it takes seconds
+    from ieg_jax.errors import StorageError
 
+    observability.enable_compilation_cache(_COMPILATION_CACHE.value)
+    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
         print(json.dumps(train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)))
     except train.NonFiniteError as error:
         sys.exit(f"error: {error}")
+    except StorageError as error:
+        # At once: an orderly exit would report what the writers left behind, and wait for the other processes.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except train.Interrupted as interrupted:
         sys.exit(f"{interrupted}; the same command goes on from there")
 

@@ -4,6 +4,7 @@ import datetime
 import sys
 import time
 
+from absl import logging
 from rich.console import Console
 from rich.progress import (  # terminal output
     BarColumn,
@@ -17,16 +18,15 @@ from rich.progress import (  # terminal output
 class Reporter:
     """Shows progress in steps. Used as a context manager."""
 
-    def __init__(self, title: str, start: int, total: int, visible: bool = True):
+    def __init__(self, title: str, total: int, visible: bool = True):
         """Nothing is shown yet.
 
         Args:
           title: of the run.
-          start: steps done before this start.
           total: steps of the run.
           visible: False on all processes but the first.
         """
-        self._title, self._start, self._total = title, start, total
+        self._title, self._start, self._total = title, 0, total
         self._visible = visible
         self._began = time.monotonic()
         self._bar = None
@@ -43,18 +43,18 @@ class Reporter:
     def __enter__(self) -> "Reporter":
         if self._bar:
             self._bar.start()
-            self._task = self._bar.add_task("compiling", completed=self._start, total=self._total)
+            self._task = self._bar.add_task("compiling", total=self._total)
         return self
 
     def __exit__(self, *_) -> None:
         if self._bar:
             self._bar.stop()
 
-    def compiled(self, seconds: float) -> None:
-        """Says that compilation is over; the ETA counts from here."""
-        self._began = time.monotonic()
+    def compiled(self, seconds: float, start: int) -> None:
+        """Says that compilation is over; the ETA counts from here, with `start` steps done before."""
+        self._began, self._start = time.monotonic(), start
         if self._bar:
-            self._bar.update(self._task, description="training")
+            self._bar.update(self._task, description="training", completed=start)
         self.say(f"compiled in {seconds:.0f} s")
 
     def step(self, done: int) -> None:
@@ -72,6 +72,10 @@ class Reporter:
         elapsed = time.monotonic() - self._began
         seconds = elapsed * (self._total - done) / max(done - self._start, 1)
         return datetime.timedelta(seconds=round(seconds))
+
+    def warn(self, text: str) -> None:
+        """Shows a line on standard error, and in the log of every process."""
+        logging.warning("%s: %s", self._title, text)
 
     def say(self, text: str) -> None:
         """Shows a line."""

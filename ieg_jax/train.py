@@ -3,17 +3,15 @@
 A run can start in four ways, decided by what is in the work folder:
 
 1. nothing: it starts at step 0;
-2. a run with the same configuration that was interrupted: it goes on from the newest checkpoint, and everything
-   it computes and logs is what it would have been without the interruption;
+2. a run with the same configuration that was interrupted: it goes on from the newest checkpoint that is not damaged,
+   and everything it computes and logs is what it would have been without the interruption;
 3. a finished run with the same configuration: it is reported, nothing is trained;
 4. a run with another configuration: an error that names the differing keys.
 """
 
 import contextlib
 import dataclasses
-import functools
-import signal
-import threading
+import json
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -21,13 +19,12 @@ from typing import Any
 import jax
 from clu import metric_writers  # writes TensorBoard files and the log
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
-from ieg_jax import checkpointing, methods, metrics, models, optimizers, schedules, sharding, steps
+from ieg_jax import checkpointing, distributed, metrics, observability, program, schedules, sharding, steps
 from ieg_jax import config as config_lib
 from ieg_jax.data import pipeline
 from ieg_jax.errors import UserError
-from ieg_jax.methods import base
 from ieg_jax.progress import Reporter
 from ieg_jax.workdir import WorkFolder, provenance
 
@@ -43,6 +40,8 @@ class Interrupted(Exception):
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains what `config` says in the work folder `workdir`.
 
+    Where several processes run together, each calls this with the same arguments (`distributed.initialize` first).
+
     Args:
       config: see configs/default.py. Not changed.
       workdir: folder for checkpoints, metrics and the result; local or on a bucket.
@@ -53,147 +52,140 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: for a configuration, data or work folder that cannot be used; before anything is compiled.
       NonFiniteError: where a metric becomes nan or infinite.
-      Interrupted: after SIGTERM or SIGINT, when the state has been saved.
+      StorageError: where the work folder can no longer be written; what it held before is intact.
+      Interrupted: after SIGTERM or SIGINT to any process, when the state has been saved.
     """
     # ---- What is to be done, and has it been done?
-    config = _resolve(config)
-    config_lib.validate(config)
-    layout = sharding.create(config)
-    first_process = jax.process_index() == 0
-    folder = WorkFolder(workdir, writes=first_process)
-    finished = folder.check(config)
+    with distributed.together():
+        config = _resolve(config)
+        config_lib.validate(config)
+        layout = sharding.create(config)
+    folder = WorkFolder(workdir, writes=jax.process_index() == 0)
+    distributed.check_same("the configuration", config.to_json())
+    distributed.check_shared(folder.path, "--workdir")
+    with distributed.together():
+        finished = folder.check(config)
+    finished = json.loads(distributed.from_first(json.dumps(finished)))
     if finished is not None:
         return finished
 
-    # ---- Data, network, method, optimiser.
-    data = pipeline.load(config)
-    plan = make_plan(config, data)
-    context = base.Context(
-        config=FrozenConfigDict(config),
-        network=models.create(config.model, data.num_classes, config.batch_groups),
-        optimizer=optimizers.create(config.optimizer),
-        num_classes=data.num_classes,
-    )
-    method = base.bind(methods.REGISTRY[config.method.name], context)
-    init_rng, step_rng = jax.random.split(jax.random.key(config.seed))
-    first_batch = next(pipeline.train_batches(config, data, 0, 1, layout.batch))
-    evaluations = {
-        name: pipeline.EvalBatches(config, split, layout.batch)
-        for name, split in ((data.evaluation_name, data.evaluation), ("trusted", data.trusted))
-        if split is not None
-    }
-    image_shape = first_batch["image"].shape[1:]
-    state = jax.jit(
-        functools.partial(steps.create_state, context, method, image_shape=image_shape, num_examples=len(data.train)),
-        out_shardings=layout.replicated,
-    )(init_rng)
-    folder.begin(config, data.fingerprint())
+    # ---- Data, and the functions that are compiled for them.
+    with distributed.together():
+        data = pipeline.load(config)
+        plan = make_plan(config, data)
+        evaluations = {
+            name: pipeline.EvalBatches(config, split, layout.batch)
+            for name, split in ((data.evaluation_name, data.evaluation), ("trusted", data.trusted))
+            if split is not None
+        }
+        shape = data_shape(config, data)
+    fingerprint = data.fingerprint()
+    distributed.check_same("the data", json.dumps(fingerprint))
+    run = program.build(config, layout, shape, plan.first_cycle, plan.num_steps, plan.log_every)
+    init_rng, step_rng = jax.jit(
+        lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=layout.replicated
+    )()
+    with distributed.together():
+        folder.begin(config, fingerprint)
     folder.write("noise.json", data.noise_report)
     folder.write("trusted.json", data.trusted_report)
+    folder.write("classes.json", list(data.class_names))
     if config.noise.kind != "none":
         folder.write("noisy_labels.json", data.noisy_labels.tolist())
     if data.left_out:
         folder.write("left_out.json", data.left_out)
 
-    # ---- The step function, and the window of metrics it fills.
-    step_function = functools.partial(
-        steps.train_step,
-        context=context,
-        method=method,
-        schedule=schedules.create(config.schedule, plan.first_cycle, plan.num_steps),
-    )
-
-    def step_and_record(state, window, batch, rng):
-        state, observation = step_function(state, batch, rng)
-        return state, metrics.add(window, observation, state.step)
-
-    train_step = jax.jit(
-        step_and_record,
-        in_shardings=(layout.replicated, layout.replicated, layout.batch, layout.replicated),
-        out_shardings=layout.replicated,
-        donate_argnums=(0, 1),
-    )
-    eval_step = jax.jit(
-        functools.partial(steps.eval_step, context=context),
-        in_shardings=(layout.replicated, layout.replicated, layout.batch),
-        out_shardings=layout.replicated,
-    )
-    step_rng = jax.device_put(step_rng, layout.replicated)
-    observation = jax.eval_shape(step_function, state, first_batch, step_rng)[1]
-    window = jax.device_put(metrics.empty_window(observation, plan.log_every), layout.replicated)
-
-    # ---- Where an interrupted run goes on.
-    checkpoints = checkpointing.Checkpoints(folder.path / "checkpoints", config.checkpoint)
-    start = checkpoints.latest_step() or 0
-    if start:
-        (state, window), position = checkpoints.restore(start, (state, window))
-        if position != start * config.batch_size:
-            raise UserError(f"checkpoint {start} stopped at example {position}, not {start} batches")
-    rows = folder.rewind(start)
-    seconds_before = rows[-1].get("speed/wall_seconds", 0.0) if rows else 0.0
-
-    # ---- The loop.
-    writer = metric_writers.create_default_writer(workdir, just_logging=not first_process)
-    if not start:
-        writer.write_hparams(flatten_dict(config.to_dict(), sep="."))
+    # ---- Where it starts.
     began = time.monotonic()
     title = f"{config.method.name} on {data.name}, {config.noise.rate:.0%} {config.noise.kind} noise"
-    reporter = Reporter(title, start, plan.num_steps, visible=first_process)
+    reporter = Reporter(title, plan.num_steps, visible=jax.process_index() == 0)
+    checkpoints = checkpointing.Checkpoints(folder.path / "checkpoints", config.checkpoint)
+    saved = checkpoints.restore_newest((run.state, run.window), reporter.warn)
+    if saved:
+        start, (state, window), position = saved
+        if position != start * config.batch_size:
+            raise UserError(f"checkpoint {start} stopped at example {position}, not {start} batches")
+        reporter.say(f"goes on from the checkpoint at step {start}")
+    else:
+        start, state, window = 0, run.init(init_rng), run.empty_window()
+    rows = json.loads(distributed.from_first(json.dumps(folder.rewind(start))))
+    checkpoints.note_metrics(rows)
+    seconds_before = rows[-1].get("speed/wall_seconds", 0.0) if rows else 0.0
+    writer = metric_writers.create_default_writer(workdir, just_logging=jax.process_index() != 0)
+    if not start:
+        writer.write_hparams(flatten_dict(config.to_dict(), sep="."))
+
+    # ---- The loop.
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
         stack.callback(writer.close)
         stack.enter_context(reporter)
-        stop_requested = stack.enter_context(_stop_signals())
-        if start:
-            reporter.say(f"goes on from the checkpoint at step {start}")
-        compiled = train_step.lower(state, window, first_batch, step_rng).compile()
-        compile_seconds = time.monotonic() - began
-        reporter.compiled(compile_seconds)
+        stop = stack.enter_context(distributed.StopRequest())
+        compiling_began = time.monotonic()
+        train_step = run.train_step.lower(state, window, run.batch, step_rng).compile()
+        compile_seconds = time.monotonic() - compiling_began
+        reporter.compiled(compile_seconds, start)
+        flops = (train_step.cost_analysis() or {}).get("flops", 0.0)  # of one device
+        watchdog = stack.enter_context(observability.Watchdog(folder.path, config.stall_minutes))
+        profiler = observability.Profiler(folder.path, config.profile.start_step, config.profile.num_steps)
+        stack.callback(profiler.close)
 
-        evaluation_seconds, loop_began = 0.0, time.monotonic()
-        last_log = (start, time.monotonic())
+        clock = observability.Clock("data", "compute", "metrics", "evaluation", "checkpoint")
+        last_log, loop_seconds = start, 0.0
         batches = pipeline.train_batches(config, data, start, plan.num_steps, layout.batch)
-        for step, batch in enumerate(batches, start=start + 1):
-            state, window = compiled(state, window, batch, step_rng)
+        for step, batch in enumerate(clock.waiting("data", batches), start=start + 1):
+            profiler.before(step)
+            with clock("compute"):
+                state, window = train_step(state, window, batch, step_rng)
+                traced = profiler.after(step, state)
             reporter.step(step)
+            if traced:
+                reporter.say(f"a profile of the steps up to {step} is in {folder.path / 'plugins' / 'profile'}")
             row: dict[str, Any] = {}
-            stopping = stop_requested.is_set()
+            stopping = stop.requested(step)
             saving = stopping or step % plan.checkpoint_every == 0 or step == plan.num_steps
             logging = step % plan.log_every == 0 or step == plan.num_steps
             if logging or saving:
-                host_window = jax.device_get(window)
+                with clock("compute"):
+                    host_window = jax.device_get(window)
                 _check_finite(host_window, checkpoints)
             if logging:
-                row |= metrics.summarize(host_window)
-                now = time.monotonic()
-                speed = (step - last_log[0]) * config.batch_size / (now - last_log[1])
-                row["speed/images_per_second"] = speed
-                if host_window.examples is not None:
-                    omega = metrics.window_examples(host_window)[0]
-                    writer.write_histograms(step, {"weight/relative": omega * config.batch_size})
-                window = jax.device_put(metrics.empty_window(observation, plan.log_every), layout.replicated)
+                with clock("metrics"):
+                    row |= metrics.summarize(host_window)
+                    if host_window.examples is not None:
+                        omega = metrics.window_examples(host_window)[0]
+                        writer.write_histograms(step, {"weight/relative": omega * config.batch_size})
+                    window = run.empty_window()
+                    profiler.asked(step)
             if step in plan.eval_steps:
-                evaluation_began = time.monotonic()
-                row |= evaluate(state, evaluations, eval_step)
-                evaluation_seconds += time.monotonic() - evaluation_began
+                with clock("evaluation"):
+                    row |= evaluate(state, evaluations, run.eval_step)
+            if logging:
+                seconds, parts = clock.lap()
+                training = seconds - parts["evaluation"]
+                loop_seconds += training
+                row |= _speed(config, flops, step - last_log, training, parts)
+                last_log = step
             if row:
-                row["speed/wall_seconds"] = seconds_before + time.monotonic() - began
-                row["speed/eta_seconds"] = reporter.eta(step).total_seconds()
-                writer.write_scalars(step, row)
-                reporter.metrics(step, _headline(row, data.evaluation_name))
-                rows.append({"step": step, **row})
-                folder.append(rows[-1])
-                last_log = (step, time.monotonic()) if logging else last_log
-            if _ends_epoch(step, config.batch_size, len(data.train)) and method.on_epoch_end:
-                state = method.on_epoch_end(state)
+                with clock("metrics"):
+                    row["speed/wall_seconds"] = seconds_before + time.monotonic() - began
+                    row["speed/eta_seconds"] = reporter.eta(step).total_seconds()
+                    writer.write_scalars(step, row)
+                    reporter.metrics(step, _headline(row, data.evaluation_name))
+                    rows.append({"step": step, **row})
+                    folder.append(rows[-1])
+                    checkpoints.note_metrics(rows[-1:])
+            if _ends_epoch(step, config.batch_size, len(data.train)) and run.method.on_epoch_end:
+                state = run.method.on_epoch_end(state)
             if saving:
                 # After the row: whatever a checkpoint covers has been written down, a kill in between only
                 # makes the run compute it again.
-                checkpoints.save(step, (state, window), step * config.batch_size)
+                with clock("checkpoint"):
+                    checkpoints.save(step, (state, window), step * config.batch_size)
             if stopping and step < plan.num_steps:
                 checkpoints.wait()
                 raise Interrupted(f"stopped at step {step} of {plan.num_steps}, saved in {checkpoints.folder}")
-        loop_seconds = time.monotonic() - loop_began - evaluation_seconds
+            watchdog.alive()
         checkpoints.wait()
 
     # ---- The result.
@@ -205,13 +197,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         "trusted_per_class": min(data.trusted_report["per_class"]),
         "method": config.method.name,
         "model": config.model.name,
-        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
         "seed": config.seed,
         "steps": plan.num_steps,
         **_accuracies(rows, data.evaluation_name),
         "wall_seconds": seconds_before + time.monotonic() - began,
         "compile_seconds": compile_seconds,
-        "images_per_second": (plan.num_steps - start) * config.batch_size / max(loop_seconds, 1e-9),
+        "images_per_second": (plan.num_steps - start) * config.batch_size / max(loop_seconds, 1e-9),  # of this start
         "device_kind": jax.devices()[0].device_kind,
         "num_devices": layout.num_devices,
         **provenance(),
@@ -250,6 +242,18 @@ def make_plan(config: ConfigDict, data: pipeline.Data) -> Plan:
         first_cycle=first_cycle,
         cycle_ends=frozenset(ends),
         eval_steps=frozenset(regular | ends | {num_steps}),
+    )
+
+
+def data_shape(config: ConfigDict, data: pipeline.Data) -> program.DataShape:
+    """The shapes of the data, as augmentation makes them; raises UserError where they differ from image to image."""
+    size = pipeline.split_image_size
+    evaluated = data.trusted if data.evaluation is None else data.evaluation
+    return program.DataShape(
+        image=pipeline.image_shape(config, "standard", size(data.train)),
+        evaluation_image=pipeline.image_shape(config, "evaluation", size(evaluated)),
+        num_classes=data.num_classes,
+        num_examples=len(data.train),
     )
 
 
@@ -293,12 +297,21 @@ def _check_finite(window: metrics.Window, checkpoints: checkpointing.Checkpoints
         return
     step, names = bad
     checkpoints.wait()
-    last = checkpoints.latest_step()
-    where = f"the last good checkpoint is {checkpoints.folder / str(last)}" if last else "there is no checkpoint yet"
     raise NonFiniteError(
-        f"step {step}: {', '.join(names)} not finite; {where}. A smaller schedule.base_lr, or data without "
-        f"extreme values, is what usually helps"
+        f"step {step}: {', '.join(names)} not finite; {checkpoints.newest()}. A smaller schedule.base_lr, or data "
+        f"without extreme values, is what usually helps"
     )
+
+
+def _speed(
+    config: ConfigDict, flops: float, num_steps: int, seconds: float, parts: dict[str, float]
+) -> dict[str, float]:
+    """Metrics of the speed of `num_steps` steps that took `seconds`; time/… are seconds per step."""
+    row = {"speed/images_per_second": num_steps * config.batch_size / seconds}
+    utilization = observability.flops_utilization(flops, seconds / num_steps)
+    if utilization is not None:
+        row["speed/flops_utilization"] = utilization
+    return row | {f"time/{part}": value / num_steps for part, value in parts.items()}
 
 
 def _ends_epoch(step: int, batch_size: int, num_examples: int) -> bool:
@@ -335,25 +348,3 @@ def _headline(row: dict[str, Any], name: str) -> dict[str, float]:
         "speed/images_per_second": "images/s",
     }
     return {short: row[key] for key, short in keys.items() if key in row}
-
-
-@contextlib.contextmanager
-def _stop_signals():
-    """An event that SIGTERM or SIGINT sets; a second one acts as usual."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested
-        return
-    previous = {}
-
-    def handle(number, frame):
-        requested.set()
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield requested
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
-from ieg_jax.errors import UserError
+from ieg_jax.errors import StorageError, UserError, first_line
 
 
 class WorkFolder:
@@ -76,7 +76,7 @@ class WorkFolder:
         self.write("config.json", json.loads(config.to_json()))
         self.write("data.json", data)
 
-    def write(self, name: str, content: dict[str, Any] | list[int]) -> None:
+    def write(self, name: str, content: dict[str, Any] | list[Any]) -> None:
         """Writes a JSON file, whole or not at all."""
         if self._writes:
             temporary = self.path / f"{name}.tmp"
@@ -107,8 +107,11 @@ class WorkFolder:
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row, whose first key is `step`, to metrics.jsonl."""
         if self._writes:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with (self.path / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise StorageError(f"{self.path / 'metrics.jsonl'} cannot be written: {first_line(error)}") from error
 
     def _read_text(self, name: str) -> str | None:
         path = self.path / name

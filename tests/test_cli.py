@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from ieg_jax import cli
@@ -26,3 +29,19 @@ def test_what_is_right_passes():
 def test_load_config_passes_the_arguments():
     assert cli.load_config("configs/quickstart.py:seed=3").seed == 3
     assert cli.load_config("configs/quickstart.py").seed == 0
+
+
+@pytest.mark.parametrize("flag", ["--help", "-helpfull"])
+def test_help_is_no_failure(flag):
+    done = subprocess.run([sys.executable, "-m", "ieg_jax.main", flag], capture_output=True, text=True)
+    assert done.returncode == 0 and "--config" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main([]))
+    for keys, message in (({}, "stopped"), ({"interrupted": "it goes on"}, "stopped; it goes on")):
+        with pytest.raises(SystemExit, match=f"^{message}$"):
+            cli.run(main, **keys)

@@ -14,6 +14,7 @@ import pytest
 from test_sources import idx
 
 from ieg_jax import cli, train
+from ieg_jax.data import cifar, prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
@@ -68,14 +69,59 @@ def test_one_step(name, arguments, tmp_path, monkeypatch):
     assert 0 <= result["trusted_accuracy"] <= 1
 
 
+def one_step(config, folder):
+    config.model.name, config.model.width, config.mesh.data = "tiny", 0.25, 1
+    config.batch_size, config.num_train_steps, config.num_train_epochs = 8, 1, 0.0
+    result = train.train_and_evaluate(config, str(folder / "run"))
+    assert result["steps"] == 1 and 0 <= result["test_accuracy"] <= 1
+    return result
+
+
+def test_one_step_on_records(tmp_path, monkeypatch):
+    """Own images of various sizes, prepared, and read by random access."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number in range(28):
+        part = "trusted" if number < 4 else "test" if number < 8 else "train"
+        picture = image_trees.picture(number, (30 + number, 60 - number))
+        image_trees.save(tmp_path / part / "ab"[number % 2] / f"{number}.jpg", picture)
+    config = cli.load_config("configs/own_data.py:source=image_folder,size=0")
+    config.data.update({part: str(tmp_path / part) for part in ("train", "test", "trusted")})
+    prepare.prepare(config, tmp_path / "records", examples_per_shard=7)
+    config.data.update(name="records", dir=str(tmp_path / "records"), train="", test="", trusted="")
+    config.augment.standard, config.augment.evaluation = "random_resized_crop(16)|flip", "resize(16)|center_crop(16)"
+    assert one_step(config, tmp_path)["trusted_per_class"] == 2
+
+
+def test_one_step_on_cifar_of_tfds_with_human_labels(tmp_path, monkeypatch):
+    """TFDS keeps the images in an order of its own; the labels are joined by id."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cifar, "SIZES", archives.SMALL)
+    _, true = archives.cifar_tfds(tmp_path, "cifar10", archives.SMALL)["train"]
+    given = archives.human_labels(tmp_path / "CIFAR-10_human.pt", "cifar10", true)["worse_label"]
+    config = cli.load_config("configs/cifar10.py:noise=human,trusted_per_class=1")
+    config.data.dir = str(tmp_path)
+    config.noise.file, config.noise.label_set = str(tmp_path / "CIFAR-10_human.pt"), "worse"
+    assert one_step(config, tmp_path)["noise"] == "human"
+    noise, trusted = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("noise", "trusted"))
+    assert json.loads((tmp_path / "run" / "noisy_labels.json").read_text()) == given.tolist()
+    left = np.setdiff1d(np.arange(50), trusted["ids"])
+    assert noise["rate_effective"] == pytest.approx(np.mean(given[left] != true[left]))
+    assert noise["rate"] is None and len(noise["file_sha256"]) == 64
+
+
+CLASSES = {"cifar10.py": 10, "cifar100.py": 100, "webvision_mini.py": 52, "webvision.py": 4}  # in what is written
+
+
 def published(name, folder):
     """Writes the data set of a configuration as it is published; the argument of --config and more flags."""
     if name.startswith("cifar"):
         write = archives.cifar_binary if name == "cifar10.py" else archives.cifar_python
         write(folder / "cifar", name.removesuffix(".py"), archives.PUBLISHED)
-        flags = [f"--config.data.dir={folder / 'cifar'}", "--config.eval_batch_size=2000"]
+        # Evaluated on few images: going through the ten thousand for testing takes longer than all the rest.
+        flags = [f"--config.data.dir={folder / 'cifar'}", "--config.data.validation_size=50"]
         return f"configs/{name}:trusted_per_class=2", flags
-    content = image_trees.webvision(folder / "webvision")
+    content = image_trees.webvision(folder / "webvision", CLASSES[name])
     for split, per_class in (("train", 2), ("val", 1)):
         image_trees.imagenet(folder / "imagenet" / split, content["wnids"], per_class, 700)
     argument = f"configs/{name}:imagenet={folder / 'imagenet'}"
@@ -91,18 +137,11 @@ SMALL = [
     "--config.batch_size=8",
     "--config.eval_batch_size=50",
     "--config.mesh.data=1",
+    f"--compilation_cache={ROOT / '.cache' / 'xla'}",  # that of the other tests
 ]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "cifar10.py",
-        "webvision_mini.py",
-        pytest.param("cifar100.py", marks=pytest.mark.slow),
-        pytest.param("webvision.py", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_one_step_on_the_published_files(name, tmp_path):
     argument, flags = published(name, tmp_path)
     command = [sys.executable, "-m", "ieg_jax.main", f"--config={argument}", f"--workdir={tmp_path / 'run'}"]
@@ -110,10 +149,10 @@ def test_one_step_on_the_published_files(name, tmp_path):
     done = subprocess.run([*command, *flags, *SMALL], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    classes = {"cifar10.py": 10, "cifar100.py": 100, "webvision_mini.py": 50, "webvision.py": 52}[name]
-    assert result["steps"] == 1 and 0 <= result["test_accuracy"] <= 1
+    accuracy = result["validation_accuracy" if name.startswith("cifar") else "test_accuracy"]
+    assert result["steps"] == 1 and 0 <= accuracy <= 1
     trusted = json.loads((tmp_path / "run" / "trusted.json").read_text())
-    assert trusted["per_class"] == [2] * classes
+    assert trusted["per_class"] == [2] * (50 if name == "webvision_mini.py" else CLASSES[name])
 
 
 @pytest.mark.parametrize("name", FILES)

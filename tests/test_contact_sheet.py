@@ -1,3 +1,6 @@
+import inspect
+import pathlib
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -38,6 +41,20 @@ def test_a_tile_is_what_its_row_says(sheet, image):
     flipped = [np.array_equal(tile, image[:, ::-1]) for tile in tiles["flip"]]
     assert any(flipped) and all(np.array_equal(t, image) for t, f in zip(tiles["flip"], flipped, strict=True) if not f)
     np.testing.assert_array_equal(tiles["augment.evaluation"][3], image)
+
+
+def test_each_row_shows_what_it_does(sheet, image):
+    for name, row in sheet.items():
+        changes = any(tile.shape != image.shape or (tile != image).any() for _, tile in row.tiles)
+        assert changes == (name not in ("Identity", "augment.evaluation")), name
+
+
+def test_the_docs_list_every_operation_with_its_parameters():
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    for name, operation in augment.OPERATIONS.items():
+        parameters = list(inspect.signature(operation).parameters.values())[2:]  # after image and seed
+        written = ", ".join(f"{parameter.name}={parameter.default}" for parameter in parameters)
+        assert f"| `{name}({written})` |" in text
 
 
 def test_draw_puts_sheets_side_by_side():

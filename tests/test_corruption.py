@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import types
 
@@ -8,8 +9,7 @@ from ml_collections import ConfigDict
 from scipy import special, stats
 
 from configs import default
-from ieg_jax import data as data_package
-from ieg_jax.data import class_flips, corruption, instance_noise, open_set, sources
+from ieg_jax.data import class_flips, corruption, human_labels, instance_noise, open_set, sources
 from ieg_jax.data.splits import NO_CLASS, UNKNOWN, Source, make_split
 from ieg_jax.errors import UserError
 
@@ -226,6 +226,24 @@ def test_transition_matrix(tmp_path):
     np.testing.assert_array_equal(corruption.corrupt(source, noise).labels, noisy.labels)
 
 
+def test_the_nominal_rate_and_the_file_of_a_report(tmp_path):
+    """Of a matrix the share of wrong labels that it means for these classes: 0.3, 0.3, 0.3 and 0."""
+    (tmp_path / "t.json").write_text("[[0.7, 0.3], [0, 1]]")
+    (tmp_path / "l.json").write_text("[0, 0, 1, 1]")
+    source = clean_source(4, 2)
+    source.train.clean_labels[:] = [0, 0, 0, 1]
+    for kind, name, rate in (("transition_matrix", "t.json", 0.225), ("file", "l.json", None)):
+        noise = noise_config(kind, file=str(tmp_path / name))
+        report = corruption.report(corruption.corrupt(source, noise), noise, 2)
+        assert report["rate"] == (rate and pytest.approx(rate))
+        assert report["file_sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    source.train.clean_labels[:] = UNKNOWN
+    matrix = noise_config("transition_matrix", file=str(tmp_path / "t.json"))
+    assert corruption.report(source.train, matrix, 2)["rate"] is None
+    report = corruption.report(source.train, noise_config("uniform", 0.4), 2)
+    assert (report["rate"], report["file_sha256"]) == (0.4, None)
+
+
 # ---- Noise that depends on the image.
 
 
@@ -398,6 +416,20 @@ def test_labels_written_are_labels_read(tmp_path, suffix):
         corruption.write_labels(path, noisy.labels)
 
 
+def test_a_label_file_has_a_label_for_each_listed_image_or_for_each_that_is_used(tmp_path):
+    """Six are listed, ids 1 and 4 are left out, and so are two images for testing."""
+    source = in_rows(clean_source(6, 3), np.array([5, 0, 2, 3]))
+    source = dataclasses.replace(source, num_listed=6, left_out=dict.fromkeys(["b", "e", "t0", "t1"], "zero bytes"))
+    for content, expected in (("[0, 0, 0, 1, 0, 2]", [2, 0, 0, 1]), ("[0, 0, 1, 2]", [2, 0, 0, 1])):
+        (tmp_path / "x.json").write_text(content)
+        noise = noise_config("file", file=str(tmp_path / "x.json"))
+        assert corruption.corrupt(source, noise).labels.tolist() == expected
+    for count in (3, 5, 7, 8):
+        (tmp_path / "x.json").write_text(json.dumps([0] * count))
+        with pytest.raises(UserError, match=rf"{count} labels, expected 6, one for each listed .*, or 4, one for each"):
+            corruption.corrupt(source, noise)
+
+
 def test_the_json_file_is_a_plain_list(tmp_path):
     corruption.write_labels(tmp_path / "x.json", np.array([3, 0, 1], np.int32))
     assert (tmp_path / "x.json").read_text() == "[3, 0, 1]"
@@ -412,9 +444,8 @@ def test_human_labels_are_joined_in_the_order_of_ids(monkeypatch):
         assert (path, label_set, true_labels.tolist()) == ("x.pt", "worse", [0, 1, 2, 0, 1, 2])
         return np.array([2, 1, 2, 1, 1, 0], np.int32)
 
-    monkeypatch.setattr(
-        data_package, "human_labels", types.SimpleNamespace(load=load, LABEL_SETS=("worse",)), raising=False
-    )
+    monkeypatch.setattr(human_labels, "load", load)
+    monkeypatch.setattr(human_labels, "LABEL_SETS", ("worse",))
     noise = noise_config("human", file="x.pt", label_set="worse")
     corruption.validate(noise)
     source = in_rows(clean_source(6, 3), np.array([5, 3, 0, 1, 2, 4]))
@@ -440,7 +471,7 @@ def every_noise(files, seed=0):
     """Each kind with each selection it has."""
     own = {
         "transition_matrix": {"file": files["matrix"]}, "file": {"file": files["labels"]},
-        "open_set": {"open_set": files["foreign"]}, "human": {"file": "x.pt", "label_set": "noisy"},
+        "open_set": {"open_set": files["foreign"]}, "human": {"file": files["labels"], "label_set": "noisy"},
     }  # fmt: skip
     for kind, described in corruption.KINDS.items():
         rate = 0.4 if "rate" in described.reads else 0.0
@@ -450,8 +481,7 @@ def every_noise(files, seed=0):
 
 def test_every_kind_depends_on_seed_and_id_alone(files, monkeypatch):
     """Rows in another order give each id the same label, clean label and image; another seed gives others."""
-    human = types.SimpleNamespace(load=lambda *_: np.arange(2000) * 7 % 100, LABEL_SETS=("noisy",))
-    monkeypatch.setattr(data_package, "human_labels", human, raising=False)
+    monkeypatch.setattr(human_labels, "load", lambda *_: np.arange(2000) * 7 % 100)
     rng = np.random.default_rng(0)
     source = clean_source(2000, 100, "cifar100", rng.integers(0, 256, (2000, 2, 2, 1), np.uint8))
     rows = rng.permutation(2000)

@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import archives
 import image_trees
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from configs import default
-from ieg_jax.data import doctor
+from ieg_jax.data import cifar, doctor, prepare
 from ieg_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -78,6 +79,98 @@ def test_the_same_image_in_two_splits(photos, tmp_path):
     assert "1 images are there more than once within train, e.g. dog/1.jpg = dog/again.jpg" in text
     assert report["duplicates"]["train"] == [["dog/1.jpg", "dog/again.jpg"]]
     assert examine(photos, tmp_path / "quick", quick=True)[0] == []
+
+
+def test_the_same_image_with_two_labels(photos, tmp_path):
+    (tmp_path / "train" / "dog" / "copy.jpg").write_bytes((tmp_path / "train" / "cat" / "1.jpg").read_bytes())
+    (tmp_path / "train" / "dog" / "link.jpg").symlink_to(tmp_path / "train" / "cat" / "2.jpg")
+    (tmp_path / "train" / "cat" / "again.jpg").write_bytes((tmp_path / "train" / "cat" / "3.jpg").read_bytes())
+    problems, text, _ = examine(photos, tmp_path / "out")
+    wanted = "2 images are there more than once within train with different labels, e.g. cat/1.jpg = dog/copy.jpg"
+    assert problems == [f"{wanted}; keep the right one of each"]
+    assert "3 images are there more than once within train, e.g." in text, "those with one label are a note"
+    # Noise gives equal images different labels, and is not the fault of the data.
+    (tmp_path / "train" / "dog" / "copy.jpg").unlink()
+    (tmp_path / "train" / "dog" / "link.jpg").unlink()
+    photos.noise.kind, photos.noise.rate = "symmetric_flip", 0.5
+    assert examine(photos, tmp_path / "noisy")[0] == []
+
+
+def test_lists_and_files_that_are_wrong_at_once(photos, tmp_path):
+    (tmp_path / "train" / "cat" / "0.jpg").write_bytes(b"")
+    lines = ["path,label", "train/cat/0.jpg,a", "train/cat/1.jpg,b", "train/cat/1.jpg,a", "gone.jpg,b"]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    photos.data.name, photos.data.train = "image_csv", str(tmp_path / "list.csv")
+    photos.data.test = ""
+    with pytest.raises(UserError) as raised:
+        doctor.examine(photos, tmp_path / "out", False, Console(record=True))
+    text = str(raised.value)
+    assert "line 4: train/cat/1.jpg has label 'a'" in text and "label 'cat' is none of the 2 classes" in text
+    assert "and 2 of the images in it cannot be decoded:\n  train/cat/0.jpg: zero bytes\n  gone.jpg: no such" in text
+
+
+def test_names_are_no_markup(photos, tmp_path):
+    """Labels and paths that rich would take for a closing tag, a colour and an emoji."""
+    lines = ["path;label;split"]
+    for number in range(12):
+        name, part = f"set [/final] {number}/:dog: [red]{number}.jpg", "trusted" if number < 2 else "train"
+        image_trees.save(tmp_path / name, image_trees.picture(number % 11))
+        lines.append(f"{name};{('[/x]', '[red]y')[number % 2]};{part}")
+    (tmp_path / "set [/final] 5" / ":dog: [red]5.jpg").write_bytes(b"")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    photos.data.update(name="image_csv", train=str(tmp_path / "list.csv"), trusted="", test="")
+    photos.noise.kind, photos.noise.rate = "symmetric_flip", 0.5
+    for width in (200, 20):  # with the table of confusions, and without
+        problems, text, _ = examine(photos, tmp_path / str(width), width=width)
+        text = " ".join(text.split())
+        assert "set [/final] 5/:dog: [red]5.jpg: zero bytes" in text
+        for name in ("│ [red]y │", "0 [/x]") if width == 200 else ("of [/x] are called [red]y",):
+            assert name in text
+        assert "set [/final] 0/:dog: [red]0.jpg" in problems[-1]
+
+
+def test_sizes_before_they_are_made_equal(photos, tmp_path):
+    photos.data.image_size, photos.augment.standard, photos.augment.evaluation = 16, "", ""
+    _, text, report = examine(photos, tmp_path / "out")
+    assert "image sizes, train: 16×16×3, uint8, in memory" in text
+    wanted = "height 40 to 90 (median 65), width 60 to 60 (median 60), files"
+    assert report["original_sizes"]["train"] == wanted
+    assert f"image sizes, train as they come: {wanted}" in text
+
+
+def test_a_damaged_record_is_named(photos, tmp_path):
+    prepare.prepare(photos, tmp_path / "records", 6)
+    shard = next((tmp_path / "records").glob("*train*-00001-of*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    photos.data.update(name="records", dir=str(tmp_path / "records"), train="", test="", trusted="")
+    for size in (0, 16):
+        photos.data.image_size = size
+        with pytest.raises(UserError, match=r"^image dog/\d.jpg cannot be read: corrupted record at \d+; restore its"):
+            examine(photos, tmp_path / "out")
+
+
+def test_human_labels_from_end_to_end(tmp_path, monkeypatch):
+    """Labels joined to the images of an archive, in noise.json with the hash of their file, and described."""
+    monkeypatch.setattr(cifar, "SIZES", archives.SMALL)
+    content = archives.cifar_binary(tmp_path / "cifar", "cifar10", archives.SMALL)
+    file = tmp_path / "CIFAR-10_human.pt"
+    given = archives.human_labels(file, "cifar10", content["train"][1])["worse_label"]
+    config = default.get_config()
+    config.data.name, config.data.dir, config.trusted.per_class = "cifar10", str(tmp_path / "cifar"), 1
+    config.noise.kind, config.noise.file, config.noise.label_set = "human", str(file), "worse"
+    config.batch_size = 8
+    _, text, report = examine(config, tmp_path / "out")
+    noise, sha256 = report["noise"], hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (noise["kind"], noise["rate"], noise["file_sha256"]) == ("human", None, sha256)
+    assert json.loads((tmp_path / "out" / "noisy_labels.json").read_text()) == given.tolist()
+    trusted = json.loads((tmp_path / "out" / "trusted.json").read_text())
+    assert [int(content["train"][1][id_]) for id_ in trusted["ids"]] == trusted["labels"] == list(range(10))
+    left = np.setdiff1d(np.arange(50), trusted["ids"])
+    assert noise["rate_effective"] == pytest.approx(np.mean(given[left] != content["train"][1][left]))
+    text = text.replace("\n", "")
+    assert f"not the published file: sha256 {sha256}, published 873e69c39" in text and "no nominal rate" in text
 
 
 def test_unreadable_and_missing_images(photos, tmp_path):

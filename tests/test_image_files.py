@@ -114,6 +114,39 @@ def test_bad_lists(tmp_path, text, message):
         sources.load(config("image_csv", tmp_path / "list.csv"))
 
 
+def test_all_that_is_wrong_with_a_list_is_said_at_once(tmp_path):
+    write_images(tmp_path, ["x.png", "y.png", "z.png"])
+    lines = ["path,label,split", "x.png,a,train", "y.png,b,train", "x.png,b,train", "z.png,c,test", "z.png,d,test"]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError) as raised:
+        sources.load(config("image_csv", tmp_path / "list.csv"))
+    line = f"{tmp_path}/list.csv, line"
+    assert str(raised.value).splitlines() == [
+        "3 things are wrong with what is listed:",
+        f"  {line} 4: x.png has label 'b', but 'a' in {line} 2; keep one of the two",
+        f"  {line} 6: z.png has label 'd', but 'c' in {line} 5; keep one of the two",
+        f"  {line} 5: label 'c' is none of the 2 classes a, b",
+    ]
+    (tmp_path / "list.csv").write_text("path,label\nx.png,0\ny.png,1\n" + "".join(f"{k}.png,-1\n" for k in range(12)))
+    with pytest.raises(UserError, match=r"12 things (?s:.*)line 4: label -1(?s:.*)line 13: (?s:.*)and 2 more$"):
+        sources.load(config("image_csv", tmp_path / "list.csv"))
+    (tmp_path / "list.csv").write_text("path,label\nx.png,0\ny.png,\n,1\n")
+    with pytest.raises(UserError, match=r"2 things (?s:.*)line 3: path 'y.png'(?s:.*)line 4: path ''"):
+        sources.load(config("image_csv", tmp_path / "list.csv"))
+
+
+def test_clean_labels_of_test_and_trusted_images_are_their_labels(tmp_path):
+    write_images(tmp_path, [f"{k}.png" for k in range(5)])
+    (tmp_path / "list.csv").write_text(
+        "path,label,clean_label,split\n0.png,0,1,train\n1.png,1,,train\n2.png,0,1,trusted\n3.png,0,,trusted\n"
+        "4.png,1,0,test\n"
+    )
+    source = sources.load(config("image_csv", tmp_path / "list.csv"))
+    assert source.train.labels.tolist() == [0, 1] and source.train.clean_labels.tolist() == [1, -1]
+    assert source.trusted.labels.tolist() == source.trusted.clean_labels.tolist() == [1, 0]
+    assert source.test.labels.tolist() == source.test.clean_labels.tolist() == [0]
+
+
 def test_a_label_beyond_num_classes(tmp_path):
     write_images(tmp_path, ["x.png", "y.png"])
     (tmp_path / "list.csv").write_text("path,label\nx.png,0\ny.png,7\n")

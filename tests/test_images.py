@@ -182,8 +182,18 @@ def test_unreadable_images_are_refused_or_skipped_and_named(tmp_path):
     assert source.train.ids.tolist() == [1, 2, 3, 4, 5], "the others keep their ids"
     for k in (1, 2):
         (tmp_path / "photos" / "cat" / f"{k}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="no image of class 0"):
+    with pytest.raises(
+        UserError, match="no image of class 'cat' can be decoded:\n  cat/0.jpg: no image(?s:.*)2.jpg: zero"
+    ):
         sources.load(config.data)
+
+
+def test_an_image_that_is_gone_after_it_was_checked_is_named(tmp_path):
+    image_trees.save(tmp_path / "0.jpg", image_trees.picture(0))
+    paths = np.array([str(tmp_path / "0.jpg"), str(tmp_path / "gone.jpg")], object)
+    with pytest.raises(UserError, match=r"image cat/1 cannot be read: [^{]*No such file") as raised:
+        images.load_resized(images.FileImages(paths, np.array([True, True])), 8, np.array(["cat/0", "cat/1"], object))
+    assert "Op:" not in str(raised.value)
 
 
 def test_image_size_loads_into_memory(tmp_path):

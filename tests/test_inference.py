@@ -1,11 +1,14 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from runs import ROOT
 
 from ieg_jax import inference, models, train
 from ieg_jax.data import pipeline
@@ -119,3 +122,37 @@ def test_folders_without_a_run(run, tmp_path):
         inference.load(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["data"] == 1
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_what_is_exported_predicts_the_same(run, tmp_path):
+    config, folder, _ = run
+    out = tmp_path / "model"
+    command = [sys.executable, "-m", "ieg_jax.export", f"--workdir={folder}", f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("tiny of step 4, 10 classes, ")
+    assert sorted(path.name for path in out.iterdir()) == ["model.json", "weights.npz"]
+    evaluation = pipeline.load(config).evaluation
+    exported, trained = inference.load(out), inference.load(folder)
+    assert exported.class_names == tuple("0123456789")
+    np.testing.assert_array_equal(
+        inference.predict(exported, evaluation), inference.predict(trained, evaluation), strict=True
+    )
+    with np.load(out / "weights.npz") as arrays:  # without this package
+        np.testing.assert_array_equal(arrays["params/head/kernel"], trained.params["head"]["kernel"])
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 1 and again.stderr.splitlines()[-1].endswith("is not empty; name a new folder")
+
+
+def test_which_checkpoint(run, tmp_path):
+    _, folder, _ = run
+    assert inference.load(folder, step=2).step == 2
+    with pytest.raises(UserError, match="no checkpoint of step 3; there are 2, 4"):
+        inference.load(folder, step=3)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "checkpoints" / "4").rglob("*"):
+        if (path.is_file() and "ocdbt" in str(path)) or path.parent.name == "d":
+            path.write_bytes(b"damaged")
+    assert inference.load(tmp_path).step == 2, "the newest that is not damaged"
+    with pytest.raises(UserError, match="checkpoint 4 can be read"):
+        inference.load(tmp_path, step=4)

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from configs import default
-from ieg_jax.data import images, prepare, records, sources
+from ieg_jax.data import corruption, images, prepare, records, sources
 from ieg_jax.errors import UserError
 
 
@@ -130,6 +130,29 @@ def test_unreadable_images(photos, tmp_path):
     np.testing.assert_array_equal(got.train.names, want.train.names)
 
 
+def test_a_label_file_for_all_listed_images_fits_folder_and_records(photos, tmp_path):
+    config, _ = photos
+    (tmp_path / "photos" / "cat" / "broken.jpg").write_bytes(b"hello")
+    (tmp_path / "test" / "cat" / "broken.jpg").write_bytes(b"hello")
+    config.data.unreadable = "skip"
+    written = prepare.prepare(config, tmp_path / "records", examples_per_shard=7)
+    assert written["num_listed"] == {"train": 31, "test": 3, "trusted": 2}
+    stored = records_config(tmp_path / "records")
+    for one in (config, stored):
+        one.noise.kind, one.noise.file = "file", str(tmp_path / "labels.json")
+    (tmp_path / "labels.json").write_text(json.dumps([k % 2 for k in range(31)]))
+    for one in (config, stored):
+        train = corruption.corrupt(sources.load(one.data), one.noise)
+        np.testing.assert_array_equal(train.labels, train.ids % 2)
+    (tmp_path / "labels.json").write_text(json.dumps([0] * 32))
+    for one in (config, stored):
+        with pytest.raises(UserError, match="32 labels, expected 31, .* or 30, one for each that is not left out"):
+            corruption.corrupt(sources.load(one.data), one.noise)
+    about = json.loads((tmp_path / "records" / "prepared.json").read_text())
+    (tmp_path / "records" / "prepared.json").write_text(json.dumps({"images": about["images"]}))
+    assert sources.load(stored.data).num_listed == 0, "of records that an older version wrote"
+
+
 def test_a_mended_image_is_taken_in(photos, tmp_path):
     config, _ = photos
     broken = tmp_path / "photos" / "cat" / "broken.jpg"
@@ -151,7 +174,7 @@ def test_a_class_or_split_of_which_nothing_is_left(photos, tmp_path):
     config, _ = photos
     config.data.unreadable = "skip"
     (tmp_path / "test" / "cat" / "x.png").write_bytes(b"")
-    with pytest.raises(UserError, match="no image of class 'cat' can be decoded"):
+    with pytest.raises(UserError, match="no image of class 'cat' can be decoded:\n  .*test/cat/x.png: zero bytes"):
         prepare.prepare(config, tmp_path / "records")
 
 

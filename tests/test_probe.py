@@ -1,11 +1,13 @@
 import dataclasses
 import json
 
+import image_trees
 import numpy as np
 import pytest
 
 from configs import default
 from ieg_jax.data import corruption, probe, sources
+from ieg_jax.data.images import FileImages
 from ieg_jax.data.splits import NO_CLASS, UNKNOWN, Source, make_split
 from ieg_jax.errors import UserError
 
@@ -171,6 +173,29 @@ def test_trusted_json_of_a_run_gives_the_same_trusted_set(tmp_path, digits):
         np.testing.assert_array_equal(again.images, trusted.images)
 
 
+def test_trusted_json_does_not_fit_data_that_have_changed(tmp_path):
+    """A line more at the top of a list shifts the ids; and a separate set has other images under the same ids."""
+    source = small([0, 1, 2] * 3, trusted=[0, 1, 2] * 2, pool=True)
+    config = trusted_config(per_class=1)
+    path = listed(tmp_path, "trusted.json", json.dumps(probe.report(probe.split_trusted(source, config)[1], config)))
+    first = int(probe.split_trusted(source, config)[1].ids[0])
+    shifted = small([2] + [0, 1, 2] * 3)
+    shifted.train.names[:] = ["new", *source.train.names]
+    with pytest.raises(
+        UserError, match=rf"3 of 3 ids .*first id {first}: .*, expected 'train/{first}'; .*one name in a"
+    ):
+        probe.split_trusted(shifted, trusted_config(ids=path))
+    with pytest.raises(
+        UserError, match="a run with trusted.source=train, but here it is separate.*set trusted.source=t"
+    ):
+        probe.split_trusted(source, trusted_config(ids=path, source="separate"))
+    names = listed(tmp_path, "names.txt", "\n".join(json.loads((tmp_path / "trusted.json").read_text())["names"]))
+    assert (probe.split_trusted(shifted, trusted_config(ids=names))[1].ids == first + 1).any(), "by name it does"
+    broken = listed(tmp_path, "broken.json", '{"ids": [0, 1, 2], "names": ["train/0"]}')
+    with pytest.raises(UserError, match="expected as many names as ids, 3"):
+        probe.split_trusted(source, trusted_config(ids=broken))
+
+
 # ---- A separate set.
 
 
@@ -213,6 +238,28 @@ def test_only_chosen_images_of_a_pool_are_removed_from_the_training_set():
     source = small([0, 1, 2] * 2, trusted=[0, 1, 2] * 2, pool=True, names="img", trusted_names="img")
     train, trusted = probe.split_trusted(source, trusted_config(source="separate", per_class=1))
     assert set(train.names) == set(source.train.names) - set(trusted.names) and len(train) == 3
+
+
+def test_others_are_drawn_for_images_of_a_pool_that_cannot_be_decoded(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for row in range(12):
+        image_trees.save(tmp_path / f"{row}.jpg", image_trees.picture(row))
+    files = FileImages(np.array([str(tmp_path / f"{row}.jpg") for row in range(12)], object))
+    source = small([0, 1, 2], trusted=[0, 1, 2] * 4, pool=True)
+    source = dataclasses.replace(source, trusted=dataclasses.replace(source.trusted, images=files))
+    config, data = trusted_config(source="separate", per_class=2), default.get_config().data
+    drawn = probe.split_trusted(source, config)[1]
+    order = probe.split_trusted(source, trusted_config(source="separate", per_class=4))[1].ids.tolist()
+    bad = int(drawn.ids[0])  # of class 0, as is every third
+    (tmp_path / f"{bad}.jpg").write_bytes(b"")
+    assert probe.split_trusted(source, config)[1].ids.tolist() == drawn.ids.tolist(), "to be refused, by name"
+    source, data.unreadable = dataclasses.replace(source, skip_unreadable=True), "skip"
+    trusted, left_out = sources.open_images(probe.split_trusted(source, config)[1], data)
+    assert sorted(trusted.ids) == sorted({*drawn.ids, order[6]} - {bad}) and list(left_out) == [f"trusted/{bad}"]
+    for row in range(0, 9, 3):
+        (tmp_path / f"{row}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="per_class=2, but of 4 examples of class 0 .* only . can be decoded"):
+        probe.split_trusted(source, config)
 
 
 @pytest.mark.parametrize("keys", [

@@ -159,6 +159,24 @@ def test_bad_arrays(tmp_path, arrays, message):
         sources.load(save(tmp_path, **arrays))
 
 
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"name": "digits", "dir": "x"}, r"data.dir='x', but data.name=digits does not read it: .*\(fashion_mnist,"),
+        ({"name": "records", "dir": "x", "test": "y"}, r"data.test='y', but .*\(webvision, image_folder, image_csv\)"),
+        ({"name": "arrays", "train": "x", "variant": "mini"}, "data.variant='mini', but data.name=arrays"),
+        ({"name": "cifar10", "trusted": "x"}, "data.trusted='x', but data.name=cifar10"),
+    ],
+)
+def test_keys_that_the_source_does_not_read(keys, message):
+    with pytest.raises(UserError, match=message):
+        sources.load(data_config(**keys))
+
+
+def test_every_source_says_what_it_reads():
+    assert sources.READS.keys() == sources.REGISTRY.keys()
+
+
 def test_labels_beyond_num_classes(tmp_path):
     config = save(tmp_path, images=IMAGES, labels=LABELS)
     config.num_classes = 2

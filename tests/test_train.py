@@ -1,5 +1,6 @@
 """Runs as a whole: what they write, and every way of stopping and starting again."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,33 +12,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import x64
+from runs import assert_same_run, rows, variables
 
-from ieg_jax import checkpointing, metrics, train
+from ieg_jax import checkpointing, distributed, metrics, train
 from ieg_jax.data import pipeline
 from ieg_jax.errors import UserError
-
-TIMINGS = ("speed/images_per_second", "speed/wall_seconds", "speed/eta_seconds")
-
-
-def rows(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert all(line.startswith('{"step": ') for line in lines), "step is the first key"
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
-
-
-def variables(folder, step):
-    """Every array of a checkpoint, by path."""
-    with ocp.CheckpointManager(folder / "checkpoints") as manager:
-        tree = manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore()))["tree"]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def assert_same_run(first, second, step):
-    assert rows(first) == rows(second)
-    one, two = variables(first, step), variables(second, step)
-    assert one.keys() == two.keys()
-    for path in one:
-        np.testing.assert_array_equal(one[path], two[path], err_msg=path)
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +102,51 @@ def test_evaluation_agrees_with_a_count_by_hand(config, undisturbed):
     with ocp.CheckpointManager(folder / "checkpoints") as manager:
         (state, _) = manager.restore(6, args=ocp.args.Composite(tree=ocp.args.StandardRestore()))["tree"]
     network = models.create(config.model, 10)
-    variables = {"params": state["ema_params"], "batch_stats": state["batch_stats"]}
-    logits = network.apply(variables, data.evaluation.images / np.float32(127.5) - 1, train=False)
+    weights = {"params": state["ema_params"], "batch_stats": state["batch_stats"]}
+    logits = network.apply(weights, data.evaluation.images / np.float32(127.5) - 1, train=False)
     hits = np.argmax(np.asarray(logits), -1) == data.evaluation.labels
     assert len(hits) == 500, "not a multiple of the evaluation batch"
     assert result["test_accuracy"] == pytest.approx(hits.mean(), abs=1e-9)
+
+
+def test_nothing_moves_unasked_and_each_step_is_compiled_once(config, tmp_path, caplog):
+    """No implicit transfer between host and device in a whole run, its last evaluation batch a partial one."""
+    config.eval_batch_size, config.profile.start_step, config.profile.num_steps = 64, 4, 2  # 500 = 7 · 64 + 52
+    before = jax.config.jax_transfer_guard
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        with caplog.at_level("WARNING"), jax.log_compiles():
+            train.train_and_evaluate(config, str(tmp_path))
+    finally:
+        jax.config.update("jax_transfer_guard", before)
+    compiled = [record.getMessage().split()[1] for record in caplog.records if "Compiling" in record.getMessage()]
+    counts = {name: sum(name in what for what in compiled) for name in ("step_and_record", "eval_step", "empty_window")}
+    assert counts == {"step_and_record": 1, "eval_step": 1, "empty_window": 1}
+    assert list((tmp_path / "plugins" / "profile").rglob("*.xplane.pb")), "and the profile that was asked for is there"
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    parts = {name: row[f"time/{name}"] for name in ("data", "compute", "metrics", "evaluation", "checkpoint", "other")}
+    assert all(value >= 0 for value in parts.values()) and parts["compute"] > 0
+    assert "speed/flops_utilization" not in row, "the peak of a processor is not known"
+
+
+def test_a_run_goes_on_with_other_devices_and_other_ways_to_compute(config, tmp_path, monkeypatch):
+    """8 devices, 1, then 4 as 2 × 2; with and without parts of a batch; against a run that changed nothing."""
+    config.method.name, config.model.dtype, config.batch_groups = "l2r", "float64", 8
+    config.checkpoint_every_steps = 100
+    stops = {"moved": (({"mesh.data": 8}, 2), ({"microbatches": 4}, 4), ({"mesh.data": 2, "mesh.fsdp": 2}, 6))}
+    stops["stayed"] = (({}, 6),)
+    with x64():
+        for name, starts in stops.items():
+            for keys, stop in starts:
+                config.update_from_flattened_dict({"mesh.data": 1, "mesh.fsdp": 1, "microbatches": 1, **keys})
+                config.eval_batch_size = 200
+                monkeypatch.setattr(distributed.StopRequest, "requested", lambda self, step, stop=stop: step >= stop)
+                with contextlib.suppress(train.Interrupted):
+                    train.train_and_evaluate(config, str(tmp_path / name))
+    moved, stayed = (variables(tmp_path / name, 6) for name in ("moved", "stayed"))
+    for path in stayed:
+        np.testing.assert_allclose(moved[path], stayed[path], rtol=1e-9, atol=1e-11, err_msg=path)
+    assert [row["step"] for row in rows(tmp_path / "moved")] == [row["step"] for row in rows(tmp_path / "stayed")]
 
 
 class Killed(BaseException):

@@ -1,8 +1,8 @@
 """The command that shows what augmentation does: `python -m ieg_jax.data.contact_sheet --out=sheet.png`.
 
 One picture: a row for each primitive of `autoaugment.py` over the levels, a row for each operation of policies over
-several seeds, with its default parameters, and with --config the policies of that configuration; each on a
-photograph of 32 and of 224 pixels.
+several seeds, with its default parameters or those of SHOWN_WITH, and with --config the policies of that
+configuration; each on a photograph of 32 and of 224 pixels.
 """
 
 import pathlib
@@ -22,6 +22,8 @@ from ieg_jax.errors import UserError
 SIDES = (32, 224)
 LEVELS = (0, 2, 4, 6, 8, 10)
 SEEDS = range(6)
+# Operations whose default parameters change nothing.
+SHOWN_WITH = {"affine": "affine(rotate=15,shear=0.1,zoom=0.1,translate=0.1)"}
 TILE, GAP, TEXT = 112, 6, 14  # pixels of a tile's side, between tiles, of a line of text
 
 
@@ -72,7 +74,7 @@ def rows(image: np.ndarray, config: ConfigDict | None) -> list[Row]:
       image: `[H, W, 3]` uint8.
       config: whose `augment.*` policies are shown after all others; or None.
     """
-    policies = {name: name for name in augment.OPERATIONS}
+    policies = {name: SHOWN_WITH.get(name, name) for name in augment.OPERATIONS}
     if config is not None:
         keys = ("standard", "strong", "evaluation")
         policies |= {f"augment.{key}": config.augment[key] for key in keys}
@@ -108,7 +110,7 @@ def policy_row(title: str, text: str, image: np.ndarray) -> Row:
     for seed in SEEDS:
         result = policy(floats, tf.constant([0, seed], tf.int64)).numpy()
         tiles.append((f"seed {seed}: {result.shape[1]} px", np.round((result + 1.0) * 127.5).astype(np.uint8)))
-    return Row(title if text == title else f"{title}\n{text}".replace("|", "|\n"), tiles)
+    return Row(title if text == title else f"{title}\n{text}".replace("|", "|\n").replace(",", ",\n"), tiles)
 
 
 def draw(sheets: list[list[Row]]) -> Image.Image:

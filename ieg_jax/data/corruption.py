@@ -20,6 +20,7 @@ whose true class is not known, or is none, keep image and label, and so does who
 - `open_set`: selected *images* are replaced by foreign ones, labels stay (Wang et al. 2018); see open_set.py.
 - `file`: labels from `noise.file`, such as the predictions of a network (semantic noise, Lee et al. 2019) or what
   DivideMix or an earlier run wrote: N integers, the k-th for the k-th smallest id (id k, where ids are 0 ... N − 1).
+  Where images that cannot be decoded are left out, N may also be the number of all that are listed, the k-th for id k.
 - `human`: labels that people gave (Wei et al. 2022, CIFAR-10N and CIFAR-100N); see human_labels.py.
 """
 
@@ -32,7 +33,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from ieg_jax.data import class_flips, instance_noise, open_set
+from ieg_jax.data import class_flips, human_labels, instance_noise, open_set
 from ieg_jax.data.selection import DRAW, SELECTIONS, draw, select, uniforms
 from ieg_jax.data.splits import NO_CLASS, UNKNOWN, Source, Split, check_labels
 from ieg_jax.errors import UserError, check_choice
@@ -69,8 +70,6 @@ def validate(noise: ConfigDict) -> None:
     if noise.kind == "open_set":
         open_set.parse(noise.open_set)
     if noise.kind == "human":
-        from ieg_jax.data import human_labels
-
         check_choice("noise.label_set", noise.label_set, human_labels.LABEL_SETS)
 
 
@@ -83,7 +82,10 @@ def report(split: Split, noise: ConfigDict, num_classes: int) -> dict:
       num_classes: K.
 
     Returns:
-      `kind`, nominal `rate`, `selection`, `seed`, `num_examples`;
+      `kind`, `selection`, `seed`, `num_examples`;
+      `rate`: the nominal share of corrupted examples; of a transition matrix the share of wrong labels that it means
+        for the true ones, None without any; None where labels come from a file, which has no nominal rate;
+      `file_sha256`: hash of `noise.file`, None for kinds without;
       `num_known`: examples of which it is known whether their label is true; `num_no_class`: those among them that
         are of no class, or whose true class is known only not to be the given one: their label counts as wrong;
       `rate_effective`: share of wrong labels among the known, None without any;
@@ -96,15 +98,23 @@ def report(split: Split, noise: ConfigDict, num_classes: int) -> dict:
     num_known = int((split.clean_labels != UNKNOWN).sum())
     return {
         "kind": noise.kind,
-        "rate": noise.rate,
+        "rate": _nominal_rate(split, noise, num_classes),
         "selection": noise.selection,
         "seed": noise.seed,
+        "file_sha256": human_labels.sha256(noise.file) if "file" in KINDS[noise.kind].reads else None,
         "num_examples": len(split),
         "num_known": num_known,
         "num_no_class": int((split.clean_labels == NO_CLASS).sum()),
         "rate_effective": 1 - int(np.trace(confusion)) / num_known if num_known else None,
         "confusion": confusion.tolist() if has_class.any() else None,
     }
+
+
+def _nominal_rate(split: Split, noise: ConfigDict, num_classes: int) -> float | None:
+    if noise.kind == "transition_matrix":
+        kept = np.diag(read_matrix(noise.file, num_classes))[split.clean_labels[split.clean_labels >= 0]]
+        return 1 - float(kept.mean()) if len(kept) else None
+    return None if "file" in KINDS[noise.kind].reads else noise.rate
 
 
 def write_labels(path: epath.PathLike, labels: np.ndarray) -> None:
@@ -219,15 +229,18 @@ def _draw_rows(train: Split, seed: int, selected: np.ndarray, matrix: np.ndarray
 
 def _file(source: Source, noise: ConfigDict) -> Split:
     train, labels = source.train, read_labels(noise.file)
-    if max(train.ids.max(), len(train)) < len(labels) <= len(train) + len(source.left_out):
+    if len(labels) == source.num_listed:
         labels = labels[np.sort(train.ids)]  # of all that are listed, also of those that were left out
+    elif source.num_listed > len(train) != len(labels):
+        raise UserError(
+            f"noise.file={noise.file!r}: {len(labels)} labels, expected {source.num_listed}, one for each listed "
+            f"training image, or {len(train)}, one for each that is not left out"
+        )
     check_labels(labels, len(train), f"noise.file={noise.file!r}", source.num_classes, lowest=0)
     return _in_order_of_ids(train, labels)
 
 
 def _human(source: Source, noise: ConfigDict) -> Split:
-    from ieg_jax.data import human_labels
-
     true_labels = source.train.clean_labels[np.argsort(source.train.ids)]
     return _in_order_of_ids(source.train, human_labels.load(noise.file, noise.label_set, true_labels))
 

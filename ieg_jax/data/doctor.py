@@ -5,7 +5,6 @@ report and a contact sheet. Ends with status 1 and a list where something is wro
 """
 
 import hashlib
-import itertools
 import json
 import os
 import sys
@@ -14,18 +13,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorflow as tf
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from ieg_jax import cli
 from ieg_jax import config as config_lib
-from ieg_jax.data import human_labels, images, pipeline
-from ieg_jax.data.splits import Split
+from ieg_jax.data import human_labels, image_files, images, pipeline, sources
+from ieg_jax.data.splits import Split, in_lines
 from ieg_jax.errors import UserError
 
 ROWS_SHOWN = 25  # of a table with a row for each class
@@ -54,38 +53,44 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
     refuses = config.data.unreadable == "refuse"
     config.data.unreadable = "skip"
     config.trusted.batch_size = config.trusted.batch_size or config.batch_size
-    data = pipeline.load(config)
+    try:
+        data = pipeline.load(config)
+    except image_files.ListError as error:
+        raise UserError(f"{error}{_unreadable_besides(error.paths)}") from None
     splits = {"train": data.train, "trusted": data.trusted, data.evaluation_name: data.evaluation}
     splits = {name: split for name, split in splits.items() if split is not None}
 
     problems = []
-    console.rule(f"{data.name}: {', '.join(f'{len(split):,} {name}' for name, split in splits.items())}")
+    console.rule(Text(f"{data.name}: {', '.join(f'{len(split):,} {name}' for name, split in splits.items())}"))
     problems += _classes(data, splits, console)
     sizes = {name: _sizes(split) for name, split in splits.items()}
-    for name, size in sizes.items():
-        console.print(f"image sizes, {name}: {size}")
+    original = _original_sizes(config.data) if config.data.image_size else {}
+    for name, size in (sizes | {f"{name} as they come": size for name, size in original.items()}).items():
+        _say(console, f"image sizes, {name}: {size}")
     if data.left_out:
-        console.print(f"{len(data.left_out)} listed images cannot be used:")
-        for name, error in itertools.islice(data.left_out.items(), 20):
-            console.print(f"  {name}: {error}", markup=False)
+        shown = in_lines((f"{name}: {error}" for name, error in data.left_out.items()), 20)
+        _say(console, f"{len(data.left_out)} listed images cannot be used:\n{shown}")
         if refuses:
             problems.append(f"{len(data.left_out)} images cannot be decoded; mend them, or set data.unreadable=skip")
     label_file = _label_file(config.noise, console)
     _noise(data, console)
     duplicates = {} if quick else _duplicates(splits)
     problems += _overlaps(duplicates, console)
+    problems += _two_labels(duplicates.get("train", []), _labels_before_noise(data.train, config.noise))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     first = jax.device_get(next(pipeline.train_batches(config, data, 0, 1, sharding)))
     speed = throughput(config, data)
-    console.print(
+    _say(
+        console,
         f"pipeline: {speed['images_per_second']:,.0f} training images/s here, "
-        f"{speed['images_per_cpu_second']:,.0f} per second and core"
+        f"{speed['images_per_cpu_second']:,.0f} per second and core",
     )
     out.mkdir(parents=True, exist_ok=True)
     report = {
         "name": data.name,
         "classes": list(data.class_names),
         "splits": {name: {"images": len(split), "sizes": sizes[name]} for name, split in splits.items()},
+        "original_sizes": original,
         "left_out": data.left_out,
         "noise": data.noise_report,
         "label_file": label_file,
@@ -97,7 +102,7 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
     (out / "trusted.json").write_text(json.dumps(data.trusted_report, indent=1))
     (out / "noisy_labels.json").write_text(json.dumps(data.noisy_labels.tolist()))
     contact_sheet(first, data.class_names, out / "contact_sheet.png")
-    console.print(f"written: report, trusted set, labels and contact sheet in {out}")
+    _say(console, f"written: report, trusted set, labels and contact sheet in {out}")
     return problems
 
 
@@ -154,6 +159,18 @@ def contact_sheet(batch: dict[str, np.ndarray], class_names: tuple[str, ...], pa
     pyplot.close(figure)
 
 
+def _say(console: Console, text: str) -> None:
+    """Prints a text with names in it, which are not to be taken for markup."""
+    console.print(text, markup=False, emoji=False)
+
+
+def _unreadable_besides(paths: dict[str, str]) -> str:
+    """What is wrong with the files of lists that cannot be used, to be added to the message."""
+    checked = zip(paths, images.check(np.array(list(paths.values()), object)), strict=True)
+    errors = [f"{name}: {one.error}" for name, one in checked if one.error]
+    return f"\nand {len(errors)} of the images in it cannot be decoded:\n{in_lines(errors)}" if errors else ""
+
+
 def _classes(data: pipeline.Data, splits: dict[str, Split], console: Console) -> list[str]:
     """Prints examples for each class and split; returns classes that lack some."""
     counts = {name: np.bincount(split.labels, minlength=data.num_classes) for name, split in splits.items()}
@@ -165,7 +182,7 @@ def _classes(data: pipeline.Data, splits: dict[str, Split], console: Console) ->
     for name in counts:
         table.add_column(name, justify="right")
     for number in range(min(data.num_classes, ROWS_SHOWN)):
-        table.add_row(data.class_names[number], *(f"{count[number]:,}" for count in counts.values()))
+        table.add_row(Text(data.class_names[number]), *(f"{count[number]:,}" for count in counts.values()))
     if data.num_classes > ROWS_SHOWN:
         table.add_row(f"... {data.num_classes - ROWS_SHOWN} more")
         for label, function in (("least", np.min), ("median", np.median), ("most", np.max)):
@@ -188,7 +205,7 @@ def _sizes(split: Split) -> str:
     else:
         rows = np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int))
         read = split.images.reader()
-        found = np.array([_readable(read, row).whole().shape[:2] for row in rows])
+        found = np.array([images.readable(lambda r: read(r).whole(), row, split.names[row]).shape[:2] for row in rows])
         which = f"records, {len(rows)} looked at"
     low, middle, high = found.min(0), np.median(found, 0).astype(int), found.max(0)
     return (
@@ -196,11 +213,18 @@ def _sizes(split: Split) -> str:
     )
 
 
-def _readable(read, row: int) -> images.Encoded:
-    try:
-        return read(tf.constant(row))
-    except tf.errors.OpError as error:
-        raise UserError(f"image {row} cannot be read: {error.message.splitlines()[0]}") from None
+def _original_sizes(data: ConfigDict) -> dict[str, str]:
+    """Heights and widths before `data.image_size`, by split; of a pool's images none, for few of these are decoded."""
+    source = sources.list_source(data)
+    found = {"train": source.train, "test": source.test, "trusted": None if source.trusted_is_pool else source.trusted}
+    data = data.copy_and_resolve_references()
+    data.image_size = 0
+    # Files were decoded a moment ago: their sizes are known.
+    return {
+        name: _sizes(sources.open_images(split, data)[0])
+        for name, split in found.items()
+        if split is not None and not split.in_memory
+    }
 
 
 def _label_file(noise: ConfigDict, console: Console) -> dict[str, Any] | None:
@@ -209,11 +233,17 @@ def _label_file(noise: ConfigDict, console: Console) -> dict[str, Any] | None:
         return None
     if noise.kind == "human":
         about = human_labels.describe(noise.file)
-        console.print("its clean labels equal those of the data, in this order, for every example")
+        _say(console, f"{noise.file}: its clean labels equal those of the data, in this order, for every example")
+        if about["published"]:
+            which = f"the published {about['published']}: sha256 {about['sha256']}"
+        else:
+            known = ", ".join(f"{digest} ({name})" for digest, name in human_labels.PUBLISHED.items())
+            which = f"not the published file: sha256 {about['sha256']}, published {known}"
+        _say(console, f"{noise.file}: {which}")
+        _say(console, f"{noise.file}: shapes {about['shapes']}")
     else:
-        about = {"sha256": hashlib.sha256(epath.Path(noise.file).expanduser().read_bytes()).hexdigest()}
-    for key, value in about.items():
-        console.print(f"{noise.file}: {key} {value}", markup=False)
+        about = {"sha256": human_labels.sha256(noise.file)}
+        _say(console, f"{noise.file}: sha256 {about['sha256']}")
     return about
 
 
@@ -221,7 +251,8 @@ def _noise(data: pipeline.Data, console: Console) -> None:
     report = data.noise_report
     rate = report["rate_effective"]
     known = "true labels are not known" if rate is None else f"{rate:.2%} of {report['num_known']:,} labels are wrong"
-    console.print(f"noise: {report['kind']}, nominal rate {report['rate']:.0%}, seed {report['seed']}; {known}")
+    nominal = "no nominal rate" if report["rate"] is None else f"nominal rate {report['rate']:.0%}"
+    _say(console, f"noise: {report['kind']}, {nominal}, seed {report['seed']}; {known}")
     if report["confusion"] is None:
         return
     confusion = np.array(report["confusion"])
@@ -231,14 +262,15 @@ def _noise(data: pipeline.Data, console: Console) -> None:
         for number in range(len(confusion)):
             table.add_column(str(number), justify="right", min_width=width)
         for number, row in enumerate(confusion):
-            table.add_row(f"{number} {data.class_names[number]}"[:18], *(str(c) if c else "·" for c in row))
+            table.add_row(Text(f"{number} {data.class_names[number]}"[:18]), *(str(c) if c else "·" for c in row))
         console.print(table)
         return
     wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
     for place in np.argsort(-wrong, axis=None, kind="stable")[:10]:
         true, given = divmod(int(place), len(confusion))
         if wrong[true, given]:
-            console.print(f"  {wrong[true, given]:,} of {data.class_names[true]} are called {data.class_names[given]}")
+            names = data.class_names[true], data.class_names[given]
+            _say(console, f"  {wrong[true, given]:,} of {names[0]} are called {names[1]}")
 
 
 def _duplicates(splits: dict[str, Split]) -> dict[str, list[list[str]]]:
@@ -247,7 +279,10 @@ def _duplicates(splits: dict[str, Split]) -> dict[str, list[list[str]]]:
     for name, split in splits.items():
         read = None if split.in_memory else split.images.reader()
         for row in track(range(len(split)), f"hashing {name}", transient=True, disable=len(split) < 2000):
-            content = split.images[row].tobytes() if read is None else _readable(read, row).content.numpy()
+            if read is None:
+                content = split.images[row].tobytes()
+            else:
+                content = images.readable(read, row, split.names[row]).content.numpy()
             digest = hashlib.blake2b(content, digest_size=16).hexdigest()
             places.setdefault(digest, []).append((name, str(split.names[row])))
     found: dict[str, list[list[str]]] = {}
@@ -265,8 +300,25 @@ def _overlaps(duplicates: dict[str, list[list[str]]], console: Console) -> list[
         if " and " in between:
             problems.append(f"{len(groups)} images are the same in {between}, e.g. {example}")
         else:
-            console.print(f"{len(groups)} images are there more than once within {between}, e.g. {example}")
+            _say(console, f"{len(groups)} images are there more than once within {between}, e.g. {example}")
     return problems
+
+
+def _labels_before_noise(train: Split, noise: ConfigDict) -> dict[str, int]:
+    """Labels of the training images as the data came, by name, without those that are not known any more."""
+    labels = train.labels if noise.kind == "none" else train.clean_labels
+    return {name: int(label) for name, label in zip(train.names, labels, strict=True) if label >= 0}
+
+
+def _two_labels(groups: list[list[str]], labels: dict[str, int]) -> list[str]:
+    """What to say of images of the training set that are the same and have different labels."""
+    differ = [group for group in groups if len({labels[name] for name in group if name in labels}) > 1]
+    if not differ:
+        return []
+    return [
+        f"{len(differ)} images are there more than once within train with different labels, e.g. "
+        f"{' = '.join(differ[0][:3])}; keep the right one of each"
+    ]
 
 
 def define_flags() -> None:

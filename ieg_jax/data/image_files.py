@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ieg_jax.data.images import FileImages
-from ieg_jax.data.splits import UNKNOWN, Source, Split, make_split
+from ieg_jax.data.splits import UNKNOWN, Source, Split, in_lines, make_split
 from ieg_jax.errors import UserError
 
 SUFFIXES = {
@@ -44,6 +44,15 @@ class Listed:
     where: str
 
 
+class ListError(UserError):
+    """Lists that cannot be used; `paths`, name -> path, are the images in them, for whoever looks at these as well."""
+
+    def __init__(self, errors: list[str], listed: list[Listed]):
+        """Says how many errors there are, and the first of them."""
+        super().__init__(_all_of(errors))
+        self.paths = {image.name: image.path for image in listed}
+
+
 def image_folder(data: ConfigDict) -> Source:
     """Folders with one folder for each class: `data.train`/class/x.jpg; `data.test` and `data.trusted` likewise.
 
@@ -61,32 +70,38 @@ def image_csv(data: ConfigDict) -> Source:
 
     Paths are relative to `data.dir`, or to the list's own folder where it is empty. `split` is train, test or
     trusted. `data.test` and `data.trusted` name further lists, or folders as for `image_folder`. Labels are names
-    of classes, sorted; or, where all are whole numbers, the numbers themselves.
+    of classes, sorted; or, where all are whole numbers, the numbers themselves. In the training set `label` is what is
+    learned from and `clean_label` is for diagnostics; of an image for testing or trusted, whose label has to be true,
+    `clean_label` is the label where it is given.
     """
     if not data.train or not pathlib.Path(data.train).expanduser().is_file():
         raise UserError(f"data.train={data.train!r}: no such file; data.name=image_csv expects a CSV file there")
     return _load(data, _number_labels)
 
 
-def _load(data: ConfigDict, number_classes: Callable[[list["Listed"], int], Classes]) -> Source:
+def _load(data: ConfigDict, number_classes: Callable[[list["Listed"], int, list[str]], Classes]) -> Source:
     base = pathlib.Path(data.dir or data.train).expanduser()
     base = base if base.is_dir() else base.parent
     listed = []
     for split in SPLITS:
         if where := getattr(data, split):
             listed += list_images(pathlib.Path(where).expanduser(), base, split, bool(data.dir))
-    listed = _without_repeats(listed)
+    listed, errors = _without_repeats(listed)
     trained = [image for image in listed if image.split == "train"]
     if not trained:
         raise UserError(f"data.train={data.train!r}: no training images in it")
-    classes, numbers = number_classes(trained, data.num_classes)
+    classes, numbers = number_classes(trained, data.num_classes, errors)
+    known = f"the {len(classes)} classes {', '.join(classes[:10])}" + (", ..." if len(classes) > 10 else "")
+    errors += [
+        f"{image.where}: label {label!r} is none of {known}"
+        for image in listed
+        for label in (image.label, image.clean_label)
+        if label and label not in numbers
+    ]
+    if errors:
+        raise ListError(errors, listed)
     if len(classes) < 2:
         raise UserError(f"all labels are {classes[0]!r}, expected at least two classes")
-    for image in listed:
-        for label in filter(None, (image.label, image.clean_label)):
-            if label not in numbers:
-                known = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-                raise UserError(f"{image.where}: label {label!r} is none of the {len(classes)} classes {known}")
     parts = {split: _to_split([image for image in listed if image.split == split], numbers) for split in SPLITS}
     return Source(base.name or "images", len(classes), parts["train"], parts["test"], parts["trusted"], classes)
 
@@ -161,13 +176,18 @@ def _read_list(file: pathlib.Path, base: pathlib.Path, split: str, relative_to_b
     if not {"path", "label"} <= set(columns):
         raise UserError(f"{file}: columns {columns}, expected a first line with path and label, e.g. path,label,split")
     reader.fieldnames = columns
-    root, listed = str(base if relative_to_base else file.parent), []
+    root, listed, errors = str(base if relative_to_base else file.parent), [], []
     try:
         for row in reader:
-            image = _listed(row, f"{file}, line {reader.line_num}", root, str(base), split)
-            listed += [image] if image else []
+            try:
+                image = _listed(row, f"{file}, line {reader.line_num}", root, str(base), split)
+                listed += [image] if image else []
+            except UserError as error:
+                errors.append(str(error))
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: {error}; is a quotation mark left open?") from None
+    if errors:
+        raise ListError(errors, listed)
     if not listed:
         raise UserError(f"{file}: no images listed")
     return listed
@@ -198,52 +218,67 @@ def _name(path: str, base: str) -> str:
     return path.removeprefix(base + os.sep)
 
 
-def _without_repeats(listed: list[Listed]) -> list[Listed]:
-    """Each image once in a split; one that is listed twice with two labels is an error."""
+def _all_of(errors: list[str]) -> str:
+    return errors[0] if len(errors) == 1 else f"{len(errors)} things are wrong with what is listed:\n{in_lines(errors)}"
+
+
+def _without_repeats(listed: list[Listed]) -> tuple[list[Listed], list[str]]:
+    """Each image once in a split; and what is wrong: that one is listed twice with two labels."""
     seen: dict[tuple[str, str], Listed] = {}
+    errors = []
     for image in listed:
         first = seen.setdefault((image.split, image.name), image)
-        if (first.label, first.clean_label) != (image.label, image.clean_label):
-            raise UserError(
-                f"{image.where}: {image.name} has label {image.label!r}, but {first.label!r} in {first.where}; "
-                f"keep one of the two"
-            )
-    return list(seen.values())
+        for column in ("label", "clean_label"):
+            got, before = getattr(image, column), getattr(first, column)
+            if got != before:
+                errors.append(
+                    f"{image.where}: {image.name} has {column} {got!r}, but {before!r} in {first.where}; keep one of "
+                    f"the two"
+                )
+    return list(seen.values()), errors
 
 
 def _labels(listed: list[Listed]) -> set[str]:
     return {label for image in listed for label in (image.label, image.clean_label) if label}
 
 
-def _number_names(listed: list[Listed], num_classes: int) -> Classes:
+def _number_names(listed: list[Listed], num_classes: int, errors: list[str]) -> Classes:
     """Names in order, whole numbers in theirs: (names by number, number by name)."""
-    del num_classes
+    del num_classes, errors
     written = _labels(listed)
     key = int if all(map(_NUMBER.fullmatch, written)) else None
     classes = tuple(sorted(written, key=key))
     return classes, {name: number for number, name in enumerate(classes)}
 
 
-def _number_labels(listed: list[Listed], num_classes: int) -> Classes:
-    """As `_number_names`, but labels that are whole numbers are the numbers of their classes."""
+def _number_labels(listed: list[Listed], num_classes: int, errors: list[str]) -> Classes:
+    """As `_number_names`, but labels that are whole numbers are the numbers of their classes.
+
+    What is wrong with them is added to `errors`.
+    """
     written = _labels(listed)
     if not all(map(_NUMBER.fullmatch, written)):
-        return _number_names(listed, num_classes)
+        return _number_names(listed, num_classes, errors)
     numbers = {label: int(label) for label in written}
     highest = max(numbers.values())
-    for image in listed:
-        for label in filter(None, (image.label, image.clean_label)):
-            if not 0 <= numbers[label] < (num_classes or highest + 1):
-                upper = f"to {num_classes - 1} (data.num_classes)" if num_classes else "and up"
-                raise UserError(f"{image.where}: label {label}, expected 0 {upper}")
-    if not num_classes:
+    upper = f"to {num_classes - 1} (data.num_classes)" if num_classes else "and up"
+    outside = [
+        f"{image.where}: label {label}, expected 0 {upper}"
+        for image in listed
+        for label in (image.label, image.clean_label)
+        if label and not 0 <= numbers[label] < (num_classes or highest + 1)
+    ]
+    if not num_classes and not outside:
         present = {numbers[image.label] for image in listed}
         empty = next((number for number in range(highest + 1) if number not in present), None)
         if empty is not None:
-            raise UserError(
+            outside.append(
                 f"labels go up to {highest}, but class {empty} has no training images; "
                 f"set data.num_classes={highest + 1} if that is meant"
             )
+    if outside:  # no list of classes, which a mistyped number would make very long
+        errors += outside
+        return tuple(sorted(written, key=int)), numbers
     classes = tuple(str(number) for number in range(num_classes or highest + 1))
     return classes, {name: number for number, name in enumerate(classes)} | numbers
 
@@ -254,6 +289,6 @@ def _to_split(listed: list[Listed], numbers: dict[str, int]) -> Split | None:
     labels = np.array([numbers[image.label] for image in listed])
     clean = np.array([numbers[image.clean_label] if image.clean_label else UNKNOWN for image in listed])
     if listed[0].split != "train":
-        clean = labels  # what is for testing or trusted is taken at its word
+        labels = clean = np.where(clean == UNKNOWN, labels, clean)  # which is taken at its word here
     images = FileImages(np.array([image.path for image in listed], object))
     return make_split(images, labels, clean, [image.name for image in listed])

@@ -11,8 +11,10 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -265,15 +267,19 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ieg_jax"
 
 
-def load_resized(images: StoredImages, size: int) -> np.ndarray:
+def load_resized(images: StoredImages, size: int, names: np.ndarray) -> np.ndarray:
     """Decodes all images into memory.
 
     Args:
       images: n of them.
       size: the shorter side is resized (area) to this many pixels and the centre square is taken.
+      names: `[n]`, for messages.
 
     Returns:
       uint8 `[n, size, size, 3]`.
+
+    Raises:
+      UserError: naming the first image that cannot be decoded.
     """
     read = images.reader()
 
@@ -282,10 +288,33 @@ def load_resized(images: StoredImages, size: int) -> np.ndarray:
 
     rows = tf.data.Dataset.range(len(images)).map(load, tf.data.AUTOTUNE, deterministic=True).batch(256)
     batches = track(rows, "decoding images", -(-len(images) // 256), transient=True, disable=len(images) < 1000)
+    decoded = []
     try:
-        return np.concatenate([np.round(batch.numpy()).astype(np.uint8) for batch in batches])
+        for batch in batches:
+            decoded.append(np.round(batch.numpy()).astype(np.uint8))
     except tf.errors.OpError as error:
-        raise UserError(f"an image cannot be decoded: {error.message.splitlines()[0]}") from None
+        for row in range(256 * len(decoded), len(images)):  # the batches come in order: which one is it?
+            readable(load, row, names[row])
+        raise UserError(f"an image cannot be decoded: {reason(error)}") from None
+    return np.concatenate(decoded)
+
+
+def readable(read: Callable[[tf.Tensor], Any], row: int, name: str) -> Any:
+    """What `read` makes of a row.
+
+    Raises:
+      UserError: naming the image, where it cannot be read or decoded.
+    """
+    try:
+        return read(tf.constant(row))
+    except tf.errors.OpError as error:
+        raise UserError(f"image {name} cannot be read: {reason(error)}; restore its file") from None
+
+
+def reason(error: tf.errors.OpError) -> str:
+    """The first line of TensorFlow's message, without the names of its operations."""
+    lines = error.message.strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^(\{\{.*?\}\}\s*)+|\s*\[Op:.*\]\s*.*$", "", lines[0])
 
 
 def square(image: tf.Tensor, size: int) -> tf.Tensor:

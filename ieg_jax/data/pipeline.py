@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax import methods
 from ieg_jax.data import augment, corruption, probe, selection, sources
-from ieg_jax.data.images import to_float
+from ieg_jax.data.images import Encoded, to_float
 from ieg_jax.data.splits import UNKNOWN, Split
 from ieg_jax.errors import UserError
 
@@ -198,6 +198,35 @@ class EvalBatches:
             yield to_global(batch, self._sharding)
 
 
+def image_shape(config: ConfigDict, view: str, size: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """(H, W, C) of what an augmentation makes of the images of a data set. No image is read.
+
+    Args:
+      config: the configuration.
+      view: `standard` or `evaluation`: which policy of the group `augment`.
+      size: (H, W, C) of the images before it; None where each has a size of its own.
+
+    Raises:
+      UserError: where the result has no fixed size.
+    """
+    policy = augment.parse_policy(config.augment[view], f"augment.{view}")
+    if size is None:
+        trace = tf.function(lambda content, plain: policy(Encoded(content, plain), tf.zeros([2], tf.int64)))
+        made = trace.get_concrete_function(tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.bool))
+    else:
+        trace = tf.function(lambda image: policy(image, tf.zeros([2], tf.int64)))
+        made = trace.get_concrete_function(tf.TensorSpec(size, tf.float32))
+    shape = made.output_shapes
+    if not shape.is_fully_defined():
+        raise _no_fixed_size(f"augment.{view}", shape)
+    return tuple(shape)
+
+
+def split_image_size(split: Split) -> tuple[int, int, int] | None:
+    """(H, W, C) of the images of a split, None where each has its own."""
+    return split.images.shape[1:] if split.in_memory else None
+
+
 def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
     """Makes global arrays of the parts that each process holds."""
     return {key: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for key, value in batch.items()}
@@ -304,7 +333,11 @@ def _read(batches: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
 def _check_shape(batches: tf.data.Dataset, key: str) -> None:
     for name, spec in batches.element_spec.items():
         if None in spec.shape:
-            raise UserError(
-                f"the images have sizes of their own, and {key} does not make them equal ({name}: {spec.shape}); let "
-                f"it begin with random_resized_crop(size) or resize(size)|center_crop(size), or set data.image_size"
-            )
+            raise _no_fixed_size(key, f"{name}: {spec.shape}")
+
+
+def _no_fixed_size(key: str, shape: object) -> UserError:
+    return UserError(
+        f"the images have sizes of their own, and {key} does not make them equal ({shape}); let "
+        f"it begin with random_resized_crop(size) or resize(size)|center_crop(size), or set data.image_size"
+    )

@@ -13,7 +13,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -32,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ieg_jax import cli
 from ieg_jax import config as config_lib
 from ieg_jax.data import images, probe, records, sources
-from ieg_jax.data.splits import Source, Split
+from ieg_jax.data.splits import Split, in_lines
 from ieg_jax.errors import UserError
 
 
@@ -96,7 +95,7 @@ def make_plan(config: ConfigDict, examples_per_shard: int, resize: int) -> Plan:
     """
     if config.data.image_size:
         raise UserError(f"data.image_size={config.data.image_size} is for images in memory; use --resize here")
-    source: Source = sources.REGISTRY[config.data.name](config.data)
+    source = sources.list_source(config.data)
     trusted = source.trusted
     if source.trusted_is_pool and trusted is not None:
         trusted = probe.split_trusted(source, config.trusted)[1] if config.trusted.source == "separate" else None
@@ -125,7 +124,7 @@ def prepare(config: ConfigDict, out: epath.PathLike, examples_per_shard: int = 1
       resize: pixels of the shorter side, 0 = as they come.
 
     Returns:
-      `{"images": {split: written}, "left_out": {name: error}, "bytes": n}`.
+      `{"images": {split: written}, "num_listed": {split: n}, "left_out": {name: error}, "bytes": n}`.
 
     Raises:
       UserError: where `out` holds other data, and for images that cannot be decoded with `data.unreadable=refuse`,
@@ -247,26 +246,21 @@ def _check_left_out(config: ConfigDict, plan: Plan, out: epath.Path, left_out: d
         return
     (out / "left_out.json").write_text(json.dumps(left_out, indent=1))
     if config.data.unreadable == "refuse":
-        some = "\n  ".join(f"{name}: {error}" for name, error in itertools.islice(left_out.items(), 10))
         raise UserError(
-            f"{len(left_out)} images cannot be decoded, all are in {out / 'left_out.json'}:\n  {some}\n"
+            f"{len(left_out)} images cannot be decoded, all are in {out / 'left_out.json'}:\n"
+            f"{in_lines(f'{name}: {error}' for name, error in left_out.items())}\n"
             f"all others are written; mend these files, or add --config.data.unreadable=skip, and run the same "
             f"command again to finish"
         )
     for split in plan.splits.values():
-        good = np.array([name not in left_out for name in split.names])
-        lost = np.setdiff1d(split.labels, split.labels[good])
-        if len(lost):
-            raise UserError(
-                f"no image of class {plan.class_names[lost[0]]!r} can be decoded; a class needs at least one"
-            )
+        sources.check_no_class_is_lost(split, left_out, plan.class_names)
 
 
 def _finish(plan: Plan, out: epath.Path, left_out: dict[str, str]) -> dict:
     """Writes the indexes and TFDS's description, which makes the folder complete."""
     import tensorflow_datasets as tfds
 
-    infos, result = [], {"images": {}, "left_out": left_out, "bytes": 0}
+    infos, result = [], {"images": {}, "num_listed": {}, "left_out": left_out, "bytes": 0}
     for name in plan.splits:
         numbers = [number for split, number, _ in plan.shards() if split == name]
         parts = [records.read_table(_part(out, name, number, ".npz")) for number in numbers]
@@ -284,6 +278,7 @@ def _finish(plan: Plan, out: epath.Path, left_out: dict[str, str]) -> dict:
             )
         )
         result["images"][name] = sum(lengths)
+        result["num_listed"][name] = len(plan.splits[name])
         result["bytes"] += sum(sizes)
     (out / "prepared.json").write_text(json.dumps(result, indent=1))
     tfds.folder_dataset.write_metadata(
@@ -329,4 +324,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    cli.run(main, interrupted="the same command goes on from there")

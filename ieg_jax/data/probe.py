@@ -10,11 +10,27 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from ieg_jax.data.images import FileImages, check
 from ieg_jax.data.selection import TRUSTED, uniforms
 from ieg_jax.data.splits import NO_CLASS, Source, Split
 from ieg_jax.errors import UserError
 
 _HEADERS = ("id", "name", "path")  # of the first column of a CSV file
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The examples that a file lists.
+
+    Attributes:
+      entries: ids or names, in its order.
+      names: what the examples with these ids are called, by trusted.json of a run; empty where the file has no such.
+      source: `trusted.source` of that run; "" likewise.
+    """
+
+    entries: list[str]
+    names: list[str] = dataclasses.field(default_factory=list)
+    source: str = ""
 
 
 def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
@@ -23,7 +39,8 @@ def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
     The examples of each class are put in an order drawn from (trusted.seed, id), and the first of each are trusted:
     `per_class` of them, or the share `fraction`, rounded, at least 1. Or those that the file `ids` lists are. They are
     chosen from the training set, or from a separate set that is a pool; a separate set that is none is trusted
-    whole.
+    whole. Where `data.unreadable` is skip, the next one of its class is drawn for each image of a pool that cannot be
+    decoded; both are returned.
 
     Args:
       source: the data, with or without noise.
@@ -54,9 +71,10 @@ def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
             )
         chosen = np.argsort(pool.ids, kind="stable")
     elif trusted.ids:
-        chosen = _listed_rows(pool, read_ids(trusted.ids), trusted.ids, where)
+        chosen = _listed_rows(pool, read_ids(trusted.ids), trusted, where)
     else:
-        chosen = _drawn_rows(pool, trusted, source.num_classes, where)
+        replaces = source.skip_unreadable and separate and isinstance(pool.images, FileImages)
+        chosen = _drawn_rows(pool, trusted, source.num_classes, where, replaces)
     probe = pool.take(chosen)
     probe = dataclasses.replace(probe, labels=np.where(probe.clean_labels >= 0, probe.clean_labels, probe.labels))
     counts = np.bincount(probe.labels, minlength=source.num_classes)
@@ -95,8 +113,8 @@ def validate(trusted: ConfigDict) -> None:
         )
 
 
-def read_ids(path: epath.PathLike) -> list[str]:
-    """The ids or names that a file lists, in its order.
+def read_ids(path: epath.PathLike) -> Listing:
+    """The ids or names that a file lists.
 
     Args:
       path: .json: trusted.json of a run, or a list of ids or names; .csv: its first column, with or without the header
@@ -113,16 +131,15 @@ def read_ids(path: epath.PathLike) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: no text in UTF-8 ({error}); expected one id or image name per line") from None
     if file.suffix == ".json":
-        entries = _json_entries(text, where)
-    elif file.suffix == ".csv":
-        entries = [row[0].strip() for row in csv.reader(text.splitlines()) if row]
-        entries = entries[1:] if entries and entries[0].lower() in _HEADERS else entries
+        listing = _read_json(text, where)
     else:
-        entries = [line.strip() for line in text.splitlines()]
-    entries = [entry for entry in entries if entry]
-    if not entries:
+        lines = csv.reader(text.splitlines()) if file.suffix == ".csv" else ([line] for line in text.splitlines())
+        entries = [line[0].strip() for line in lines if line and line[0].strip()]
+        has_header = file.suffix == ".csv" and entries and entries[0].lower() in _HEADERS
+        listing = Listing(entries[1:] if has_header else entries)
+    if not listing.entries:
         raise UserError(f"{where}: lists nothing; expected one id or image name per line")
-    return entries
+    return listing
 
 
 def report(probe: Split, trusted: ConfigDict, num_removed: int = 0) -> dict:
@@ -145,7 +162,7 @@ def report(probe: Split, trusted: ConfigDict, num_removed: int = 0) -> dict:
     }
 
 
-def _json_entries(text: str, where: str) -> list[str]:
+def _read_json(text: str, where: str) -> Listing:
     try:
         content = json.loads(text)
     except ValueError as error:
@@ -153,11 +170,23 @@ def _json_entries(text: str, where: str) -> list[str]:
     entries = content.get("ids") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not all(type(entry) in (int, str) for entry in entries):
         raise UserError(f'{where}: expected a list of ids or of names, or {{"ids": [...]}} as in trusted.json of a run')
-    return [str(entry) for entry in entries]
+    about = content if isinstance(content, dict) else {}
+    names, source = about.get("names") or [], about.get("source") or ""
+    if not isinstance(names, list) or len(names) not in (0, len(entries)):
+        raise UserError(
+            f"{where}: expected as many names as ids, {len(entries)}; is it trusted.json as a run wrote it?"
+        )
+    return Listing([str(entry) for entry in entries], [str(name) for name in names], str(source))
 
 
-def _listed_rows(pool: Split, entries: list[str], path: str, where: str) -> np.ndarray:
+def _listed_rows(pool: Split, listing: Listing, trusted: ConfigDict, where: str) -> np.ndarray:
     """The rows of the listed examples, in the order of the list: ids where all are whole numbers, else names."""
+    path, entries = trusted.ids, listing.entries
+    if listing.source not in ("", trusted.source):
+        raise UserError(
+            f"trusted.ids={path!r} is of a run with trusted.source={listing.source}, but here it is {trusted.source}, "
+            f"whose images are others; set trusted.source={listing.source}"
+        )
     if all(entry.isdecimal() for entry in entries):
         kind, keys, wanted = "ids", pool.ids.tolist(), [int(entry) for entry in entries]
     else:
@@ -173,6 +202,14 @@ def _listed_rows(pool: Split, entries: list[str], path: str, where: str) -> np.n
     if repeated:
         raise UserError(f"trusted.ids={path!r}: {repeated[0]!r} is listed more than once; list each example once")
     rows = np.array([row_of[key] for key in wanted])
+    other = [place for place, name in enumerate(listing.names) if name != pool.names[rows[place]]]
+    if other:
+        raise UserError(
+            f"trusted.ids={path!r}: {len(other)} of {len(rows)} ids mean other images of {where} than in the run that "
+            f"wrote it, first id {wanted[other[0]]}: {pool.names[rows[other[0]]]!r}, expected "
+            f"{listing.names[other[0]]!r}; restore the list of the data as it was, or give a file with one name in a "
+            f"line to trust the same images, or one with one id in a line to trust these"
+        )
     wrong = rows[pool.clean_labels[rows] == NO_CLASS]
     if len(wrong):
         raise UserError(
@@ -182,7 +219,8 @@ def _listed_rows(pool: Split, entries: list[str], path: str, where: str) -> np.n
     return rows
 
 
-def _drawn_rows(pool: Split, trusted: ConfigDict, num_classes: int, where: str) -> np.ndarray:
+def _drawn_rows(pool: Split, trusted: ConfigDict, num_classes: int, where: str, replaces: bool) -> np.ndarray:
+    """The rows of drawn examples; with `replaces`, of files, so many that enough of them can be decoded."""
     true_labels = pool.clean_labels
     if (true_labels < 0).all():
         raise UserError(
@@ -202,8 +240,32 @@ def _drawn_rows(pool: Split, trusted: ConfigDict, num_classes: int, where: str) 
         )
     # The examples of each class in random order; the first of each are trusted.
     order = np.argsort(uniforms(trusted.seed, TRUSTED, pool.ids), kind="stable")
-    ordered = true_labels[order]
-    return np.concatenate([order[ordered == label][: int(count)] for label, count in enumerate(wanted)])
+    by_class = [order[true_labels[order] == label] for label in range(num_classes)]
+    taken = wanted = wanted.astype(int)
+    while True:
+        rows = np.concatenate([ordered[:count] for ordered, count in zip(by_class, taken, strict=True)])
+        if not replaces:
+            return rows
+        # Damaged ones stay among the drawn, for `sources.open_images` to leave out and name; others are drawn besides.
+        good = true_labels[rows[_decodable(pool, rows)]]
+        lacking = wanted - np.bincount(good, minlength=num_classes)
+        if not lacking.any():
+            return rows
+        short = np.flatnonzero((lacking > 0) & (taken == counts))
+        if len(short):
+            raise UserError(
+                f"trusted.{key}={trusted[key]!r}, but of {counts[short[0]]} examples of class {short[0]} of {where} "
+                f"only {(good == short[0]).sum()} can be decoded; {advice}, or mend the others"
+            )
+        taken = np.minimum(taken + lacking, counts)
+
+
+def _decodable(pool: Split, rows: np.ndarray) -> np.ndarray:
+    """Whether the files of these rows can be decoded, `[n]` bool."""
+    # In the order in which they are opened afterwards, so that the outcome is known by then.
+    order, good = _interleave(pool.clean_labels[rows]), np.empty(len(rows), bool)
+    good[order] = [not checked.error for checked in check(pool.images.paths[rows[order]])]
+    return good
 
 
 def _interleave(labels: np.ndarray) -> np.ndarray:

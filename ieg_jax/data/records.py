@@ -9,6 +9,7 @@ TFDS prepared it is built at the first use by reading them once.
 
 import dataclasses
 import io
+import json
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -80,7 +81,15 @@ def records(data: ConfigDict) -> Source:
     builder = tfds.builder_from_directory(str(folder))
     classes = tuple(builder.info.features["label"].names)
     splits = {name: read_split(builder, name) for name in ("train", "test", "trusted") if name in builder.info.splits}
-    return Source(builder.name, len(classes), splits["train"], splits.get("test"), splits.get("trusted"), classes)
+    prepared = folder / "prepared.json"
+    num_listed = json.loads(prepared.read_text()).get("num_listed", {}) if prepared.exists() else {}
+    return Source(
+        builder.name,
+        len(classes),
+        **splits,
+        class_names=classes,
+        num_listed=num_listed.get("train", 0),  # older records do not say it
+    )
 
 
 def open_tfds(name: str, folder: str):

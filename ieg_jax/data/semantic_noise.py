@@ -204,4 +204,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    cli.run(main, interrupted="the same command goes on from there")

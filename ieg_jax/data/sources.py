@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ieg_jax.data import cifar, image_files, images, records, webvision
-from ieg_jax.data.splits import Source, Split, check_images_and_labels, check_labels, make_split
+from ieg_jax.data.splits import Source, Split, check_images_and_labels, check_labels, in_lines, make_split
 from ieg_jax.errors import UserError
 
 
@@ -24,9 +24,10 @@ def load(data: ConfigDict) -> Source:
     """Loads the source that `config.data` names, its images checked and, with `data.image_size`, in memory.
 
     Raises:
-      UserError: for files that are missing, damaged or of another shape than they should be.
+      UserError: for a key that is set and that the source does not read, and for files that are missing, damaged or of
+        another shape than they should be.
     """
-    source = REGISTRY[data.name](data)
+    source = list_source(data)
     if data.num_classes and data.num_classes < source.num_classes:
         raise UserError(
             f"data.num_classes={data.num_classes}, but the labels of {source.name} go up to "
@@ -36,13 +37,38 @@ def load(data: ConfigDict) -> Source:
     left_out = dict(source.left_out)
     for name, split in splits.items():
         if split is not None and not (name == "trusted" and source.trusted_is_pool):
-            splits[name], bad = open_images(split, data)
+            splits[name], bad = open_images(split, data, source.class_names)
             left_out |= bad
-    return dataclasses.replace(source, num_classes=data.num_classes or source.num_classes, left_out=left_out, **splits)
+    num_classes, num_listed = data.num_classes or source.num_classes, source.num_listed
+    if np.array_equal(source.train.ids, np.arange(len(source.train))):
+        num_listed = num_listed or len(source.train)
+    return dataclasses.replace(source, num_classes=num_classes, num_listed=num_listed, left_out=left_out, **splits)
 
 
-def open_images(split: Split, data: ConfigDict) -> tuple[Split, dict[str, str]]:
+def list_source(data: ConfigDict) -> Source:
+    """The source that `config.data` names as its files list it, before any of these is decoded.
+
+    Raises:
+      UserError: for a key that is set and that the source does not read, and for lists that cannot be used.
+    """
+    reads = READS[data.name]
+    for key in ("dir", "variant", "train", "test", "trusted"):
+        if key not in reads and data[key]:
+            readers = ", ".join(name for name, keys in READS.items() if key in keys)
+            raise UserError(
+                f"data.{key}={data[key]!r}, but data.name={data.name} does not read it: set it to '', or set data.name "
+                f"to one that reads it ({readers})"
+            )
+    return dataclasses.replace(REGISTRY[data.name](data), skip_unreadable=data.unreadable == "skip")
+
+
+def open_images(split: Split, data: ConfigDict, class_names: tuple[str, ...] = ()) -> tuple[Split, dict[str, str]]:
     """Makes the images of a split readable: files are decoded once, and kept in memory with `data.image_size`.
+
+    Args:
+      split: of a source.
+      data: the group `data` of the configuration.
+      class_names: `[K]`, for messages; where they are not known the numbers are shown.
 
     Returns:
       The split, and name -> what is wrong with it for the images that it no longer holds.
@@ -59,20 +85,30 @@ def open_images(split: Split, data: ConfigDict) -> tuple[Split, dict[str, str]]:
         good = np.array([not one.error for one in checked])
         left_out = {str(split.names[row]): checked[row].error for row in np.flatnonzero(~good)}
         if left_out and data.unreadable == "refuse":
-            some = [f"{name}: {error}" for name, error in list(left_out.items())[:10]]
-            more = [f"... and {len(left_out) - 10} more"] if len(left_out) > 10 else []
             raise UserError(
-                f"{len(left_out)} of {len(split)} images cannot be used:\n  "
-                + "\n  ".join(some + more)
+                f"{len(left_out)} of {len(split)} images cannot be used:\n"
+                + in_lines(f"{name}: {error}" for name, error in left_out.items())
                 + "\nmend or remove them, or set data.unreadable=skip to train without them"
             )
-        lost = np.setdiff1d(split.labels, split.labels[good])
-        if len(lost):
-            raise UserError(f"no image of class {lost[0]} can be decoded; a class needs at least one")
+        check_no_class_is_lost(split, left_out, class_names)
         split = split.take(np.flatnonzero(good))
     if data.image_size:
         split = _resize(split, data.image_size)
     return split, left_out
+
+
+def check_no_class_is_lost(split: Split, left_out: dict[str, str], class_names: tuple[str, ...]) -> None:
+    """Raises UserError, with the first of its images, for a class all of whose images are in `left_out`."""
+    if not left_out:
+        return
+    good = np.array([name not in left_out for name in split.names])
+    for label in np.setdiff1d(split.labels, split.labels[good])[:1]:
+        names = split.names[split.labels == label]
+        raise UserError(
+            f"no image of class {class_names[label] if class_names else int(label)!r} can be decoded:\n"
+            + in_lines(f"{name}: {left_out[name]}" for name in names)
+            + "\na class needs at least one; mend one of these, or take the class out"
+        )
 
 
 def digits(data: ConfigDict) -> Source:
@@ -234,11 +270,26 @@ REGISTRY: dict[str, Callable[[ConfigDict], Source]] = {
     "records": records.records,
     "arrays": arrays,
 }
+# Which of the keys that say where the data are each source reads; all of them heed the rest of the group.
+READS: dict[str, tuple[str, ...]] = {
+    "digits": (),
+    "fashion_mnist": ("dir",),
+    "cifar10": ("dir",),
+    "cifar100": ("dir",),
+    "webvision": ("dir", "variant", "test", "trusted"),
+    "imagenet": ("dir",),
+    "food101": ("dir",),
+    "controlled_noisy_web_labels": ("dir", "variant"),
+    "image_folder": ("dir", "train", "test", "trusted"),
+    "image_csv": ("dir", "train", "test", "trusted"),
+    "records": ("dir", "variant"),  # the configuration that they were made with may go on saying which variant it is
+    "arrays": ("train",),
+}
 
 
 def _resize(split: Split, size: int) -> Split:
     if not split.in_memory:
-        return dataclasses.replace(split, images=images.load_resized(split.images, size))
+        return dataclasses.replace(split, images=images.load_resized(split.images, size, split.names))
     if split.images.shape[1:3] == (size, size):
         return split
     parts = [images.square(split.images[row : row + 4096], size).numpy() for row in range(0, len(split), 4096)]

@@ -1,6 +1,7 @@
 """What a data set is made of: splits of images with labels, and the checks that every source makes."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -56,6 +57,9 @@ class Source:
       class_names: `[K]`, in the order of the labels; numbers where the classes have no names.
       trusted_is_pool: True where `trusted` is a large set to choose from, False where all of it is to be used.
       left_out: name -> what is wrong with it, of images that are listed and not used.
+      skip_unreadable: whether images of a pool that cannot be decoded are to be replaced when some are drawn from it.
+      num_listed: training images that are listed, those left out too, where ids are places in the list; 0 where they
+        are not.
     """
 
     name: str
@@ -66,6 +70,15 @@ class Source:
     class_names: tuple[str, ...] = ()
     trusted_is_pool: bool = False
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    skip_unreadable: bool = False
+    num_listed: int = 0
+
+
+def in_lines(things: Iterable[str], shown: int = 10) -> str:
+    """The first of many things, indented, each in a line of its own, and how many more there are."""
+    things = list(things)
+    more = [f"... and {len(things) - shown} more"] if len(things) > shown else []
+    return "\n".join(f"  {thing}" for thing in things[:shown] + more)
 
 
 def make_split(

@@ -1,4 +1,4 @@
-"""WebVision 1.0 for TensorFlow Datasets: `tfds build`-able, so that a pod reads sharded records from a bucket.
+"""WebVision 1.0 for TensorFlow Datasets, so that a pod reads sharded records from a bucket.
 
 import ieg_jax.data.webvision_tfds
 tfds.builder("webvision/mini", data_dir="gs://bucket/tfds").download_and_prepare(

@@ -57,10 +57,30 @@ class Context:
     num_classes: int
 
     def forward(self, params: Any, batch_stats: Any, images: jax.Array) -> tuple[jax.Array, Any]:
-        """Training-mode forward pass: images `[n, H, W, C]` -> logits `[n, K]`, new moving averages."""
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, updated = self.network.apply(variables, images, train=True, mutable=["batch_stats"])
-        return logits, updated["batch_stats"]
+        """Training-mode forward pass: images `[n, H, W, C]` -> logits `[n, K]`, new moving averages.
+
+        With `microbatches` m above 1 the images go through the network in m parts, one after the other, and only the
+        activations of one part are in memory: the backward pass computes them anew, part by part, and adds up the
+        gradients. A part is a whole number of batch groups, and everything that mixes examples does so inside a
+        group. So the logits, and with them every loss, ω, λ and the meta-gradient, are those of m = 1.
+        """
+
+        def apply(part):
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, updated = self.network.apply(variables, part, train=True, mutable=["batch_stats"])
+            return logits, updated["batch_stats"]
+
+        count = self.config.microbatches
+        if count == 1:
+            return apply(images)
+        # Each part takes every count-th group, so that it lies on all devices.
+        groups = self.config.batch_groups // count
+        parts = images.reshape(groups, count, -1, *images.shape[1:]).swapaxes(0, 1)
+        parts = parts.reshape(count, -1, *images.shape[1:])
+        logits, stats = jax.lax.map(jax.checkpoint(apply, prevent_cse=False), parts)
+        logits = logits.reshape(count, groups, -1, logits.shape[-1]).swapaxes(0, 1)
+        # The moving averages take the mean over the groups; that of the parts' means is the same.
+        return logits.reshape(images.shape[0], -1), jax.tree.map(lambda stat: stat.mean(0), stats)
 
     def one_hot(self, labels: jax.Array) -> jax.Array:
         """Labels `[B]` -> `[B, K]` of floats."""

@@ -1,8 +1,8 @@
 """Networks: one file per family, one registry.
 
-Every network is a Flax linen module with the attributes `num_classes`, `batch_groups` and `dtype`, called as
+Every network is a Flax linen module with the attributes `num_classes`, `batch_groups`, `dtype` and `remat`, called as
 `network(images, train)`: float32 images `[n, H, W, C]` in, float32 logits `[n, K]` out. Its last layer is a dense
-layer named `head`.
+layer named `head`. With `remat` the backward pass computes each block anew from its input (`layers.block`).
 """
 
 import flax.linen as nn
@@ -30,6 +30,13 @@ def create(model: ConfigDict, num_classes: int, batch_groups: int = 1) -> nn.Mod
       batch_groups: groups over which batch norm computes its statistics; must divide every training batch.
 
     Returns:
-      A linen module; float32 parameters, computing in `model.dtype`.
+      A linen module, computing in `model.dtype`, with parameters in float32 or better.
     """
-    return REGISTRY[model.name](model, num_classes=num_classes, batch_groups=batch_groups, dtype=jnp.dtype(model.dtype))
+    return REGISTRY[model.name](
+        model,
+        num_classes=num_classes,
+        batch_groups=batch_groups,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.promote_types(model.dtype, jnp.float32),
+        remat=model.remat,
+    )

@@ -1,10 +1,23 @@
 """Layers that the networks share."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 DType = jnp.dtype | type
+
+
+def run_block(module: nn.Module, function: Callable[[nn.Module, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`function(module, x)`, a block of the network `module`; with `module.remat` only x is kept for its gradient.
+
+    Args:
+      module: the network, with an attribute `remat`.
+      function: makes layers, named by itself, and applies them.
+      x: what goes into the block.
+    """
+    return (nn.remat(function) if module.remat else function)(module, x)
 
 
 class BatchNorm(nn.Module):

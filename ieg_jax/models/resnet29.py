@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ieg_jax.models.layers import BatchNorm, DType
+from ieg_jax.models.layers import BatchNorm, DType, run_block
 
 STAGES = ((16, 64, 1), (64, 128, 2), (128, 256, 2))  # inner width, outer width, stride
 
@@ -30,6 +30,7 @@ class ResNet29(nn.Module):
     batch_groups: int = 1
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -44,19 +45,24 @@ class ResNet29(nn.Module):
         for stage, (inner, outer, stride) in enumerate(STAGES, start=1):
             for block in range(3):
                 name = f"stage{stage}_block{block}"
-                strides = (stride, stride) if block == 0 else (1, 1)
-                y = x
-                if (stage, block) != (1, 0):
-                    y = norm(name=f"{name}_norm1")(y, train)
-                    y = y if self.authors else nn.relu(y)
-                y = conv(inner, (1, 1), strides, name=f"{name}_conv1")(y)
-                y = nn.relu(norm(name=f"{name}_norm2")(y, train))
-                y = conv(inner, (3, 3), name=f"{name}_conv2")(y)
-                y = nn.relu(norm(name=f"{name}_norm3")(y, train))
-                y = conv(outer, (1, 1), name=f"{name}_conv3")(y)
-                if block == 0:
-                    x = conv(outer, (1, 1), strides, name=f"{name}_shortcut")(x)
-                x = x + y
+                widths, strides = (inner, outer), (stride, stride) if block == 0 else (1, 1)
+
+                def bottleneck(_, x, name=name, first=block == 0, widths=widths, strides=strides):
+                    inner, outer = widths
+                    y = x
+                    if name != "stage1_block0":
+                        y = norm(name=f"{name}_norm1")(y, train)
+                        y = y if self.authors else nn.relu(y)
+                    y = conv(inner, (1, 1), strides, name=f"{name}_conv1")(y)
+                    y = nn.relu(norm(name=f"{name}_norm2")(y, train))
+                    y = conv(inner, (3, 3), name=f"{name}_conv2")(y)
+                    y = nn.relu(norm(name=f"{name}_norm3")(y, train))
+                    y = conv(outer, (1, 1), name=f"{name}_conv3")(y)
+                    if first:
+                        x = conv(outer, (1, 1), strides, name=f"{name}_shortcut")(x)
+                    return x + y
+
+                x = run_block(self, bottleneck, x)
         x = nn.relu(norm(name="final_norm")(x, train)).mean((1, 2))
         head_dtype = jnp.promote_types(self.dtype, jnp.float32)
         return nn.Dense(

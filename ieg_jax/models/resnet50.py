@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ieg_jax.errors import UserError
-from ieg_jax.models.layers import BatchNorm, DType, he_normal_fan_out
+from ieg_jax.models.layers import BatchNorm, DType, he_normal_fan_out, run_block
 
 BLOCKS = (3, 4, 6, 3)  # in each stage
 EXPANSION = 4  # outer width of a block / its inner width
@@ -40,6 +40,7 @@ class ResNet50(nn.Module):
       batch_groups: groups of batch norm.
       dtype: of the computation.
       param_dtype: of the parameters.
+      remat: see `layers.run_block`.
     """
 
     num_classes: int
@@ -47,6 +48,7 @@ class ResNet50(nn.Module):
     batch_groups: int = 1
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -61,8 +63,9 @@ class ResNet50(nn.Module):
         for stage, blocks in enumerate(BLOCKS, start=1):
             for block in range(blocks):
                 stride = 2 if stage > 1 and block == 0 else 1
-                features = self.features * 2 ** (stage - 1)
-                x = Bottleneck(features, stride, conv, norm, name=f"stage{stage}_block{block}")(x, train)
+                make = functools.partial(Bottleneck, self.features * 2 ** (stage - 1), stride, conv, norm)
+                name = f"stage{stage}_block{block}"
+                x = run_block(self, lambda _, x, make=make, name=name: make(name=name)(x, train), x)
         x = x.mean((1, 2))
         head_dtype = jnp.promote_types(self.dtype, jnp.float32)
         return nn.Dense(self.num_classes, dtype=head_dtype, param_dtype=self.param_dtype, name="head")(x)

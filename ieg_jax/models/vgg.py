@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ieg_jax.errors import UserError
-from ieg_jax.models.layers import BatchNorm, DType, he_normal_fan_out
+from ieg_jax.models.layers import BatchNorm, DType, he_normal_fan_out, run_block
 
 STAGES = (1, 2, 4, 8, 8)  # channels / `features`; two convolutions each, then a halving of the size
 
@@ -36,6 +36,7 @@ class VGG13(nn.Module):
     batch_groups: int = 1
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -46,11 +47,15 @@ class VGG13(nn.Module):
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=he_normal_fan_out, **dtypes)
 
         for stage, multiple in enumerate(STAGES, start=1):
-            for layer in (1, 2):
-                x = conv(self.features * multiple, name=f"stage{stage}_conv{layer}")(x)
-                x = nn.relu(norm(name=f"stage{stage}_norm{layer}")(x, train))
-            # SAME: an odd size is rounded up, so that images of less than 32 pixels do not vanish.
-            x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
+
+            def block(_, x, stage=stage, features=self.features * multiple):
+                for layer in (1, 2):
+                    x = conv(features, name=f"stage{stage}_conv{layer}")(x)
+                    x = nn.relu(norm(name=f"stage{stage}_norm{layer}")(x, train))
+                # SAME: an odd size is rounded up, so that images of less than 32 pixels do not vanish.
+                return nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
+
+            x = run_block(self, block, x)
         x = x.mean((1, 2))
         head_dtype = jnp.promote_types(self.dtype, jnp.float32)
         return nn.Dense(self.num_classes, dtype=head_dtype, param_dtype=self.param_dtype, name="head")(x)

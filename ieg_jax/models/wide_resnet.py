@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ieg_jax.errors import UserError
-from ieg_jax.models.layers import BatchNorm, DType, he_normal_fan_out, uniform_fan_out
+from ieg_jax.models.layers import BatchNorm, DType, he_normal_fan_out, run_block, uniform_fan_out
 
 
 def from_config(model: ConfigDict, **common) -> nn.Module:
@@ -38,6 +38,7 @@ class WideResNet(nn.Module):
     batch_groups: int = 1
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -57,18 +58,20 @@ class WideResNet(nn.Module):
             for block in range((self.depth - 4) // 6):
                 name = f"group{group}_block{block}"
                 strides = (stride, stride) if block == 0 else (1, 1)
-                activated = normalized(f"{name}_norm1", x)
-                changes = block == 0 and (x.shape[-1] != features or stride != 1)
-                if self.authors:
-                    shortcut = activated if group == 1 and block == 0 else x
-                    shortcut = _pad_and_pool(shortcut, features, strides[0])
-                elif changes:
-                    shortcut = conv(features, (1, 1), strides, name=f"{name}_shortcut")(activated)
-                else:
-                    shortcut = x
-                y = conv(features, (3, 3), strides, name=f"{name}_conv1")(activated)
-                y = conv(features, (3, 3), name=f"{name}_conv2")(normalized(f"{name}_norm2", y))
-                x = shortcut + y
+
+                def pre_activation(_, x, name=name, features=features, strides=strides):
+                    activated = normalized(f"{name}_norm1", x)
+                    if self.authors:
+                        shortcut = activated if name == "group1_block0" else x
+                        shortcut = _pad_and_pool(shortcut, features, strides[0])
+                    elif x.shape[-1] != features or strides != (1, 1):
+                        shortcut = conv(features, (1, 1), strides, name=f"{name}_shortcut")(activated)
+                    else:
+                        shortcut = x
+                    y = conv(features, (3, 3), strides, name=f"{name}_conv1")(activated)
+                    return shortcut + conv(features, (3, 3), name=f"{name}_conv2")(normalized(f"{name}_norm2", y))
+
+                x = run_block(self, pre_activation, x)
             if self.authors:
                 x = x + _pad_and_pool(group_input, features, stride)
         if self.authors:

@@ -1,0 +1,58 @@
+"""What accelerators can do at best, as their makers publish it: the yardstick of `plan` and of the logged utilisation.
+
+Sources: the pages of Google Cloud's documentation on each TPU version (read as of 2026-11), NVIDIA's data sheets.
+Peak compute is that of bfloat16 matrix products without sparsity. float32 convolutions and products run at
+the same peak on a TPU, because jax's default precision multiplies in bfloat16 there.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator chip.
+
+    Attributes:
+      name: as in the names of topologies.
+      peak_flops: floating-point operations per second, bfloat16.
+      memory_bytes: of high-bandwidth memory (HBM).
+      usable_bytes: what of it a program can have: the limit that the TPU compiler names when it refuses one (libtpu
+        0.0.42.1); 0 = not known.
+      memory_bandwidth: bytes per second between HBM and the cores.
+      link_bandwidth: bytes per second that a chip can send to its neighbours, all links together; 0 = not known.
+    """
+
+    name: str
+    peak_flops: float
+    memory_bytes: int
+    memory_bandwidth: float
+    link_bandwidth: float
+    usable_bytes: int = 0
+
+
+GIB = 2**30
+TPUS = {
+    "v4": Chip("v4", 275e12, 32 * GIB, 1200e9, 300e9, int(30.75 * GIB)),
+    "v5e": Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9, int(15.75 * GIB)),
+    "v5p": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9, int(95.74 * GIB)),
+    "v6e": Chip("v6e", 918e12, 32 * GIB, 1638e9, 400e9, int(31.25 * GIB)),
+}
+# jax's `device_kind` -> chip. A v4 or v5p chip is one device (its two cores work as one).
+_KINDS = {
+    "TPU v4": TPUS["v4"],
+    "TPU v5 lite": TPUS["v5e"],
+    "TPU v5e": TPUS["v5e"],
+    "TPU v5": TPUS["v5p"],
+    "TPU v5p": TPUS["v5p"],
+    "TPU v6 lite": TPUS["v6e"],
+    "TPU v6e": TPUS["v6e"],
+    "NVIDIA A100-SXM4-40GB": Chip("A100", 312e12, 40 * GIB, 1555e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 80 * GIB, 2039e9, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80 * GIB, 3350e9, 450e9),
+    "NVIDIA H200": Chip("H200", 989e12, 141 * GIB, 4800e9, 450e9),
+}
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`, None for one that is not listed, such as a processor."""
+    return _KINDS.get(device_kind)
