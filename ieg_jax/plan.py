@@ -173,7 +173,8 @@ def notes(row: Mapping[str, Any], chip: Chip, largest: int) -> list[str]:
         )
         what = {
             "compute": "the matrix units are the limit: fewer operations or more chips make a step faster",
-            "memory": "reading and writing HBM is the limit: model.dtype=bfloat16 halves most of it",
+            "memory": "reading and writing HBM is the limit"
+            + (": model.dtype=bfloat16 makes activations half as large" if row["dtype"] == "float32" else ""),
             "interconnect": "sending between chips is the limit: a larger batch on each chip, or batch_groups, helps",
         }[bound["binds"]]
         said.append(

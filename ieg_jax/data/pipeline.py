@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax import methods
 from ieg_jax.data import augment, corruption, probe, selection, sources
-from ieg_jax.data.images import Encoded, to_float
+from ieg_jax.data.images import Encoded, reason, to_float
 from ieg_jax.data.splits import UNKNOWN, Split
 from ieg_jax.errors import UserError
 
@@ -325,7 +325,7 @@ def _read(batches: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
         yield from batches.as_numpy_iterator()
     except tf.errors.OpError as error:
         raise UserError(
-            f"the data can no longer be read: {error.message.splitlines()[0]}; "
+            f"the data can no longer be read: {reason(error)}; "
             f"python -m ieg_jax.data.doctor looks for damaged files"
         ) from None
 
