@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -90,12 +91,15 @@ class Checkpoints:
         """
         found = sorted(self._manager.all_steps(), reverse=True)
         damaged: dict[int, str] = {}
-        mismatch = None
+        mismatch, several = None, jax.process_count() > 1
         for step in found:
             damage, restored = "", None
             try:
                 self._check_tree(step, like)
-                restored = self._restore(step, like)
+                if several:
+                    self._read_alone(step)
+                else:
+                    restored = self._restore(step, like)
             except UserError as error:  # of another model, or its list of arrays is damaged: the others will tell
                 mismatch, damage = error, "its arrays are not those of this model"
             except Exception as error:  # whatever the library meets in damaged files
@@ -103,6 +107,7 @@ class Checkpoints:
             # All processes take the same one.
             damage = next(filter(None, distributed.exchange(damage)), "")
             if not damage:
+                restored = restored or self._restore(step, like)
                 for other, reason in damaged.items():
                     warn(f"the checkpoint at step {other} is damaged and is not used ({reason})")
                     self._set_aside(other)
@@ -155,6 +160,28 @@ class Checkpoints:
         tree, data = restored["tree"], restored["data"]
         _check_sums(tree, data["checksums"], self._checksums)
         return tree, data["position"]
+
+    def _read_alone(self, step: int) -> None:
+        """Process 0 reads the whole checkpoint and raises where it is damaged.
+
+        Processes that restore together wait for each other, and so for ever for one of them that fails.
+        """
+        if jax.process_index():
+            return
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+        handlers = {
+            "tree": ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+            "data": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        }
+        options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+        with ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers) as manager:
+            saved = manager.item_metadata(step)["tree"].tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+            restore = ocp.args.Composite(
+                tree=ocp.args.PyTreeRestore(restore_args=as_numpy), data=ocp.args.JsonRestore()
+            )
+            found = manager.restore(step, args=restore)
+        _check_sums(found["tree"], found["data"]["checksums"], jax.jit(checksums))
 
     def _set_aside(self, step: int) -> None:
         self._damaged.mkdir(parents=True, exist_ok=True)

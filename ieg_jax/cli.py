@@ -1,14 +1,17 @@
 """What the commands share: flags with a configuration file, and errors as one clear line."""
 
+import os
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from ieg_jax.errors import UserError, check_choice
+from ieg_jax.errors import NonFiniteError, StorageError, UserError, check_choice
 
 CONFIG_HELP = (
     "Configuration file, with arguments behind a colon: configs/quickstart.py:method=l2r,noise_rate=0.4. "
@@ -26,8 +29,9 @@ def define_config_flag() -> flags.FlagHolder:
 def run(main: Callable[[list[str]], None], interrupted: str = "") -> None:
     """Parses the flags and calls `main`.
 
-    A UserError, Ctrl-C, and whatever is wrong with the flags, ends the program with one message and status 1; --help
-    and its like with status 0. Logs of libraries are shown from warnings up unless --verbosity says otherwise.
+    A UserError, NonFiniteError or StorageError, Ctrl-C, and whatever is wrong with the flags, ends the program with one
+    message and status 1; --help and its like with status 0. Logs of libraries are shown from warnings up unless
+    --verbosity says otherwise.
 
     Args:
       main: takes what is left of the command line.
@@ -35,10 +39,27 @@ def run(main: Callable[[list[str]], None], interrupted: str = "") -> None:
     """
     try:
         app.run(main, flags_parser=_parse)
-    except UserError as error:
+    except (UserError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
+    except StorageError as error:
+        end_at_once(error)
     except KeyboardInterrupt:
         sys.exit(f"stopped; {interrupted}" if interrupted else "stopped")
+
+
+def end_at_once(error: Exception) -> NoReturn:
+    """Ends this process with status 1 and one message, for what is the program's mistake with its traceback.
+
+    An orderly exit would report whatever the writers left behind after the message, and wait for other processes,
+    which may be waiting for this one.
+    """
+    if isinstance(error, UserError | NonFiniteError | StorageError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def load_config(specification: str) -> ConfigDict:

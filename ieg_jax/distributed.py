@@ -49,8 +49,10 @@ def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
     try:
         jax.distributed.initialize(**arguments)
     except ValueError as error:
-        if arguments:
-            raise UserError(f"--coordinator={coordinator}: {error}") from None
+        if arguments or "coordinator_address" not in str(error):  # a cluster that is described in part
+            raise UserError(
+                f"the processes cannot be joined: {error} Give --coordinator, --num_processes and --process_id"
+            ) from None
         logging.info("no cluster found (%s): a process by itself", error)
     except RuntimeError as error:
         raise UserError(

@@ -17,6 +17,10 @@ class StorageError(RuntimeError):
     """Something cannot be written: a full disk, a bucket that is gone. What was saved before is intact."""
 
 
+class NonFiniteError(RuntimeError):
+    """A metric became nan or infinite."""
+
+
 def first_line(error: BaseException) -> str:
     """The kind of an exception and the first line of its message, at most 300 characters; a full disk by its name."""
     text = str(error).strip()

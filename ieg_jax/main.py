@@ -1,7 +1,6 @@
 """The command: `python -m ieg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`."""
 
 import json
-import os
 import sys
 
 from absl import flags
@@ -33,21 +32,22 @@ flags.adopt_module_key_flags(cli)
 def main(argv: list[str]) -> None:
     """Trains, and prints the result as one line of JSON."""
     del argv
-    from ieg_jax import distributed, observability, train  # after the flags have been checked: it takes seconds
-    from ieg_jax.errors import StorageError
+    import jax  # after the flags have been checked: it takes seconds
+
+    from ieg_jax import distributed, observability, train
 
     observability.enable_compilation_cache(_COMPILATION_CACHE.value)
     distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
-        print(json.dumps(train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)))
-    except train.NonFiniteError as error:
-        sys.exit(f"error: {error}")
-    except StorageError as error:
-        # At once: an orderly exit would report what the writers left behind, and wait for the other processes.
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        result = train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
     except train.Interrupted as interrupted:
         sys.exit(f"{interrupted}; the same command goes on from there")
+    except Exception as error:
+        if jax.process_count() > 1:
+            cli.end_at_once(error)  # the others would wait
+        raise
+    if jax.process_index() == 0:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

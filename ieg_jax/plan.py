@@ -431,7 +431,7 @@ def _collective_table(row: Mapping[str, Any], largest: int = 6) -> Table:
             more = f" and {len(one['arrays']) - 1} more" if len(one["arrays"]) > 1 else ""
             table.add_row(
                 f"  {one['name']}", str(one["count"]), _si(one["bytes"], "B"), _si(one["sent_bytes"], "B"),
-                _largest_array(one["arrays"]) + more, one["source"].partition("/")[2][-60:],
+                _largest_array(one["arrays"]) + more, _end_of(one["source"].partition("/")[2]),
             )  # fmt: skip
         if len(ones) > largest:
             table.add_row(f"  {len(ones) - largest} smaller")
@@ -446,6 +446,11 @@ def _si(value: float, unit: str) -> str:
         if value >= size:
             return f"{value / size:.3g} {prefix}{unit}" if value / size < 1000 else f"{value / size:.0f} {prefix}{unit}"
     return f"{value:.3g} {unit}"
+
+
+def _end_of(text: str, length: int = 40) -> str:
+    """The last characters of a text: of a path of operations those that tell most."""
+    return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
 def _largest_array(arrays: list[str]) -> str:

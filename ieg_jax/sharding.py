@@ -57,6 +57,8 @@ def create(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> L
         jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
     )
     available, fsdp = len(devices), config.mesh.fsdp
+    if config.mesh.data == -1 and available % fsdp:
+        raise UserError(f"mesh.fsdp={fsdp} does not divide the {available} devices; change it, or set mesh.data")
     data = available // fsdp if config.mesh.data == -1 else config.mesh.data
     count = data * fsdp
     if not 1 <= count <= available:

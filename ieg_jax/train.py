@@ -13,24 +13,20 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from clu import metric_writers  # writes TensorBoard files and the log
+from clu import asynclib, metric_writers  # writes TensorBoard files and the log
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ieg_jax import checkpointing, distributed, metrics, observability, program, schedules, sharding, steps
 from ieg_jax import config as config_lib
 from ieg_jax.data import pipeline
-from ieg_jax.errors import UserError
+from ieg_jax.errors import NonFiniteError, StorageError, UserError, check_choice, first_line
 from ieg_jax.progress import Reporter
 from ieg_jax.workdir import WorkFolder, provenance
-
-
-class NonFiniteError(RuntimeError):
-    """A metric became nan or infinite."""
 
 
 class Interrupted(Exception):
@@ -82,6 +78,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     fingerprint = data.fingerprint()
     distributed.check_same("the data", json.dumps(fingerprint))
     run = program.build(config, layout, shape, plan.first_cycle, plan.num_steps, plan.log_every)
+    _check_best_metric(config, run, evaluations)
     init_rng, step_rng = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=layout.replicated
     )()
@@ -117,15 +114,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     # ---- The loop.
     with contextlib.ExitStack() as stack:
-        stack.callback(checkpoints.close)
-        stack.callback(writer.close)
+        stack.enter_context(_storage_errors(checkpoints))
+        stack.push(_closing(checkpoints))
+        stack.push(_closing(writer))
         stack.enter_context(reporter)
         stop = stack.enter_context(distributed.StopRequest())
         compiling_began = time.monotonic()
         train_step = run.train_step.lower(state, window, run.batch, step_rng).compile()
         compile_seconds = time.monotonic() - compiling_began
         reporter.compiled(compile_seconds, start)
-        flops = (train_step.cost_analysis() or {}).get("flops", 0.0)  # of one device
+        # Of one device. XLA counts what is in a loop once, so that parts of a batch would be missing.
+        flops = (train_step.cost_analysis() or {}).get("flops", 0.0) if config.microbatches == 1 else 0.0
         watchdog = stack.enter_context(observability.Watchdog(folder.path, config.stall_minutes))
         profiler = observability.Profiler(folder.path, config.profile.start_step, config.profile.num_steps)
         stack.callback(profiler.close)
@@ -159,7 +158,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     profiler.asked(step)
             if step in plan.eval_steps:
                 with clock("evaluation"):
-                    row |= evaluate(state, evaluations, run.eval_step)
+                    row |= evaluate(state, evaluations, run.eval_step, watchdog.alive)
             if logging:
                 seconds, parts = clock.lap()
                 training = seconds - parts["evaluation"]
@@ -170,10 +169,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 with clock("metrics"):
                     row["speed/wall_seconds"] = seconds_before + time.monotonic() - began
                     row["speed/eta_seconds"] = reporter.eta(step).total_seconds()
-                    writer.write_scalars(step, row)
-                    reporter.metrics(step, _headline(row, data.evaluation_name))
                     rows.append({"step": step, **row})
                     folder.append(rows[-1])
+                    writer.write_scalars(step, row)
+                    reporter.metrics(step, _headline(row, data.evaluation_name))
                     checkpoints.note_metrics(rows[-1:])
             if _ends_epoch(step, config.batch_size, len(data.train)) and run.method.on_epoch_end:
                 state = run.method.on_epoch_end(state)
@@ -258,7 +257,10 @@ def data_shape(config: ConfigDict, data: pipeline.Data) -> program.DataShape:
 
 
 def evaluate(
-    state: steps.TrainState, evaluations: dict[str, Iterable[dict[str, jax.Array]]], eval_step
+    state: steps.TrainState,
+    evaluations: dict[str, Iterable[dict[str, jax.Array]]],
+    eval_step: Callable[..., dict[str, metrics.WeightedAverage]],
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy of the averaged and of the raw weights.
 
@@ -266,6 +268,7 @@ def evaluate(
       state: of the training.
       evaluations: name -> batches as of `pipeline.EvalBatches`.
       eval_step: `steps.eval_step`, compiled.
+      alive: called after each batch.
 
     Returns:
       E.g. `test/accuracy` (averaged weights), `test/accuracy_raw`, `test/top5_accuracy`, `trusted/accuracy`. Each
@@ -279,6 +282,7 @@ def evaluate(
             for suffix, params in weights.items():
                 hits = eval_step(params, state.batch_stats, batch)
                 sums[suffix] = hits if sums[suffix] is None else {k: sums[suffix][k] + hits[k] for k in hits}
+            alive()
         for suffix, hits in jax.device_get(sums).items():
             row |= {f"{name}/{metric}{suffix}": value.compute() for metric, value in hits.items()}
     return row
@@ -289,6 +293,32 @@ def _resolve(config: ConfigDict) -> ConfigDict:
     config = ConfigDict(config.copy_and_resolve_references())
     config.trusted.batch_size = config.trusted.batch_size or config.batch_size
     return config
+
+
+def _check_best_metric(config: ConfigDict, run: program.Program, evaluations: Iterable[str]) -> None:
+    kinds = [f"{metric}{suffix}" for metric in ("accuracy", "top5_accuracy") for suffix in ("", "_raw")]
+    known = [f"{name}/{kind}" for name in evaluations for kind in kinds] + sorted(run.window.averages)
+    if config.checkpoint.keep_best:
+        check_choice("checkpoint.best_metric", config.checkpoint.best_metric, known)
+
+
+@contextlib.contextmanager
+def _storage_errors(checkpoints: checkpointing.Checkpoints):
+    """What the writers of files raise, as StorageError."""
+    try:
+        yield
+    except (OSError, asynclib.AsyncError) as error:
+        raise StorageError(f"the work folder cannot be written: {first_line(error)}; {checkpoints.newest()}") from error
+
+
+def _closing(resource: Any) -> Callable[..., None]:
+    """Closes the resource at the end; trouble with that does not take the place of an error that came before."""
+
+    def leave(kind, error, trace):
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
+            resource.close()
+
+    return leave
 
 
 def _check_finite(window: metrics.Window, checkpoints: checkpointing.Checkpoints) -> None:
@@ -309,7 +339,7 @@ def _speed(
     """Metrics of the speed of `num_steps` steps that took `seconds`; time/… are seconds per step."""
     row = {"speed/images_per_second": num_steps * config.batch_size / seconds}
     utilization = observability.flops_utilization(flops, seconds / num_steps)
-    if utilization is not None:
+    if utilization:
         row["speed/flops_utilization"] = utilization
     return row | {f"time/{part}": value / num_steps for part, value in parts.items()}
 

@@ -40,7 +40,7 @@ class WorkFolder:
             self.write("writable.json", {})
             if self._writes:
                 (self.path / "writable.json").unlink()
-        except OSError as error:
+        except (OSError, StorageError) as error:
             raise UserError(f"work folder {self.path} cannot be written: {error}") from None
         old = self._read("config.json")
         if old is None:
@@ -79,18 +79,19 @@ class WorkFolder:
     def write(self, name: str, content: dict[str, Any] | list[Any]) -> None:
         """Writes a JSON file, whole or not at all."""
         if self._writes:
-            temporary = self.path / f"{name}.tmp"
-            temporary.write_text(json.dumps(content, indent=1 if isinstance(content, dict) else None) + "\n")
-            temporary.replace(self.path / name)
+            self._replace(name, json.dumps(content, indent=1 if isinstance(content, dict) else None) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a line cut short by a kill is left out."""
-        rows = []
-        for line in (self._read_text("metrics.jsonl") or "").splitlines():
+        rows, lines = [], (self._read_text("metrics.jsonl") or "").splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+            except json.JSONDecodeError as error:
+                if number < len(lines):
+                    raise UserError(
+                        f"{self.path / 'metrics.jsonl'}, line {number}, is damaged ({error}); mend or remove it"
+                    ) from None
         return rows
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
@@ -98,10 +99,7 @@ class WorkFolder:
         rows = self.rows()
         kept = [row for row in rows if row["step"] <= step]
         if self._writes:
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            temporary = self.path / "metrics.jsonl.tmp"
-            temporary.write_text(text)
-            temporary.replace(self.path / "metrics.jsonl")
+            self._replace("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         return kept
 
     def append(self, row: dict[str, Any]) -> None:
@@ -112,6 +110,14 @@ class WorkFolder:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
                 raise StorageError(f"{self.path / 'metrics.jsonl'} cannot be written: {first_line(error)}") from error
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f"{name}.tmp"
+        try:
+            temporary.write_text(text)
+            temporary.replace(self.path / name)
+        except OSError as error:
+            raise StorageError(f"{self.path / name} cannot be written: {first_line(error)}") from error
 
     def _read_text(self, name: str) -> str | None:
         path = self.path / name

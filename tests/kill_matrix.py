@@ -146,14 +146,17 @@ def remove(run, rng):
 
 
 def flip(run, rng):
-    """A byte in the middle of the largest file of the arrays of the newest checkpoint is changed."""
+    """A byte of each of the three largest files of the arrays of the newest checkpoint is changed.
+
+    Of more than one, since some hold what is not used any more.
+    """
     step, files = _newest_files(run)
-    victim = [path for path in files if path.parent.name == "d"][-1]
-    content = bytearray(victim.read_bytes())
-    place = rng.randrange(len(content) // 4, 3 * len(content) // 4)
-    content[place] ^= 0xFF
-    victim.write_bytes(content)
-    return f"checkpoint {step}: byte {place} of {victim.name} flipped"
+    victims = [path for path in files if path.parent.name == "d"][-3:]
+    for victim in victims:
+        content = bytearray(victim.read_bytes())
+        content[rng.randrange(len(content) // 4, 3 * len(content) // 4)] ^= 0xFF
+        victim.write_bytes(content)
+    return f"checkpoint {step}: a byte in each of {len(victims)} files flipped"
 
 
 def kill_one_of_two(run, rng):
@@ -250,7 +253,8 @@ def main():
         launcher = [runs.ROOT / "launch" / "local.sh", "--processes=2", "--devices=1", "--grace-seconds=5"]
         two = {"num_train_steps": 400, "checkpoint_every_steps": 10}
         alone = Run(folder / "two undisturbed", two, launcher).finish()
-        disturb(Run(folder / "one of two killed", two, launcher), [kill_one_of_two] * 2, alone, rng)
+        hurt = [kill_one_of_two, kill_one_of_two, flip, kill_one_of_two, truncate]
+        disturb(Run(folder / "one of two killed", two, launcher), hurt, alone, rng)
         on_other_devices(folder / "devices")
 
 

@@ -44,7 +44,9 @@ def test_one_of_two_killed(tmp_path):
     keys = {"num_train_steps": 100, "checkpoint_every_steps": 10}
     alone = kill_matrix.Run(tmp_path / "alone", keys, launcher).finish()
     killed = kill_matrix.Run(tmp_path / "killed", keys, launcher)
-    kill_matrix.disturb(killed, [kill_matrix.kill_one_of_two], alone, random.Random(3))
+    disturbances = [kill_matrix.kill_one_of_two] * 2 + [kill_matrix.flip]
+    kill_matrix.disturb(killed, disturbances, alone, random.Random(3))
+    assert list((tmp_path / "killed" / "run" / "damaged_checkpoints").iterdir())
 
 
 def test_a_difference_would_be_noticed(tmp_path, undisturbed):

@@ -325,8 +325,7 @@ def _read(batches: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
         yield from batches.as_numpy_iterator()
     except tf.errors.OpError as error:
         raise UserError(
-            f"the data can no longer be read: {reason(error)}; "
-            f"python -m ieg_jax.data.doctor looks for damaged files"
+            f"the data can no longer be read: {reason(error)}; python -m ieg_jax.data.doctor looks for damaged files"
         ) from None
 
 

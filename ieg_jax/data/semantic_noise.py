@@ -62,8 +62,6 @@ def main(argv: list[str]) -> None:
 
     try:
         labels = make_labels(config, values.workdir)
-    except train.NonFiniteError as error:
-        sys.exit(f"error: {error}")
     except train.Interrupted as interrupted:
         sys.exit(f"{interrupted}; the same command goes on from there")
     if jax.process_index() == 0:

@@ -73,7 +73,7 @@ class Context:
         count = self.config.microbatches
         if count == 1:
             return apply(images)
-        # Each part takes every count-th group, so that it lies on all devices.
+        # Each part takes every count-th group: with a multiple of count groups on each device it lies on all of them.
         groups = self.config.batch_groups // count
         parts = images.reshape(groups, count, -1, *images.shape[1:]).swapaxes(0, 1)
         parts = parts.reshape(count, -1, *images.shape[1:])
