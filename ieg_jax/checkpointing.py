@@ -87,7 +87,8 @@ class Checkpoints:
           Step, tree and position of the data; None where nothing has been saved yet.
 
         Raises:
-          UserError: where the checkpoint holds another tree, such as that of another model, and where all are damaged.
+          UserError: where the checkpoint holds another tree, such as that of another model.
+          StorageError: where all are damaged.
         """
         found = sorted(self._manager.all_steps(), reverse=True)
         damaged: dict[int, str] = {}
@@ -117,7 +118,7 @@ class Checkpoints:
             raise mismatch
         if damaged:
             newest = max(damaged)
-            raise UserError(
+            raise StorageError(
                 f"all {len(found)} checkpoints of {self.folder} are damaged (step {newest}: {damaged[newest]}); "
                 f"restore one from a copy, or begin again in another work folder"
             )

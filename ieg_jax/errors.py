@@ -23,9 +23,11 @@ class NonFiniteError(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """The kind of an exception and the first line of its message, at most 300 characters; a full disk by its name."""
-    text = str(error).strip()
-    if os.strerror(errno.ENOSPC) in text:  # libraries bury it in a page of their own state
-        return os.strerror(errno.ENOSPC)
+    text, cause = str(error).strip(), error
+    while cause:  # libraries bury it in a page of their own state, or in what they raise it from
+        if os.strerror(errno.ENOSPC) in str(cause):
+            return os.strerror(errno.ENOSPC)
+        cause = cause.__cause__ or cause.__context__
     return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:300]}"
 
 

@@ -341,8 +341,7 @@ def main(argv: list[str]) -> None:
 def _sweep_batch(config: ConfigDict, first: Mapping[str, Any], compile_row, rows: list[dict[str, Any]]) -> None:
     """Compiles half the batch, then the double, as long as the estimate says that it fits.
 
-    A program that hardly fits is not tried: the compiler spends many times as long on it, looking for what to
-    compute twice in place of keeping it.
+    What the estimate says does not fit is not tried: it would take minutes to be told so.
     """
     unit = first["unit"]
     half = first["batch_size"] // 2

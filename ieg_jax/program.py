@@ -92,6 +92,8 @@ def build(
 
     def step_and_record(state, window, batch, rng):
         state, observation = step_function(state, batch, rng)
+        # Here, and not after it is written into the window: XLA would gather the whole window at each step.
+        observation = jax.lax.with_sharding_constraint(observation, layout.replicated)
         return state, metrics.add(window, observation, state.step)
 
     return Program(

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from configs import default
 from ieg_jax import checkpointing
-from ieg_jax.errors import StorageError, UserError
+from ieg_jax.errors import StorageError
 
 
 def tree(step):
@@ -131,7 +131,7 @@ def test_all_damaged_is_an_error_and_nothing_is_lost(three, tmp_path):
     shutil.copytree(three, tmp_path, dirs_exist_ok=True)
     for step in (1, 2, 3):
         shutil.rmtree(tmp_path / "checkpoints" / str(step) / "tree")
-    with pytest.raises(UserError, match=r"all 3 checkpoints of .* are damaged \(step 3: .*restore one from a copy"):
+    with pytest.raises(StorageError, match=r"all 3 checkpoints of .* are damaged \(step 3: .*restore one from a copy"):
         restore(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
 

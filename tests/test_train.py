@@ -129,6 +129,7 @@ def test_nothing_moves_unasked_and_each_step_is_compiled_once(config, tmp_path, 
     assert "speed/flops_utilization" not in row, "the peak of a processor is not known"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_devices_and_other_ways_to_compute(config, tmp_path, monkeypatch):
     """8 devices, 1, then 4 as 2 × 2; with and without parts of a batch; against a run that changed nothing."""
     config.method.name, config.model.dtype, config.batch_groups = "l2r", "float64", 8
