@@ -28,6 +28,7 @@ def test_killed_and_damaged(tmp_path, undisturbed):
     assert list((tmp_path / "run" / "damaged_checkpoints").iterdir()), "the damaged ones were met"
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path, undisturbed):
     if not kill_matrix.on_small_disk(tmp_path / "disk"):
         pytest.skip("this user may not mount a file system")
