@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# One process of tests per core; a file stays together, for the fixtures that its tests share.
+WORKERS := -n auto --maxprocesses=8 --dist=loadfile
 
 .PHONY: quickstart quickstart-seeds test test-all test-matrix kill-matrix lint format bench clean
 
@@ -15,10 +17,10 @@ quickstart-seeds: $(STAMP)
 	$(BIN)/python -m ieg_jax.quickstart --workdir=runs/quickstart --seeds=0,1,2,3,4
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-matrix:
 	./tests/matrix.sh

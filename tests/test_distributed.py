@@ -38,37 +38,38 @@ def test_processes_agree_and_fail_together(tmp_path):
     assert list((tmp_path / "shared").iterdir()) == [], "no trace is left"
 
 
-def test_two_processes_do_what_one_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_do_what_one_does(tmp_path, monkeypatch, count):
     """In float64, where rounding cannot hide a mistake: variables, metrics, noise, trusted set; and SIGTERM to one."""
     keys = runs.SMALL | {"model.dtype": "float64", "num_train_steps": 100_000, "checkpoint_every_steps": 50_000}
     keys |= {"log_every_steps": 2, "eval_every_steps": 3}
-    arguments = runs.main_arguments("configs/quickstart.py", tmp_path / "two", keys)
-    processes = runs.start(arguments, 2, 2, {"JAX_ENABLE_X64": "1"}, log=tmp_path)
-    metrics = tmp_path / "two" / "metrics.jsonl"
+    arguments = runs.main_arguments("configs/quickstart.py", tmp_path / "many", keys)
+    processes = runs.start(arguments, count, 2, {"JAX_ENABLE_X64": "1"}, log=tmp_path)
+    metrics = tmp_path / "many" / "metrics.jsonl"
     try:
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 1, processes, "no metrics")
         processes[1].send_signal(signal.SIGTERM)
-        assert [process.wait(300) for process in processes] == [1, 1]
+        assert [process.wait(300) for process in processes] == [1] * count
     finally:
         for process in processes:
             process.kill()
-    logs = [(tmp_path / f"{process}.txt").read_text() for process in range(2)]
-    (step,) = runs.checkpoint_steps(tmp_path / "two")
+    logs = [(tmp_path / f"{process}.txt").read_text() for process in range(count)]
+    (step,) = runs.checkpoint_steps(tmp_path / "many")
     assert all(f"stopped at step {step} of 100000" in log for log in logs), logs
-    assert "images/s" in logs[0] and "images/s" not in logs[1], "process 0 alone reports"
+    assert ["images/s" in log for log in logs] == [True] + [False] * (count - 1), "process 0 alone reports"
 
     config = quickstart.get_config()
-    config.update_from_flattened_dict(keys | {"mesh.data": 4})
+    config.update_from_flattened_dict(keys | {"mesh.data": 2 * count})
     monkeypatch.setattr(distributed.StopRequest, "requested", lambda self, now: now >= step)
     with x64(), pytest.raises(train.Interrupted):
         train.train_and_evaluate(config, str(tmp_path / "one"))
-    one, two = runs.variables(tmp_path / "one", step), runs.variables(tmp_path / "two", step)
-    assert one.keys() == two.keys()
+    one, many = runs.variables(tmp_path / "one", step), runs.variables(tmp_path / "many", step)
+    assert one.keys() == many.keys()
     for path in one:
-        np.testing.assert_allclose(one[path], two[path], rtol=1e-9, atol=1e-9, err_msg=path)
+        np.testing.assert_allclose(one[path], many[path], rtol=1e-9, atol=1e-9, err_msg=path)
     for name in ("noise.json", "trusted.json", "noisy_labels.json", "data.json"):
-        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
-    for first, second in zip(runs.rows(tmp_path / "one"), runs.rows(tmp_path / "two"), strict=True):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "many" / name).read_text()
+    for first, second in zip(runs.rows(tmp_path / "one"), runs.rows(tmp_path / "many"), strict=True):
         assert first == pytest.approx(second, rel=1e-8)
 
 
