@@ -51,6 +51,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     # Hold out this many training examples and evaluate on them, with their clean labels, in place of the test
     # set, which is then not read at all: for choosing settings. 0 = evaluate on the test set.
     data.validation_size = 0
+    # Train on this many of the noisy examples that are left, drawn at random, always the same ones. 0 = on all.
+    data.train_size = 0
 
     config.noise = noise = ConfigDict()
     # none | uniform | symmetric_flip | asymmetric | asymmetric_contiguous | transition_matrix |

@@ -119,6 +119,7 @@ def validate(config: ConfigDict) -> None:
         "data.image_size": (lambda v: v >= 0, "0 or a number of pixels"),
         "data.num_classes": (lambda v: v == 0 or v >= 2, "0 (from the data) or at least 2"),
         "data.validation_size": (lambda v: v >= 0, "0 or a number of examples"),
+        "data.train_size": (lambda v: v >= 0, "0 (all) or a number of examples"),
         "noise.rate": (lambda v: 0 <= v <= 1, "a share in [0, 1]"),
         "noise.seed": (lambda v: v >= 0, "at least 0"),
         "seed": (lambda v: v >= 0, "at least 0"),

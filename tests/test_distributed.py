@@ -42,7 +42,7 @@ def test_processes_agree_and_fail_together(tmp_path):
 def test_several_processes_do_what_one_does(tmp_path, monkeypatch, count):
     """In float64, where rounding cannot hide a mistake: variables, metrics, noise, trusted set; and SIGTERM to one."""
     keys = runs.SMALL | {"model.dtype": "float64", "num_train_steps": 100_000, "checkpoint_every_steps": 50_000}
-    keys |= {"log_every_steps": 2, "eval_every_steps": 3}
+    keys |= {"log_every_steps": 2, "eval_every_steps": 3, "eval_batch_size": 200}
     arguments = runs.main_arguments("configs/quickstart.py", tmp_path / "many", keys)
     processes = runs.start(arguments, count, 2, {"JAX_ENABLE_X64": "1"}, log=tmp_path)
     metrics = tmp_path / "many" / "metrics.jsonl"

@@ -177,6 +177,29 @@ def test_validation_comes_out_of_the_training_set(config):
         pipeline.load(config)
 
 
+def test_training_on_a_part(config):
+    def load(**keys):
+        part = config.copy_and_resolve_references()
+        part.data.update(keys)
+        return pipeline.load(part)
+
+    whole, large, small = load(), load(train_size=300), load(train_size=100)
+    for part, size in ((large, 300), (small, 100)):
+        assert len(part.train) == size
+        rows = np.searchsorted(whole.train.ids, part.train.ids)
+        for column in ("ids", "labels", "clean_labels", "images"):
+            np.testing.assert_array_equal(getattr(part.train, column), getattr(whole.train, column)[rows])
+        np.testing.assert_array_equal(part.trusted.ids, whole.trusted.ids)
+        np.testing.assert_array_equal(part.noisy_labels, whole.noisy_labels)
+        assert part.noise_report["num_examples"] == size
+    assert set(small.train.ids.tolist()) < set(large.train.ids.tolist())
+    assert len(set((small.train.ids // 50).tolist())) > 20, "not the first ones"
+    held_out = load(validation_size=100, train_size=100)
+    assert not set(held_out.train.ids.tolist()) & set(held_out.evaluation.ids.tolist())
+    with pytest.raises(UserError, match="data.train_size=5000, but without trusted and validation examples"):
+        load(train_size=5000)
+
+
 def test_noise_on_data_whose_labels_are_taken_to_be_right(tmp_path):
     config = default.get_config()
     config.data.name, config.data.train = "arrays", str(tmp_path / "own.npz")

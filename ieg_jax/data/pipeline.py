@@ -65,7 +65,8 @@ def load(config: ConfigDict) -> Data:
     """Loads the data, takes the trusted and the validation examples out, and adds the noise.
 
     Raises:
-      UserError: see `sources`, `probe`, and where the validation part leaves no training examples.
+      UserError: see `sources`, `probe`, and where the validation part or data.train_size asks for more examples than
+        there are.
     """
     source = sources.load(config.data)
     if config.noise.kind != "none" and (source.train.clean_labels == UNKNOWN).all():
@@ -81,6 +82,8 @@ def load(config: ConfigDict) -> Data:
     if config.data.validation_size:
         train, evaluation = _hold_out(train, config.data.validation_size)
         evaluation_name = "validation"
+    if config.data.train_size:
+        train = _subset(train, config.data.train_size)
     return Data(
         train=train,
         trusted=trusted,
@@ -110,6 +113,16 @@ def _hold_out(train: Split, size: int) -> tuple[Split, Split]:
     held_out = train.take(rows)
     held_out = dataclasses.replace(held_out, labels=held_out.clean_labels)
     return train.take(np.setdiff1d(np.arange(len(train)), rows)), held_out
+
+
+def _subset(train: Split, size: int) -> Split:
+    """`size` examples of the training set; those of a smaller size are among those of every larger one."""
+    if size > len(train):
+        raise UserError(
+            f"data.train_size={size}, but without trusted and validation examples {len(train)} are left; lower it"
+        )
+    order = np.argsort(selection.uniforms(0, selection.SUBSET, train.ids), kind="stable")
+    return train.take(np.sort(order[:size]))
 
 
 def train_batches(
