@@ -2,11 +2,11 @@
 
     python -m ieg_jax.main --config=configs/cifar10.py:noise=uniform,noise_rate=0.8 --workdir=runs/cifar10
 
-Arguments: noise and noise_rate (kinds in configs/default.py), model (wrn28_10, wrn28_2 or resnet29),
-trusted_per_class, method, seed (of everything) and reference. Data through TFDS, or from the published archive in
---config.data.dir. The settings are those of the authors' code: 200,000 steps of 100, cosine with restarts from 500
-steps, AutoAugment. Test accuracy that the paper prints for ieg with wrn28_10 and 10 trusted images per class, uniform
-noise 0.2, 0.4, 0.8: 96.2 ± 0.2, 95.9 ± 0.2, 93.7 ± 0.5; with resnet29: 92.9 ± 0.2, 92.5 ± 0.5, 85.6 ± 1.1.
+Arguments: noise and noise_rate (kinds in configs/default.py), model (wrn28_10, wrn28_2, resnet29, vgg13 or
+densenet100), trusted_per_class, method, seed (of everything) and reference. Data through TFDS, or from the published
+archive in --config.data.dir. The settings are those of the authors' code: 200,000 steps of 100, cosine with restarts
+from 500 steps, AutoAugment. Test accuracy that the paper prints for ieg with wrn28_10 and 10 trusted images per class,
+uniform noise 0.2, 0.4, 0.8: 96.2 ± 0.2, 95.9 ± 0.2, 93.7 ± 0.5; with resnet29: 92.9 ± 0.2, 92.5 ± 0.5, 85.6 ± 1.1.
 Hardware there: one V100. Accuracy and time with this code: not run yet.
 """
 
@@ -16,7 +16,13 @@ from configs import default
 from ieg_jax import config as config_lib
 from ieg_jax.errors import check_choice
 
-MODELS = {"wrn28_10": ("wide_resnet", 10.0), "wrn28_2": ("wide_resnet", 2.0), "resnet29": ("resnet29_v2", 1.0)}
+MODELS = {  # argument -> model.name, model.width
+    "wrn28_10": ("wide_resnet", 10.0),
+    "wrn28_2": ("wide_resnet", 2.0),
+    "resnet29": ("resnet29_v2", 1.0),
+    "vgg13": ("vgg13", 1.0),
+    "densenet100": ("densenet100", 1.0),
+}
 WITHOUT_RATE = ("none", "transition_matrix", "file", "human")  # kinds of noise that have none to choose
 
 

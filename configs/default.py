@@ -78,33 +78,47 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.augment = augment = ConfigDict()
     # Operations of ieg_jax/data/augment.py, in order, separated by |; "" = none.
     augment.standard = "crop(pad=1)"  # the standard view of an image, of a trusted image too
-    # On top of the standard view.
+    # The other views, see augment.views_of.
     augment.strong = "affine(rotate=15,shear=0.1,zoom=0.1,translate=0.1)|intensity(0.2)|cutout(0.4)"
+    # What the strong views are made from: standard (the standard view) | original (the image itself, as for mixmatch).
+    augment.views_of = "standard"
     augment.evaluation = ""  # for measuring accuracy; images of various sizes: resize(256)|center_crop(224)
-    augment.num_views = 2  # V: the standard view and V - 1 strong ones; at least 2 for ieg and trusted_only
+    augment.num_views = 2  # V: the standard view and V - 1 strong ones; at least 2 where a method needs them
 
     config.model = model = ConfigDict()
-    model.name = "wide_resnet"  # wide_resnet | resnet29_v2 | resnet50 | vgg13 | tiny
+    # wide_resnet | resnet29_v2 | resnet50 | vgg13 | densenet100 | inception_resnet_v2 (from 75 pixels on) | tiny
+    model.name = "wide_resnet"
     model.depth = 10  # wide_resnet: 6 n + 4 layers
-    # Multiple of the channels: wide_resnet (16, 32, 64 at width 1), resnet50, vgg13, tiny.
+    # Multiple of the channels: wide_resnet (16, 32, 64 at width 1) and the others, resnet29_v2 apart.
     model.width = 1.0
     model.variant = "authors"  # authors | standard: wide_resnet and resnet29_v2; see ieg_jax/models/
     # float32 | bfloat16 | float64: of the computation. Parameters, losses and meta-gradients are float32 or better;
     # float64 is for checks, slow, and needs JAX_ENABLE_X64=1.
     model.dtype = "float32"
     model.remat = False  # keep only the inputs of each block, and compute it once more in the backward pass
+    # .safetensors or .npz file of the weights at step 0: of another run (ieg_jax.export) or, for resnet50, as published
+    # for torchvision, timm and others; docs/operation.md. A later start does without it. "" = random weights
+    model.pretrained = ""
+    # resnet50, what published weights expect: own = images in [-1, 1] as they are | torch = each colour less ImageNet's
+    # mean, by its deviation (torchvision, timm, transformers) | flax = the same, and SAME padding (Flax's example)
+    model.conventions = "own"
 
     config.method = method = ConfigDict()
-    method.name = "ieg"  # ieg | l2r | supervised | trusted_only
-    # The rest of this group is read by ieg alone.
+    method.name = "ieg"  # ieg | eg | l2r | mixmatch | supervised | trusted_only
+    # The rest of this group is read by ieg and, where ω and λ have no part in it, by eg; mixmatch reads temperature,
+    # unlabeled_weight and the keys of mixup.
     method.temperature = 0.5  # τ, sharpens the pseudo labels; > 0
-    method.unlabeled_weight = 5.0  # p, of the mixup loss of noisy examples; >= 0
+    method.unlabeled_weight = 5.0  # p, of the mixup loss of noisy examples; mixmatch: λ_U; >= 0
+    method.unlabeled_ramp_steps = 0  # mixmatch: λ_U grows linearly from 0 over this many steps; 0 = there at once
     method.consistency_weight = 20.0  # k, of the KL between views; >= 0
     method.threshold = 1.0  # T: below this ω an example counts as possibly mislabelled in mixup
     method.label_trust_init = 0.9  # λ⁰, in [0, 1]
+    method.relabel = True  # ieg: λ; False = labels are reweighted, never replaced: λ⁰ = 1 and no L_λ
+    method.mixup = True  # ieg: the mixup losses of trusted and noisy images; False = trusted images only guide ω and λ
     method.normalize_logits = True  # divide logits by their root mean square in pseudo labels and mixup losses
     method.supervised_scale = 0.5  # factor of (L_ω + L_λ)
-    method.mixup_coefficient = "approximate"  # of Beta(1/2, 1/2): approximate (U²/2) | exact
+    method.mixup_coefficient = "approximate"  # of Beta(α, α): approximate (U²/2, for α = 1/2 alone) | exact
+    method.mixup_alpha = 0.5  # α > 0, the smaller, the less is mixed
 
     config.meta = meta = ConfigDict()  # the lookahead step of ieg and l2r
     meta.learning_rate = 0.1  # step size of the lookahead, whatever the schedule says; > 0
@@ -114,19 +128,25 @@ def get_config(arguments: str = "") -> ConfigDict:
     meta.weight_decay = True  # the trusted loss after the lookahead includes the weight decay term
 
     config.optimizer = optimizer = ConfigDict()
-    optimizer.name = "sgd"  # sgd | adam
-    optimizer.momentum = 0.9  # sgd: decay of the momentum; adam: β₁ (β₂ = 0.999); in [0, 1)
+    optimizer.name = "sgd"  # sgd | adam | adamw
+    optimizer.momentum = 0.9  # sgd: decay of the momentum; adam, adamw: β₁ (β₂ = 0.999); in [0, 1)
     optimizer.nesterov = False
-    optimizer.weight_decay = 5e-4  # adds weight_decay · ½‖Θ‖² to every loss; >= 0
+    # sgd, adam: adds weight_decay · ½‖Θ‖² to every loss; adamw: no such term, each update takes the share
+    # learning rate · weight_decay off the weights; >= 0
+    optimizer.weight_decay = 5e-4
     optimizer.weight_decay_on = "all"  # all | kernels (no biases, no batch-norm parameters)
 
     config.schedule = schedule = ConfigDict()
-    schedule.name = "sgdr"  # sgdr: cosine with warm restarts | cosine: one cosine to 0 at the last step | constant
+    # sgdr: cosine with warm restarts | cosine: one cosine to 0 at the last step | step: falls at given steps | constant
+    schedule.name = "sgdr"
     schedule.base_lr = 0.1  # learning rate at step 0; > 0
     schedule.first_cycle_steps = 0  # sgdr: length of the first cycle
     schedule.first_cycle_epochs = 1.0
     schedule.cycle_mult = 1.5  # sgdr: each cycle is this many times as long as the one before; >= 1
     schedule.peak_mult = 0.9  # sgdr: each cycle starts at this many times the rate of the one before; in (0, 1]
+
+    schedule.step_boundaries = (40_000, 50_000)  # step: where the rate falls, in steps, increasing
+    schedule.step_factor = 0.1  # step: to this share of itself; in (0, 1)
 
     config.ema = ema = ConfigDict()
     ema.decay = 0.999  # of the moving average of the weights, in [0, 1); 0 = no average

@@ -4,7 +4,8 @@
         --workdir=runs/webvision_mini
 
 Arguments: imagenet (where ImageNet is: a folder with train/<wnid>/ and val/<wnid>/, or a TFDS folder; ten images per
-class of its training set are the trusted set), method, seed (of everything) and reference. data.dir is WebVision's
+class of its training set are the trusted set), model (resnet50, or inception_resnet_v2 with 299 pixels), method, seed
+(of everything) and reference. data.dir is WebVision's
 published folder, or where TFDS has it; for a pod, make records with ieg_jax.data.prepare first and add
 --config.data.name=records. ResNet-50, 224 pixels, T = 1, p = 4, k = 8, 1,000,000 steps of 64, as in the paper and its
 code; neither gives weight decay (here the usual 1e-4 on kernels) nor the sizes of the strong view's crop and cutout
@@ -16,11 +17,17 @@ from ml_collections import ConfigDict
 
 from configs import default
 from ieg_jax import config as config_lib
+from ieg_jax.errors import check_choice
+
+SIZES = {"resnet50": 224, "inception_resnet_v2": 299}  # pixels of a side
 
 
 def get_config(arguments: str = "") -> ConfigDict:
     """Arguments: see above."""
-    args = config_lib.parse_arguments(arguments, imagenet="", method="ieg", seed=0, reference="default")
+    args = config_lib.parse_arguments(
+        arguments, imagenet="", model="resnet50", method="ieg", seed=0, reference="default"
+    )
+    check_choice("config argument model", args.model, SIZES)
     config = default.get_config(f"reference={args.reference}")
     config.seed = config.trusted.seed = args.seed
     config.method.name = args.method
@@ -30,7 +37,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.data.test = config.data.trusted = args.imagenet
     config.data.unreadable = "skip"
     config.trusted.source, config.trusted.per_class = "separate", 10
-    config.model.name = "resnet50"
+    config.model.name, size = args.model, SIZES[args.model]
 
     config.batch_size = 64
     config.num_train_epochs, config.num_train_steps = 0.0, 1_000_000
@@ -38,7 +45,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.eval_every_epochs, config.eval_every_steps = 0.0, 10_000
     config.checkpoint_every_epochs, config.checkpoint_every_steps = 0.0, 5_000
     config.optimizer.weight_decay, config.optimizer.weight_decay_on = 1e-4, "kernels"
-    config.augment.standard = "random_resized_crop(224)|flip"
+    config.augment.standard = f"random_resized_crop({size})|flip"
     config.augment.strong = "autoaugment_imagenet(translate_pixels=100)|crop(pad=28,fill=0)|flip|cutout(0.5)"
-    config.augment.evaluation = "resize(256)|center_crop(224)"
+    config.augment.evaluation = f"resize({round(size * 256 / 224)})|center_crop({size})"
     return config

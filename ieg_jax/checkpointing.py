@@ -230,6 +230,12 @@ class _Best(policy.PreservationPolicy):
         return [info.step in best for info in checkpoints]
 
 
+def exist(folder: epath.PathLike) -> bool:
+    """Whether a run has saved anything in `folder`, `checkpoints/` of its work folder."""
+    folder = epath.Path(folder)
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def checksums(tree: Any) -> dict[str, jax.Array]:
     """A checksum of each array: path -> uint32 scalar.
 

@@ -1,5 +1,6 @@
 """What the commands share: flags with a configuration file, and errors as one clear line."""
 
+import functools
 import os
 import runpy
 import sys
@@ -26,7 +27,7 @@ def define_config_flag() -> flags.FlagHolder:
     return holder
 
 
-def run(main: Callable[[list[str]], None], interrupted: str = "") -> None:
+def run(main: Callable[[list[str]], None], interrupted: str = "", positional: int = 0) -> None:
     """Parses the flags and calls `main`.
 
     A UserError, NonFiniteError or StorageError, Ctrl-C, and whatever is wrong with the flags, ends the program with one
@@ -36,9 +37,10 @@ def run(main: Callable[[list[str]], None], interrupted: str = "") -> None:
     Args:
       main: takes what is left of the command line.
       interrupted: what to say after Ctrl-C besides that it was stopped.
+      positional: how many arguments that are no options `main` takes at most.
     """
     try:
-        app.run(main, flags_parser=_parse)
+        app.run(main, flags_parser=functools.partial(_parse, positional=positional))
     except (UserError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
     except StorageError as error:
@@ -87,7 +89,7 @@ def check_new_folder(flag: str, folder: epath.Path) -> None:
         raise UserError(f"{flag}={folder} is not empty; name a new folder")
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], positional: int) -> list[str]:
     if not any(argument.startswith(("--verbosity", "-v")) for argument in argv):
         logging.set_verbosity(logging.WARNING)
     try:
@@ -100,8 +102,8 @@ def _parse(argv: list[str]) -> list[str]:
         _check_overrides(argv)
         raise UserError(str(error)) from None
     _check_overrides(argv)
-    if len(arguments) > 1:
-        raise UserError(f"unexpected arguments {arguments[1:]}; options begin with --")
+    if len(arguments) > 1 + positional:
+        raise UserError(f"unexpected arguments {arguments[1 + positional :]}; options begin with --")
     return arguments
 
 

@@ -91,6 +91,7 @@ def validate(config: ConfigDict) -> None:
     """
     from ieg_jax import methods, models, optimizers, schedules  # they import this module's errors
     from ieg_jax.data import augment, corruption, probe, sources
+    from ieg_jax.models import pretrained
 
     choices = {
         "data.name": sources.REGISTRY,
@@ -101,8 +102,10 @@ def validate(config: ConfigDict) -> None:
         "model.name": models.REGISTRY,
         "model.variant": ("authors", "standard"),
         "model.dtype": ("float32", "bfloat16", "float64"),
+        "model.conventions": ("own", "torch", "flax"),
         "method.name": methods.REGISTRY,
         "method.mixup_coefficient": ("approximate", "exact"),
+        "augment.views_of": ("standard", "original"),
         "optimizer.name": optimizers.NAMES,
         "optimizer.weight_decay_on": ("all", "kernels"),
         "schedule.name": schedules.NAMES,
@@ -130,16 +133,19 @@ def validate(config: ConfigDict) -> None:
         "model.width": (lambda v: v > 0, "above 0"),
         "method.temperature": (lambda v: v > 0, "above 0"),
         "method.unlabeled_weight": (lambda v: v >= 0, "at least 0"),
+        "method.unlabeled_ramp_steps": (lambda v: v >= 0, "0 (none) or a number of steps"),
         "method.consistency_weight": (lambda v: v >= 0, "at least 0"),
         "method.threshold": (lambda v: v >= 0, "at least 0"),
         "method.label_trust_init": (lambda v: 0 <= v <= 1, "in [0, 1]"),
         "method.supervised_scale": (lambda v: v > 0, "above 0"),
+        "method.mixup_alpha": (lambda v: v > 0, "above 0"),
         "meta.learning_rate": (lambda v: v > 0, "above 0"),
         "optimizer.momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
         "optimizer.weight_decay": (lambda v: v >= 0, "at least 0"),
         "schedule.base_lr": (lambda v: v > 0, "above 0"),
         "schedule.cycle_mult": (lambda v: v >= 1, "at least 1"),
         "schedule.peak_mult": (lambda v: 0 < v <= 1, "in (0, 1]"),
+        "schedule.step_factor": (lambda v: 0 < v < 1, "in (0, 1)"),
         "ema.decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
         "mesh.data": (lambda v: v == -1 or v >= 1, "-1 (all devices) or at least 1"),
         "mesh.fsdp": (lambda v: v >= 1, "at least 1"),
@@ -164,6 +170,10 @@ def validate(config: ConfigDict) -> None:
                 f"{key}={_get(config, key)} is not a multiple of batch_groups={config.batch_groups}; change one of them"
             )
 
+    boundaries = tuple(config.schedule.step_boundaries)
+    if not all(isinstance(b, int) and b > 0 for b in boundaries) or list(boundaries) != sorted(set(boundaries)):
+        raise UserError(f"schedule.step_boundaries: got {boundaries}, expected increasing whole numbers above 0")
+
     if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError("model.dtype=float64: set the environment variable JAX_ENABLE_X64=1, without it jax has none")
     if config.batch_groups % config.microbatches:
@@ -172,6 +182,18 @@ def validate(config: ConfigDict) -> None:
             f"mixup work inside a group, so a part of the batch must be a whole number of groups; change one of them"
         )
 
+    if config.method.name in ("eg", "mixmatch") and not config.method.mixup:
+        raise UserError(
+            f"method.mixup: got False, but method.name={config.method.name} has no use of the trusted images besides "
+            f"mixup"
+        )
+    if config.method.mixup_coefficient == "approximate" and config.method.mixup_alpha != 0.5:
+        raise UserError(
+            f"method.mixup_alpha: got {config.method.mixup_alpha!r}, but method.mixup_coefficient=approximate stands "
+            f"for Beta(1/2, 1/2) alone; set method.mixup_coefficient=exact"
+        )
+
+    pretrained.validate(config.model)
     corruption.validate(config.noise)
     probe.validate(config.trusted)
 

@@ -37,6 +37,11 @@ TPUS = {
     "v5p": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9, int(95.74 * GIB)),
     "v6e": Chip("v6e", 918e12, 32 * GIB, 1638e9, 400e9, int(31.25 * GIB)),
 }
+GPUS = {
+    "A100": Chip("A100", 312e12, 80 * GIB, 2039e9, 300e9),
+    "H100": Chip("H100", 989e12, 80 * GIB, 3350e9, 450e9),
+    "H200": Chip("H200", 989e12, 141 * GIB, 4800e9, 450e9),
+}
 # jax's `device_kind` -> chip. A v4 or v5p chip is one device (its two cores work as one).
 _KINDS = {
     "TPU v4": TPUS["v4"],
@@ -47,9 +52,9 @@ _KINDS = {
     "TPU v6 lite": TPUS["v6e"],
     "TPU v6e": TPUS["v6e"],
     "NVIDIA A100-SXM4-40GB": Chip("A100", 312e12, 40 * GIB, 1555e9, 300e9),
-    "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 80 * GIB, 2039e9, 300e9),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80 * GIB, 3350e9, 450e9),
-    "NVIDIA H200": Chip("H200", 989e12, 141 * GIB, 4800e9, 450e9),
+    "NVIDIA A100-SXM4-80GB": GPUS["A100"],
+    "NVIDIA H100 80GB HBM3": GPUS["H100"],
+    "NVIDIA H200": GPUS["H200"],
 }
 
 

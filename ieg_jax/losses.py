@@ -17,6 +17,21 @@ def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
     return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
 
 
+def squared_error(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Squared error of the probabilities, mean over the classes: (1/K) Σ_j (target_j − softmax(logits)_j)².
+
+    Bounded where the cross-entropy is not, so that wrong targets pull less (Berthelot et al. 2019, equation 4).
+
+    Args:
+      logits: `[B, K]`.
+      target: `[B, K]`, rows that sum to 1.
+
+    Returns:
+      `[B]`.
+    """
+    return jnp.mean(jnp.square(target - jax.nn.softmax(logits)), axis=-1)
+
+
 def consistency(logits: jax.Array, view_logits: jax.Array) -> jax.Array:
     """KL(softmax(logits) ‖ softmax(view_logits)), no gradient through the first argument (paper, equation 7).
 
@@ -39,7 +54,10 @@ def weight_decay(params, coefficient: float, on: str) -> jax.Array:
       coefficient: at least 0.
       on: `all` parameters, or `kernels`: those of convolutions and dense layers, without biases and batch norm.
     """
-    leaves = [
-        leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if on == "all" or path[-1].key == "kernel"
-    ]
-    return 0.5 * coefficient * sum(jnp.sum(jnp.square(leaf)) for leaf in leaves)
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(decayed(params, on)), strict=True)
+    return 0.5 * coefficient * sum(jnp.sum(jnp.square(leaf)) for leaf, decays in leaves if decays)
+
+
+def decayed(params, on: str):
+    """Which parameters decay: booleans in the structure of `params`; `on` as in `weight_decay`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: on == "all" or path[-1].key == "kernel", params)

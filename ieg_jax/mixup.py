@@ -19,7 +19,9 @@ class Draw(NamedTuple):
     coefficient: jax.Array  # [G, S] float32 in [1/2, 1]: share of the element itself, the rest is its partner's
 
 
-def draw(rng: jax.Array, groups: int, size: int, probe_size: int, blocks: int, coefficient: str) -> Draw:
+def draw(
+    rng: jax.Array, groups: int, size: int, probe_size: int, blocks: int, coefficient: str, alpha: float = 0.5
+) -> Draw:
     """Draws what one mixup needs (paper, equation 6).
 
     Args:
@@ -28,14 +30,16 @@ def draw(rng: jax.Array, groups: int, size: int, probe_size: int, blocks: int, c
       size: n, noisy examples in a group.
       probe_size: trusted images in a group.
       blocks: 1 + V, blocks of n elements in a group's pool.
-      coefficient: `exact`: β ~ Beta(½, ½); `approximate`: β = U²/2 with U uniform on [0, 1], as the authors do.
-        Either way max(β, 1 − β) is used, so that the result stays nearest to its first part.
+      coefficient: `exact`: β ~ Beta(α, α); `approximate`: β = U²/2 with U uniform on [0, 1], as the authors do, which
+        stands for Beta(½, ½) alone. Either way max(β, 1 − β) is used, so that the result stays nearest to its first
+        part.
+      alpha: α of `exact`, above 0; ½ in the paper. The smaller, the nearer to the first part.
     """
     index_rng, partner_rng, coefficient_rng = jax.random.split(rng, 3)
     pool = blocks * size
     partner = jax.vmap(lambda key: jax.random.permutation(key, pool))(jax.random.split(partner_rng, groups))
     if coefficient == "exact":
-        beta = jax.random.beta(coefficient_rng, 0.5, 0.5, (groups, pool))
+        beta = jax.random.beta(coefficient_rng, alpha, alpha, (groups, pool))
     else:
         beta = jnp.square(jax.random.uniform(coefficient_rng, (groups, pool))) / 2
     return Draw(jax.random.randint(index_rng, (groups, size), 0, probe_size), partner, jnp.maximum(beta, 1 - beta))

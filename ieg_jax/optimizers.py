@@ -2,29 +2,46 @@
 
 optax is the JAX ecosystem's library of optimisers. The direction and the learning rate are kept apart because
 the same update is made twice in a step, really with the scheduled rate and virtually with `meta.learning_rate`.
+
+Weights decay once, by the key `optimizer.weight_decay`: as a term of every loss (`sgd`, `adam`), or in the direction
+(`adamw`), and then no loss has the term.
 """
+
+import functools
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
-NAMES = ("sgd", "adam")
+from ieg_jax import losses
+
+NAMES = ("sgd", "adam", "adamw")
 
 
 def create(optimizer: ConfigDict) -> optax.GradientTransformation:
     """Builds the direction that `config.optimizer` names, to be followed downhill by `apply`.
 
     `sgd`: the momentum m ← μ m + ∇ (or ∇ + μ m with nesterov). `adam`: the bias-corrected quotient of moments.
-    Weight decay is part of the loss, not of the optimiser.
+    `adamw`: that quotient + weight_decay · Θ, so that a weight shrinks by the same share whatever its gradients
+    (Loshchilov and Hutter 2019). The decay does not depend on ∇, so the meta-gradient goes through the quotient alone.
     """
+    if optimizer.name == "sgd":
+        return optax.trace(decay=optimizer.momentum, nesterov=optimizer.nesterov)
+    # eps_root keeps the square root differentiable where a gradient is 0.
+    adam = optax.scale_by_adam(b1=optimizer.momentum, eps_root=1e-12, nesterov=optimizer.nesterov)
     if optimizer.name == "adam":
-        # eps_root keeps the square root differentiable where a gradient is 0.
-        return optax.scale_by_adam(b1=optimizer.momentum, eps_root=1e-12, nesterov=optimizer.nesterov)
-    return optax.trace(decay=optimizer.momentum, nesterov=optimizer.nesterov)
+        return adam
+    decays = functools.partial(losses.decayed, on=optimizer.weight_decay_on)
+    return optax.chain(adam, optax.add_decayed_weights(optimizer.weight_decay, mask=decays))
+
+
+def decay_in_loss(optimizer: ConfigDict) -> float:
+    """The coefficient of the weight decay term of every loss: 0 where the direction has the decay."""
+    return 0.0 if optimizer.name == "adamw" else optimizer.weight_decay
 
 
 def apply(optimizer: optax.GradientTransformation, grads, state, params, learning_rate):
-    """One update Θ ← Θ − learning_rate · direction(∇, state).
+    """One update Θ ← Θ − learning_rate · direction(∇, state, Θ).
 
     Returns:
       New parameters, new optimiser state, and the update that was added to the parameters.

@@ -34,7 +34,7 @@ class Program:
       method: bound to the network and the optimiser.
       state, window, batch, rng: `jax.ShapeDtypeStruct`s with shardings, the arguments of `train_step`.
       evaluation: `params`, `batch_stats` and a batch of the same kind, the arguments of `eval_step`.
-      init: key of the initial weights -> state.
+      init: key of the initial weights, `pretrained` = arrays in place of some (`steps.create_state`) -> state.
       train_step: (state, window, batch, base key of the run) -> state, window; the first two are donated.
       eval_step: see `steps.eval_step`.
       empty_window: () -> window.
@@ -46,7 +46,7 @@ class Program:
     batch: dict[str, jax.ShapeDtypeStruct]
     rng: jax.ShapeDtypeStruct
     evaluation: tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]
-    init: Callable[[jax.Array], steps.TrainState]
+    init: Callable[..., steps.TrainState]
     train_step: Callable[..., tuple[steps.TrainState, metrics.Window]]
     eval_step: Callable[..., dict[str, metrics.WeightedAverage]]
     empty_window: Callable[[], metrics.Window]

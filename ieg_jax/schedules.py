@@ -3,7 +3,7 @@
 import optax
 from ml_collections import ConfigDict
 
-NAMES = ("sgdr", "cosine", "constant")
+NAMES = ("sgdr", "cosine", "step", "constant")
 
 
 def cycle_ends(first_cycle: int, cycle_mult: float, num_steps: int) -> list[int]:
@@ -36,12 +36,15 @@ def create(schedule: ConfigDict, first_cycle: int, num_steps: int) -> optax.Sche
 
     Returns:
       For `sgdr` a cosine from the peak to 0 in each cycle, peaks falling by `peak_mult` (Loshchilov and Hutter
-      2017; paper, section 3.1).
+      2017; paper, section 3.1). For `step` a rate that is multiplied by `step_factor` at each of `step_boundaries`.
     """
     if schedule.name == "constant":
         return optax.constant_schedule(schedule.base_lr)
     if schedule.name == "cosine":
         return optax.cosine_decay_schedule(schedule.base_lr, num_steps)
+    if schedule.name == "step":
+        factors = dict.fromkeys(schedule.step_boundaries, schedule.step_factor)
+        return optax.piecewise_constant_schedule(schedule.base_lr, factors)
     ends = cycle_ends(first_cycle, schedule.cycle_mult, num_steps)
     peaks = [schedule.base_lr * schedule.peak_mult**cycle for cycle in range(len(ends))]
     return optax.sgdr_schedule(

@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ieg_jax import metrics, optimizers
 from ieg_jax.methods.base import Context, Method
@@ -27,7 +28,14 @@ class TrainState:
     method_state: Any  # whatever the method remembers, {} by default
 
 
-def create_state(context: Context, method: Method, rng: jax.Array, image_shape: tuple[int, ...], num_examples: int):
+def create_state(
+    context: Context,
+    method: Method,
+    rng: jax.Array,
+    image_shape: tuple[int, ...],
+    num_examples: int,
+    pretrained: dict[str, jax.Array] | None = None,
+) -> TrainState:
     """The initial TrainState.
 
     Args:
@@ -36,9 +44,12 @@ def create_state(context: Context, method: Method, rng: jax.Array, image_shape: 
       rng: key for the initial weights.
       image_shape: (H, W, C).
       num_examples: N, for methods that remember something per example.
+      pretrained: arrays in place of the initial ones, by paths such as `params/head/kernel`.
     """
     images = jnp.zeros((context.network.batch_groups, *image_shape), jnp.float32)
-    variables = context.network.init(rng, images, train=True)
+    variables = flatten_dict(context.network.init(rng, images, train=True), sep="/")
+    # Copies, because a step reuses the memory of its state.
+    variables = unflatten_dict(variables | jax.tree.map(jnp.copy, pretrained or {}), sep="/")
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

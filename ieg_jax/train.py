@@ -25,6 +25,7 @@ from ieg_jax import checkpointing, distributed, metrics, observability, program,
 from ieg_jax import config as config_lib
 from ieg_jax.data import pipeline
 from ieg_jax.errors import NonFiniteError, StorageError, UserError, check_choice, first_line
+from ieg_jax.models import pretrained
 from ieg_jax.progress import Reporter
 from ieg_jax.workdir import WorkFolder, provenance
 
@@ -61,6 +62,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     distributed.check_shared(folder.path, "--workdir")
     with distributed.together():
         finished = folder.check(config)
+        begins = not checkpointing.exist(folder.path / "checkpoints")
+        file = pretrained.read(config.model) if begins else None
     finished = json.loads(distributed.from_first(json.dumps(finished)))
     if finished is not None:
         return finished
@@ -79,6 +82,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     distributed.check_same("the data", json.dumps(fingerprint))
     run = program.build(config, layout, shape, plan.first_cycle, plan.num_steps, plan.log_every)
     _check_best_metric(config, run, evaluations)
+    with distributed.together():
+        weights = pretrained.fit(file, config.model, run.state)
+    distributed.check_same("the file of model.pretrained", file.sha256 if file else "")
     init_rng, step_rng = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=layout.replicated
     )()
@@ -104,7 +110,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
             raise UserError(f"checkpoint {start} stopped at example {position}, not {start} batches")
         reporter.say(f"goes on from the checkpoint at step {start}")
     else:
-        start, state, window = 0, run.init(init_rng), run.empty_window()
+        start, state, window = 0, run.init(init_rng, pretrained=weights.arrays), run.empty_window()
+        if weights.note:
+            reporter.say(weights.note)
     rows = json.loads(distributed.from_first(json.dumps(folder.rewind(start))))
     checkpoints.note_metrics(rows)
     seconds_before = rows[-1].get("speed/wall_seconds", 0.0) if rows else 0.0

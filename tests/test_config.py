@@ -52,7 +52,7 @@ def test_the_readme_names_every_key_of_the_reference_switch():
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("method.name", "l3r", "method.name: got 'l3r', expected one of ieg, l2r, .*Did you mean 'l2r'"),
+        ("method.name", "l3r", "method.name: got 'l3r', expected one of .*l2r.*Did you mean 'l2r'"),
         ("model.name", "wideresnet", "expected one of wide_resnet"),
         ("data.name", "cifar11", "expected one of digits"),
         ("noise.kind", "salt", "noise.kind: got 'salt', expected one of none, uniform"),
@@ -63,6 +63,9 @@ def test_the_readme_names_every_key_of_the_reference_switch():
         ("batch_groups", 7, "batch_size=64 is not a multiple of batch_groups=7"),
         ("num_train_steps", 5, "exactly one of num_train_steps and num_train_epochs"),
         ("num_train_epochs", 0.0, "exactly one of num_train_steps and num_train_epochs"),
+        ("schedule.step_boundaries", (50, 40), r"schedule.step_boundaries: got \(50, 40\), expected increasing"),
+        ("schedule.step_factor", 1.0, "schedule.step_factor: got 1.0"),
+        ("data.train_size", -1, "data.train_size: got -1, expected 0 \\(all\\)"),
         ("schedule.first_cycle_epochs", -1.0, "schedule.first_cycle_epochs: got -1.0"),
         ("augment.strong", "crpo(2)", "Did you mean 'crop'"),
         ("augment.strong", "crop(pad=4", "is no policy"),

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from test_sources import idx
 
-from ieg_jax import cli, train
+from ieg_jax import cells, cli, experiments, train
 from ieg_jax.data import cifar, prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -28,7 +29,7 @@ def use_fixture_data(config, folder):
             labels = (np.arange(n) % 10).astype(np.uint8)
             for name, array in ((f"{part}-images-idx3-ubyte.gz", images), (f"{part}-labels-idx1-ubyte.gz", labels)):
                 (folder / name).write_bytes(gzip.compress(idx(array)))
-        config.data.dir = str(folder)
+        config.data.dir, config.data.train_size = str(folder), 0
     elif config.data.name == "image_csv":
         lines = {"train": ["path,label"], "trusted": ["path,label"]}
         for number in range(24):
@@ -67,6 +68,48 @@ def test_one_step(name, arguments, tmp_path, monkeypatch):
     result = train.train_and_evaluate(config, str(tmp_path / "run"))
     assert result["steps"] == 1
     assert 0 <= result["trusted_accuracy"] <= 1
+
+
+def structures():
+    """One experiment of those that differ by numbers alone: noise rate, size of the trusted set, weights of losses."""
+    found = {}
+    for table in experiments.tables().values():
+        for experiment in table.experiments.values():
+            signature = re.sub(r"\d+\.?\d*", "", experiment.name.replace("wrn28_2", "wrn28_10"))
+            found.setdefault(signature, experiment)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signature", structures())
+def test_one_step_of_every_experiment(signature, tmp_path, monkeypatch):
+    """With its own network, but narrow, on files in the published format."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cifar, "SIZES", archives.SMALL)
+    config = cells.load_config(structures()[signature], 0)
+    use_fixture_data(config, tmp_path)
+    if config.data.name.startswith("cifar"):
+        archives.cifar_tfds(tmp_path, config.data.name, archives.SMALL)
+        config.data.dir, config.trusted.per_class = str(tmp_path), 1
+        if config.noise.kind == "file":
+            (tmp_path / "labels.json").write_text(json.dumps([number % 10 for number in range(50)]))
+            config.noise.file = str(tmp_path / "labels.json")
+        if config.noise.kind == "open_set":
+            archives.cifar_tfds(tmp_path / "foreign", "cifar100", archives.SMALL)
+            config.noise.open_set = f"cifar100:{tmp_path / 'foreign'}"
+    elif config.data.name == "webvision":
+        name = "webvision_mini.py" if config.data.variant == "mini" else "webvision.py"
+        content = image_trees.webvision(tmp_path / "webvision", CLASSES[name])
+        for split, per_class in (("train", 2), ("val", 1)):
+            image_trees.imagenet(tmp_path / "imagenet" / split, content["wnids"], per_class, 700)
+        config.data.dir, config.data.test = str(tmp_path / "webvision"), str(tmp_path / "imagenet")
+        config.data.trusted, config.trusted.per_class = config.data.test, 2
+    config.model.width, config.mesh.data = 1 / 16, 1
+    config.model.depth = 10 if config.model.name == "wide_resnet" else config.model.depth
+    config.batch_size, config.num_train_steps, config.num_train_epochs = 8, 1, 0.0
+    config.eval_batch_size = 8
+    result = train.train_and_evaluate(config, str(tmp_path / "run"))
+    assert result["steps"] == 1 and 0 <= result["trusted_accuracy"] <= 1
 
 
 def one_step(config, folder):

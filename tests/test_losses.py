@@ -12,6 +12,13 @@ def test_cross_entropy_by_hand():
     np.testing.assert_allclose(losses.cross_entropy(logits, target), expected, rtol=1e-6)
 
 
+def test_squared_error_by_hand():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
+    target = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+    expected = [(0.25 + 2 * 0.0625) / 3, (0.01 + 0.16 + 0.09) / 3]
+    np.testing.assert_allclose(losses.squared_error(logits, target), expected, rtol=1e-6)
+
+
 def test_consistency_by_hand_and_its_gradient():
     p, q = jnp.array([[0.5, 0.5]]), jnp.array([[0.9, 0.1]])
     expected = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)

@@ -42,13 +42,13 @@ def test_split_undoes_the_layout():
         np.testing.assert_array_equal(block, expected)
 
 
-@pytest.mark.parametrize("kind", ["exact", "approximate"])
-def test_distribution_of_the_coefficient(kind):
-    coefficient = np.ravel(mixup.draw(jax.random.key(0), 1, 5000, 1, 2, kind).coefficient)
+@pytest.mark.parametrize("kind, alpha", [("exact", 0.5), ("exact", 0.75), ("exact", 2.0), ("approximate", 0.5)])
+def test_distribution_of_the_coefficient(kind, alpha):
+    coefficient = np.ravel(mixup.draw(jax.random.key(0), 1, 5000, 1, 2, kind, alpha).coefficient)
     assert coefficient.min() >= 0.5
     assert coefficient.max() <= 1.0
-    if kind == "exact":  # max(β, 1 − β) with β ~ Beta(½, ½)
-        cdf = lambda x: 1 - 2 * stats.beta(0.5, 0.5).cdf(1 - x)  # noqa: E731
+    if kind == "exact":  # max(β, 1 − β) with β ~ Beta(α, α)
+        cdf = lambda x: 1 - 2 * stats.beta(alpha, alpha).cdf(1 - x)  # noqa: E731
     else:  # 1 − U²/2
         cdf = lambda x: 1 - np.sqrt(2 * (1 - np.clip(x, 0.5, 1)))  # noqa: E731
     assert stats.kstest(coefficient, cdf).pvalue > 1e-3

@@ -132,6 +132,30 @@ def test_several_views(config, data):
     assert np.abs(views[:, 0] - views[:, 1]).max() > 0.1
 
 
+def test_what_the_views_are_made_from(config, data):
+    """On top of the standard view, or of the image itself: with no operation on top, or none below, they show it."""
+    config = config.copy_and_resolve_references()
+
+    def first(standard, strong, views_of):
+        config.augment.update(standard=standard, strong=strong, views_of=views_of, num_views=3)
+        return batches(config, data, 0, 1)[0]
+
+    plain = first("", "", "standard")["image"]
+    moved = first("crop(pad=2)", "", "standard")
+    for view in range(2):
+        np.testing.assert_array_equal(moved["views"][:, view], moved["image"])
+    moved = first("crop(pad=2)", "", "original")
+    assert np.abs(moved["image"] - plain).max() > 0.1
+    for view in range(2):
+        np.testing.assert_array_equal(moved["views"][:, view], plain)
+    # The same operation for all views of the image: each by a seed of its own, and none on top of another.
+    twice = first("crop(pad=2)", "crop(pad=2)", "original")
+    np.testing.assert_array_equal(twice["image"], moved["image"])
+    np.testing.assert_array_equal(twice["views"], first("", "crop(pad=2)", "standard")["views"])
+    for one, two in ((twice["image"], twice["views"][:, 0]), (twice["views"][:, 0], twice["views"][:, 1])):
+        assert np.mean([np.array_equal(a, b) for a, b in zip(one, two, strict=True)]) < 0.2  # 1 of 25 windows is shared
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_hosts_read_the_parts_of_the_same_batch(config, data, monkeypatch, processes):
     whole = batches(config, data, 5, 7)
@@ -309,6 +333,19 @@ def test_policies_that_do_not_fit_the_images(stored, standard, strong, message):
     config.augment.standard, config.augment.strong = standard, strong
     with pytest.raises(UserError, match=message):
         next(pipeline.train_batches(config, data, 0, 1, SHARDING))
+
+
+def test_views_made_from_the_stored_image(stored):
+    """Each view decodes what it needs, and must come out in one shape."""
+    config, data = stored[1].copy_and_resolve_references(), pipeline.load(stored[1])
+    config.augment.update(views_of="original", strong=config.augment.standard, num_views=3)
+    batch = batches(config, data, 0, 1)[0]
+    assert batch["views"].shape == (8, 2, 16, 16, 3)
+    assert np.abs(batch["views"][:, 0] - batch["views"][:, 1]).max() > 0.1
+    for strong in ("", "random_resized_crop(18)"):
+        config.augment.strong = strong
+        with pytest.raises(UserError, match="augment.strong makes views of shape .*let it begin as augment.standard"):
+            next(pipeline.train_batches(config, data, 0, 1, SHARDING))
 
 
 def test_a_file_that_goes_away(stored):

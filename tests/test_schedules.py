@@ -44,3 +44,12 @@ def test_cosine_and_constant():
     assert [float(rate(step)) for step in (0, 10, 20)] == pytest.approx([0.1, 0.05, 0.0])
     config.name = "constant"
     assert float(schedules.create(config, 1, 20)(19)) == pytest.approx(0.1)
+
+
+def test_step_decay():
+    """Figure A1 of the paper: times 0.1 at 40,000 and at 50,000 steps."""
+    config = default.get_config().schedule
+    config.name = "step"
+    rate = schedules.create(config, first_cycle=1, num_steps=60_000)
+    steps = (0, 39_999, 40_001, 49_999, 50_001, 59_999)
+    assert [float(rate(step)) for step in steps] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])

@@ -151,10 +151,17 @@ def train_batches(
     def noisy_example(position):
         row = row_of(position)
         seed = _seed(config.seed, _TRAIN_IMAGE, position)
-        image = standard(split.image(row), _fold(seed, 0))
+        original = split.image(row)
+        image = standard(original, _fold(seed, 0))
         example = {"image": image, **split.labels(row)}
         if num_views > 1:
-            example["views"] = tf.stack([strong(image, _fold(seed, view)) for view in range(1, num_views)])
+            below = original if config.augment.views_of == "original" else image
+            example["views"] = tf.stack([strong(below, _fold(seed, view)) for view in range(1, num_views)])
+            if example["views"].shape[1:] != image.shape:
+                raise UserError(
+                    f"augment.strong makes views of shape {example['views'].shape[1:]}, and the standard view is "
+                    f"{image.shape}; with augment.views_of=original let it begin as augment.standard does"
+                )
         return example
 
     parts = [_batched(noisy_example, config.batch_size, start_step, num_steps)]

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import FrozenConfigDict
 
-from ieg_jax import losses
+from ieg_jax import losses, optimizers
 
 
 class Supervision(NamedTuple):
@@ -87,9 +87,9 @@ class Context:
         return jax.nn.one_hot(labels, self.num_classes, dtype=jnp.promote_types(jnp.float32, self.network.param_dtype))
 
     def weight_decay(self, params: Any) -> jax.Array:
-        """The weight decay term of every loss, a scalar."""
+        """The weight decay term of every loss, a scalar; 0 where the optimiser decays the weights (`adamw`)."""
         optimizer = self.config.optimizer
-        return losses.weight_decay(params, optimizer.weight_decay, optimizer.weight_decay_on)
+        return losses.weight_decay(params, optimizers.decay_in_loss(optimizer), optimizer.weight_decay_on)
 
 
 def trusted_loss(context: Context, params: Any, state: Any, batch: dict[str, jax.Array]) -> jax.Array:

@@ -1,7 +1,8 @@
 """IEG: isolation, escalation, guidance. Algorithm 1 of the paper, in its order and with its symbols.
 
 `supervise` is lines 1 to 5: everything that no gradient flows through. `loss` is line 6. Line 7, the update,
-is `steps.train_step`.
+is `steps.train_step`. Three keys take a component out, for the ablation of Table 7: `method.relabel` (λ),
+`method.mixup` (MC), `method.consistency_weight=0` (UC); augmentation (AA, cutout) is `augment.strong`.
 """
 
 import jax
@@ -18,33 +19,26 @@ TRAINS_ON = "noisy"
 def supervise(context: Context, state, batch, rng) -> Supervision:
     """Pseudo labels, example weights ω*, label trust λ* and the mixed pool (lines 1–5)."""
     config, method = context.config, context.config.method
-    groups = config.batch_groups
     label = context.one_hot(batch["label"])
-    views = _views(batch)
 
     # Line 2: pseudo labels g from the mean prediction over the views.
-    def predict(params):
-        logits = [context.forward(params, state.batch_stats, x)[0] for x in (batch["image"], *views)]
-        return logits[0], pseudo_labels(logits, method.temperature, method.normalize_logits, groups)
-
-    _, pseudo_label = jax.lax.stop_gradient(predict(state.params))
+    _, pseudo_label = jax.lax.stop_gradient(predict(context, state.params, state, batch))
 
     # Line 3: ω* and λ* from the trusted loss one step ahead.
     def noisy_loss(params, variables):
         weights, trust = variables
-        logits, g = predict(params)
+        logits, g = predict(context, params, state, batch)
         if not config.meta.pseudo_label_gradient:
             g = pseudo_label
         cross_entropy = losses.cross_entropy(logits, _blend(trust, label, g))
         return jnp.sum(weights * cross_entropy) + context.weight_decay(params)
 
     size = label.shape[0]
-    initial = (jnp.full(size, 1 / size, label.dtype), jnp.full(size, method.label_trust_init, label.dtype))
     opt_state = state.opt_state if config.meta.momentum else context.optimizer.init(state.params)
     probe_loss_after, (weights_gradient, trust_gradient) = meta.meta_gradient(
         noisy_loss,
         lambda params: trusted_loss(context, params, state, batch),
-        initial,
+        (jnp.full(size, 1 / size, label.dtype), _initial_trust(method, label)),
         state.params,
         opt_state,
         context.optimizer,
@@ -55,22 +49,13 @@ def supervise(context: Context, state, batch, rng) -> Supervision:
 
     # Lines 4 and 5: examples below the threshold T take their pseudo label into the pool, then mixup.
     target = jnp.where((weights < method.threshold)[:, None], pseudo_label, label)
-    draw = mixup.draw(
-        rng,
-        groups,
-        size // groups,
-        batch["probe_label"].shape[0] // groups,
-        blocks=2 + len(views),
-        coefficient=method.mixup_coefficient,
-    )
-    probe_image = mixup.resample(draw, batch["probe_image"])
-    probe_target = context.one_hot(mixup.resample(draw, batch["probe_label"]))
+    mixed_image, mixed_target = mixed_pool(context, batch, target, rng) if method.mixup else (None, None)
     return Supervision(
         pseudo_label=pseudo_label,
         example_weights=weights,
-        label_trust=meta.label_trust(trust_gradient),
-        mixed_image=mixup.mix(draw, [probe_image, batch["image"], *views]),
-        mixed_target=mixup.mix(draw, [probe_target, target, *[target] * len(views)]),
+        label_trust=meta.label_trust(trust_gradient) if method.relabel else None,
+        mixed_image=mixed_image,
+        mixed_target=mixed_target,
         probe_loss=probe_loss_after,
     )
 
@@ -78,49 +63,106 @@ def supervise(context: Context, state, batch, rng) -> Supervision:
 def loss(context: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
     """L = L_ω + L_λ + L_p̂ + p·L_u + k·L_KL + weight decay (line 6)."""
     del rng  # all random choices are in the supervision
-    method, groups = context.config.method, context.config.batch_groups
+    method = context.config.method
     label, pseudo_label = context.one_hot(batch["label"]), supervision.pseudo_label
-    views = _views(batch)
-
     logits, batch_stats = context.forward(params, state.batch_stats, batch["image"])
-    view_logits = [context.forward(params, state.batch_stats, view)[0] for view in views]
-    mixed_logits, _ = context.forward(params, state.batch_stats, supervision.mixed_image)
 
     # Section 2.1: reweighted with ω*, relabelled with λ*.
-    initial_target = _blend(jnp.full(label.shape[0], method.label_trust_init), label, pseudo_label)
-    relabelled_target = _blend(supervision.label_trust, label, pseudo_label)
+    initial_target = _blend(_initial_trust(method, label), label, pseudo_label)
     weighted = jnp.sum(supervision.example_weights * losses.cross_entropy(logits, initial_target))
-    relabelled = jnp.mean(losses.cross_entropy(logits, relabelled_target))
+    terms = {"weighted": method.supervised_scale * weighted}
+    if method.relabel:
+        relabelled_target = _blend(supervision.label_trust, label, pseudo_label)
+        relabelled = jnp.mean(losses.cross_entropy(logits, relabelled_target))
+        terms["relabelled"] = method.supervised_scale * relabelled
+
+    terms |= guidance(context, params, state, batch, supervision, logits)
+    terms["weight_decay"] = context.weight_decay(params)
+    return total(terms), Aux(terms, logits, batch_stats)
+
+
+def predict(context: Context, params, state, batch) -> tuple[jax.Array, jax.Array]:
+    """Logits `[B, K]` of the standard view, and pseudo labels g `[B, K]` from all views (section 2.2.1)."""
+    method, groups = context.config.method, context.config.batch_groups
+    logits = [context.forward(params, state.batch_stats, x)[0] for x in (batch["image"], *_views(batch))]
+    return logits[0], pseudo_labels(logits, method.temperature, method.normalize_logits, groups)
+
+
+def mixed_pool(context: Context, batch, target: jax.Array, rng) -> tuple[jax.Array, jax.Array]:
+    """Mixes trusted images, noisy images and their strong views (section 2.2.2).
+
+    Args:
+      context: static parts of the run.
+      batch: of the step.
+      target: `[B, K]`, of a noisy image and of its views.
+      rng: key.
+
+    Returns:
+      Images `[(1 + V) B, H, W, C]` and targets `[(1 + V) B, K]`, as `mixup.mix` lays them out.
+    """
+    groups, views = context.config.batch_groups, _views(batch)
+    draw = mixup.draw(
+        rng,
+        groups,
+        target.shape[0] // groups,
+        batch["probe_label"].shape[0] // groups,
+        blocks=2 + len(views),
+        coefficient=context.config.method.mixup_coefficient,
+        alpha=context.config.method.mixup_alpha,
+    )
+    probe_image = mixup.resample(draw, batch["probe_image"])
+    probe_target = context.one_hot(mixup.resample(draw, batch["probe_label"]))
+    image = mixup.mix(draw, [probe_image, batch["image"], *views])
+    return image, mixup.mix(draw, [probe_target, target, *[target] * len(views)])
+
+
+def guidance(
+    context: Context, params, state, batch, supervision: Supervision, logits: jax.Array
+) -> dict[str, jax.Array]:
+    """The terms that take no noisy label: L_p̂, p·L_u and k·L_KL, each with its factor.
+
+    Args:
+      context: static parts of the run.
+      params: Θ.
+      state: of the training.
+      batch: of the step.
+      supervision: with the mixed pool.
+      logits: `[B, K]`, of the standard view.
+    """
+    method, groups = context.config.method, context.config.batch_groups
+    views, terms = _views(batch), {}
 
     # Section 2.2.2: the block of the pool that began as trusted images, and the blocks that began as noisy ones.
-    blocks = 2 + len(views)
-    mixed_loss = [
-        jnp.mean(
-            losses.cross_entropy(
-                normalize_logits(block_logits, groups) if method.normalize_logits else block_logits,
-                block_target,
+    if method.mixup:
+        mixed_logits, _ = context.forward(params, state.batch_stats, supervision.mixed_image)
+        blocks = 2 + len(views)
+        mixed_loss = [
+            jnp.mean(
+                losses.cross_entropy(
+                    normalize_logits(block_logits, groups) if method.normalize_logits else block_logits,
+                    block_target,
+                )
             )
-        )
-        for block_logits, block_target in zip(
-            mixup.split(mixed_logits, groups, blocks),
-            mixup.split(supervision.mixed_target, groups, blocks),
-            strict=True,
-        )
-    ]
-    trusted_mixup, noisy_mixup = mixed_loss[0], sum(mixed_loss[1:]) / (blocks - 1)
+            for block_logits, block_target in zip(
+                mixup.split(mixed_logits, groups, blocks),
+                mixup.split(supervision.mixed_target, groups, blocks),
+                strict=True,
+            )
+        ]
+        terms["mixup_trusted"] = mixed_loss[0]
+        terms["mixup_noisy"] = method.unlabeled_weight * sum(mixed_loss[1:]) / (blocks - 1)
 
     # Section 2.2.3: pseudo labels need consistent predictions.
-    consistency = sum(jnp.mean(losses.consistency(logits, view)) for view in view_logits) / len(views)
+    if method.consistency_weight:
+        view_logits = [context.forward(params, state.batch_stats, view)[0] for view in views]
+        consistency = sum(jnp.mean(losses.consistency(logits, view)) for view in view_logits) / len(views)
+        terms["consistency"] = method.consistency_weight * consistency
+    return terms
 
-    terms = {
-        "weighted": method.supervised_scale * weighted,
-        "relabelled": method.supervised_scale * relabelled,
-        "mixup_trusted": trusted_mixup,
-        "mixup_noisy": method.unlabeled_weight * noisy_mixup,
-        "consistency": method.consistency_weight * consistency,
-        "weight_decay": context.weight_decay(params),
-    }
-    return total(terms), Aux(terms, logits, batch_stats)
+
+def _initial_trust(method, label: jax.Array) -> jax.Array:
+    """λ⁰ for each example, `[B]`: 1 where labels are never replaced."""
+    return jnp.full(label.shape[0], method.label_trust_init if method.relabel else 1.0, label.dtype)
 
 
 def _views(batch) -> list[jax.Array]:
