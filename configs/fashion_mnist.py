@@ -42,9 +42,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.augment.standard = "crop(pad=1)|flip"
     config.method.unlabeled_weight, config.method.consistency_weight = 1.0, 2.0
     config.schedule.base_lr = 0.05
-    # Five cycles of 150, 225, 337, 507 and 759 steps.
+    # Four cycles of 150, 225, 337 and 507 steps.
     config.schedule.first_cycle_epochs, config.schedule.first_cycle_steps = 0.0, 150
-    config.num_train_epochs, config.num_train_steps = 0.0, 1_978
+    config.num_train_epochs, config.num_train_steps = 0.0, 1_219
     config.eval_every_epochs, config.eval_every_steps = 0.0, 200
     config.checkpoint_every_epochs, config.checkpoint_every_steps = 0.0, 500
     return config
