@@ -111,6 +111,9 @@ def settings(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
     usual, given = flat(cli.load_config("configs/default.py").to_dict()), flat(config)
     if given["trusted.batch_size"] == given["batch_size"]:
         given["trusted.batch_size"] = 0  # a run writes down the number that 0 stands for
+    for flat_config in (usual, given):  # the names of foreign sources say what they are, the folders where
+        names = (source.partition(":")[0] for source in flat_config["noise.open_set"].split(","))
+        flat_config["noise.open_set"] = ",".join(names)
     skipped = (*LOCATIONS, *config_lib.FREE)
     return {
         key: value

@@ -173,7 +173,7 @@ def _paper_experiment(row: dict[str, Any]) -> Experiment | None:
         noise = "file"
     elif noise.startswith("open_set"):
         sources = noise.partition(":")[2].split("+")
-        more |= {"noise_name": f"open-set-{'-'.join(sources)}", "needs": ("noise.open_set",)}
+        more |= {"noise_name": f"open-set-{'-'.join(sources)}", "keys": {"noise.open_set": ",".join(sources)}}
         noise, rate = "open_set", OPEN_SET_RATE
     if table == "7":
         method, taken_out = ABLATION[method]

@@ -15,6 +15,7 @@ import dataclasses
 import io
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,9 @@ _SCALE = flags.DEFINE_enum(
 _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time; the processors are divided among them.", lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print the commands that would be run, and run nothing.")
 _SET = flags.DEFINE_multi_string("set", [], "key=value for every run, such as data.dir=/data/cifar; repeatable.")
+_FOREIGN = flags.DEFINE_multi_string(
+    "foreign", [], "name:folder, where a source of foreign images of open-set noise is; repeatable."
+)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "Parent of the work folders; local or on a bucket.")
 _RESULTS = flags.DEFINE_string("results", "results", 'Where finished runs are kept as JSON files; "" = nowhere.')
 _FORMAT = flags.DEFINE_enum("format", "text", ["text", "markdown", "csv", "latex"], "Of the table.")
@@ -46,6 +50,7 @@ _OUT = flags.DEFINE_string("out", "figures", "Folder for the figures.")
 _CHIP = flags.DEFINE_string("chip", "", "Of the list: estimate the time on this chip: v5e, A100, H100, ...")
 _CHIPS = flags.DEFINE_integer("chips", 1, "Of the list: how many of them.", lower_bound=1)
 
+INTERRUPTED = "each run saved its state; the same command goes on from there"
 COMMANDS = ("list", "run", "table", "figure")
 # What --scale=tiny sets. Networks of a depth and a width that can be chosen become small.
 TINY = {
@@ -89,12 +94,15 @@ def main(argv: list[str]) -> None:
 
 
 def scaled(experiment: Experiment) -> Experiment:
-    """The experiment as --scale and --set have it.
+    """The experiment as --scale, --set and --foreign have it.
 
     Raises:
       UserError: for a --set that is no key=value, or a key that there is not.
     """
     keys = dict(experiment.keys)
+    if "noise.open_set" in keys:
+        places = {place.partition(":")[0]: place for place in _FOREIGN.value}
+        keys["noise.open_set"] = ",".join(places.get(name, name) for name in keys["noise.open_set"].split(","))
     if _SCALE.value == "tiny":
         keys |= TINY | ({"model.depth": 10} if "model=wrn" in experiment.config else {})
     known = None
@@ -145,6 +153,8 @@ def run(wanted: dict[str, Experiment], store: cells.Store, console: Console) -> 
             line = shlex.join(command_line(experiment, seed, store.work_folder(experiment, seed)))
             console.print(line, soft_wrap=True, highlight=False)
         return
+    # As Ctrl-C: a signal to this process alone would leave the runs behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"stopped; {INTERRUPTED}"))
     failed = set()
     jobs = _Jobs(min(_JOBS.value, max(1, len(pending))))
     with concurrent.futures.ThreadPoolExecutor(jobs.count) as pool:
@@ -373,9 +383,14 @@ def _name(row: Row) -> str:
 def _paper(row: Row) -> str:
     if not row.paper:
         return ""
-    std, top5 = row.paper.get("std"), row.paper.get("top5")
-    shown = f"{row.paper['top1']:g}" + (f" ± {std:g}" if std is not None else "")
-    return shown + (f" / {top5:g}" if top5 is not None else "")
+    top1, std, top5 = (row.paper.get(key) for key in ("top1", "std", "top5"))
+    shown = _digits(top1) + (f" ± {_digits(std)}" if std is not None else "")
+    return shown + (f" / {_digits(top5)}" if top5 is not None else "")
+
+
+def _digits(value: float) -> str:
+    """With as many decimals as were printed: one or two."""
+    return f"{value:.1f}" if round(value, 1) == value else f"{value:.2f}"
 
 
 def _caption(gathered: dict[str, list[dict[str, Any]]]) -> str:
@@ -393,4 +408,4 @@ def _caption(gathered: dict[str, list[dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, interrupted="each run saved its state; the same command goes on from there", positional=2)
+    cli.run(main, interrupted=INTERRUPTED, positional=2)

@@ -95,6 +95,15 @@ def test_another_place_of_the_data_is_no_other_setting(store):
     assert store.state(moved, 0) == "done"
 
 
+def test_places_of_foreign_images_are_no_other_setting(store):
+    keys = {"noise.kind": "open_set", "noise.open_set": "cifar100,imagenet"}
+    write_run(store, Experiment("foreign", EXPERIMENT.config, keys))
+    moved = keys | {"noise.open_set": "cifar100:/data/c,imagenet:/data/i"}
+    assert store.state(Experiment("foreign", EXPERIMENT.config, moved), 0) == "done"
+    others = keys | {"noise.open_set": "cifar100"}
+    assert store.state(Experiment("foreign", EXPERIMENT.config, others), 0) == "other settings"
+
+
 def test_curves_are_thinned_and_keep_their_end(store):
     write_run(store)
     curves = store.find(EXPERIMENT, 0)["curves"]

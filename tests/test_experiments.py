@@ -9,7 +9,7 @@ from ieg_jax import cells, experiments, methods
 from ieg_jax import config as config_lib
 from ieg_jax.errors import UserError
 
-PLACES = {"noise.open_set": "cifar100", "noise.file": "labels.npy"}
+PLACES = {"noise.file": "labels.npy"}
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,11 @@ def test_every_configuration_is_valid():
         ("7", {"method": "ieg_4", "rate": 0.8}, {"method.consistency_weight": 0.0, "method.mixup": True}),
         ("7", {"method": "ieg_6", "rate": 0.8}, {"method.consistency_weight": 20.0, "method.mixup": False}),
         ("7", {"method": "ieg_8", "rate": 0.8}, {"method.relabel": False, "method.mixup": True}),
-        ("A1", {"method": "ieg", "network": "wrn28_10"}, {"noise.kind": "open_set"}),
+        (
+            "A1",
+            {"method": "ieg", "noise": "open_set:cifar100+imagenet"},
+            {"noise.kind": "open_set", "noise.open_set": "cifar100,imagenet"},
+        ),
         ("A2", {"rate": 0.99}, {"noise.rate": 0.99, "trusted.per_class": 10}),
     ],
 )  # fmt: skip

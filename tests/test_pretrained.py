@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 
 import flax.linen as nn
 import jax
@@ -193,9 +194,7 @@ def test_what_does_not_fit_is_named(replaced, message, tmp_path):
 
 def test_of_another_network(golden, tmp_path):
     path, _ = golden
-    with pytest.raises(
-        UserError, match=r"model.conventions: got 'own', expected 'torch': what weights such as .*images"
-    ):
+    with pytest.raises(UserError, match=r"model.conventions: got 'own', expected 'torch': the images and padding"):
         fit(group(path, conventions="own"))
     with pytest.raises(UserError, match=r"266 of another shape: fc\.weight with .* and 263 more$"):
         fit(group(path, width=0.125))
@@ -295,6 +294,31 @@ def test_the_state_at_step_0(tiny_config, tmp_path, mesh):
     assert not np.array_equal(state.params["conv0"]["kernel"], plain.params["conv0"]["kernel"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_two_processes_start_from_a_file(tmp_path, fsdp):
+    """At a learning rate at which no weight moves."""
+    model = default.get_config().model
+    model.name = "tiny"
+    path, arrays = exported(tmp_path / "own", model, channels=1)
+    steps = ("num_train_steps", "checkpoint_every_steps", "eval_every_steps", "log_every_steps")
+    keys = runs.SMALL | dict.fromkeys(steps, 1)
+    keys |= {"model.pretrained": path, "schedule.base_lr": 1e-30, "mesh.fsdp": fsdp}
+    processes = runs.start(runs.main_arguments("configs/quickstart.py", tmp_path / "run", keys), 2, 2, log=tmp_path)
+    assert [process.wait(300) for process in processes] == [0, 0]
+    assert_weights(runs.variables(tmp_path / "run", 1), arrays)
+
+
+def assert_weights(found, arrays):
+    """The weights of a checkpoint, and their average, are the arrays."""
+    for name, array in arrays.items():
+        collection, *keys = name.split("/")
+        if collection == "params":
+            path = "".join(f"['{key}']" for key in keys)
+            np.testing.assert_array_equal(found[f"[0]['params']{path}"], array, err_msg=name)
+            np.testing.assert_allclose(found[f"[0]['ema_params']{path}"], array, rtol=1e-6, err_msg=name)
+
+
 def test_a_run_starts_from_the_weights_of_another(tiny_config, tmp_path, capsys):
     """At a learning rate at which no weight moves; the file is read at step 0 only, and before the folder is taken."""
     tiny_config.ema.warmup, tiny_config.schedule.base_lr = False, 1e-30
@@ -309,17 +333,11 @@ def test_a_run_starts_from_the_weights_of_another(tiny_config, tmp_path, capsys)
     train.train_and_evaluate(tiny_config, str(folder))
     assert "starts from 12 arrays of" in capsys.readouterr().out
     for step in (1, 2):
-        found = runs.variables(folder, step)
-        for name, array in arrays.items():
-            collection, keys = name.split("/")[0], "".join(f"['{key}']" for key in name.split("/")[1:])
-            if collection == "params":
-                np.testing.assert_array_equal(found[f"[0]['params']{keys}"], array)
-                np.testing.assert_allclose(found[f"[0]['ema_params']{keys}"], array, rtol=1e-6)
-    whole = runs.variables(folder, 2)
+        assert_weights(runs.variables(folder, step), arrays)
     assert checkpointing.exist(folder / "checkpoints") and not checkpointing.exist(folder)
-    for name in ("checkpoints/2", "own/weights.npz"):  # goes on without the file
-        target = folder / name if name.startswith("checkpoints") else tmp_path / name
-        target.rename(tmp_path / "away" if target.is_dir() else tmp_path / "away.npz")
+    whole = runs.variables(folder, 2)
+    path.unlink()
+    shutil.rmtree(folder / "checkpoints" / "2")
     (folder / "result.json").unlink()
     train.train_and_evaluate(tiny_config, str(folder))
     again = runs.variables(folder, 2)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -58,6 +60,25 @@ def test_a_run_that_fails_is_shown(tmp_path):
         assert "/nowhere" in text
 
 
+def test_sigterm_stops_the_runs_too(tmp_path):
+    target = ("digits-sweep.digits-supervised-0.4", "--seeds=2", "--jobs=2", "--results=", f"--workdir={tmp_path}")
+    arguments = [sys.executable, "-m", "ieg_jax.reproduce", "run", *target]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILATION}
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+    folders = [tmp_path / "digits-supervised-0.4" / str(seed) for seed in range(2)]
+    deadline = time.monotonic() + 120
+    while not all((folder / "config.json").exists() for folder in folders):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(120) == 1
+    assert "each run saved its state" in (tmp_path / "log.txt").read_text()
+    with pytest.raises(ProcessLookupError):  # no process of the session is left
+        os.killpg(process.pid, 0)
+    assert not any((folder / "result.json").exists() for folder in folders), "stopped before their end"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -73,6 +94,13 @@ def test_a_run_that_fails_is_shown(tmp_path):
 )
 def test_what_cannot_be_done(arguments, message):
     assert f"error: {message}" in command(*arguments, code=1)
+
+
+def test_foreign_images_of_each_row():
+    arguments = ("run", "A1", "--seeds=1", "--dry-run", "--foreign=imagenet:/data/imagenet")
+    lines = [line for line in command(*arguments).splitlines() if "ieg-wrn28_10-open-set" in line]
+    found = [re.search(r"--config.noise.open_set=(\S*)", line)[1] for line in lines]
+    assert found == ["cifar100", "cifar100,imagenet:/data/imagenet", "imagenet:/data/imagenet"]
 
 
 def test_list():
@@ -116,8 +144,8 @@ def test_long_table(store):
     assert lines == [
         ["method", "rate", "paper", "seeds", "last", "best on trusted", "best on test", "last − paper"],
         ["ieg", "0.4", "85.5 ± 0.2", "3", "80.0 ± 10.0", "50.0 ± 0.0", "82.0 ± 10.0", "-5.5"],
-        ["l2r", "0.4", "70", "not run", "", "", "", ""],
-        ["gce", "0.4", "60", "no such method here", "", "", "", ""],
+        ["l2r", "0.4", "70.0", "not run", "", "", "", ""],
+        ["gce", "0.4", "60.0", "no such method here", "", "", "", ""],
     ]
 
 

@@ -1,6 +1,7 @@
 """Layers that the networks share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,13 +10,13 @@ import jax.numpy as jnp
 DType = jnp.dtype | type
 
 
-def run_block(module: nn.Module, function: Callable[[nn.Module, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+def run_block(module: nn.Module, function: Callable[[nn.Module, Any], jax.Array], x: Any) -> jax.Array:
     """`function(module, x)`, a block of the network `module`; with `module.remat` only x is kept for its gradient.
 
     Args:
       module: the network, with an attribute `remat`.
       function: makes layers, named by itself, and applies them.
-      x: what goes into the block.
+      x: what goes into the block, an array or several.
     """
     return (nn.remat(function) if module.remat else function)(module, x)
 

@@ -206,8 +206,8 @@ def fit(file: File | None, model: ConfigDict, state: Any) -> Weights:
         _check_network(file, model)
     elif layout.conventions != model.conventions:
         raise UserError(
-            f"model.conventions: got {model.conventions!r}, expected {layout.conventions!r}: what weights such as those "
-            f"of model.pretrained={file.path} ({layout.title}) expect of images and padding"
+            f"model.conventions: got {model.conventions!r}, expected {layout.conventions!r}: the images and padding "
+            f"that the weights of model.pretrained={file.path} ({layout.title}) were trained with"
         )
     arrays = {path: layout.turn(file.arrays[name]) for path, name in names.items() if name in file.arrays}
     head = _fresh_head(arrays, wanted)

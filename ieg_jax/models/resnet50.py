@@ -1,8 +1,8 @@
 """ResNet-50 for photographs (He et al. 2015), version 1.5: the stride is in the 3×3 convolution of a block.
 
-The network of the paper's WebVision experiments. Padding is symmetric, as in PyTorch. With the conventions of those who
-publish weights (`ResNet50.conventions`) these compute the same here; `pretrained.py` reads them. The last scale of a block starts at 1 like the others (starting it
-at 0, as Goyal et al. 2017 do, is for batches of thousands).
+The network of the paper's WebVision experiments. Padding is symmetric, as in PyTorch; with the conventions of those who
+publish weights (`ResNet50.conventions`) these compute the same here, and `pretrained.py` reads them. The last scale of
+a block starts at 1 like the others (starting it at 0, as Goyal et al. 2017 do, is for batches of thousands).
 """
 
 import functools
@@ -75,8 +75,8 @@ class ResNet50(nn.Module):
         if self.conventions != "own":
             if x.shape[-1] != 3:
                 raise UserError(
-                    f"model.conventions: got {self.conventions!r}, which is for red, green and blue, expected 'own' for "
-                    f"images with {x.shape[-1]} channel(s)"
+                    f"model.conventions: got {self.conventions!r}, for red, green and blue, expected 'own' for images "
+                    f"with {x.shape[-1]} channel(s)"
                 )
             # Here and not as part of the first kernel: around the image are zeros after it, the mean colour before it.
             mean, std = (jnp.asarray(values, x.dtype) for values in (IMAGENET_MEAN, IMAGENET_STD))
