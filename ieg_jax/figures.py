@@ -138,14 +138,15 @@ def _digits(finished: Finished) -> plt.Figure:
     _legend(left)
     rows = experiments.tables()["digits-ablation"].rows
     names = list(dict.fromkeys(row.columns["what"] for row in rows))
-    for rate, color, shift in ((0.4, "tab:olive", 0.2), (0.8, "tab:green", -0.2)):
+    for rate, color in ((0.4, "tab:olive"), (0.8, "tab:green")):
         of_rate = [cells.spread(finished.cells(row.experiment)) for row in rows if row.columns["rate"] == rate]
         places = [place for place, spread in enumerate(of_rate) if spread]
         means = [of_rate[place].mean for place in places]
         errors = [of_rate[place].std or 0.0 for place in places]
-        right.barh(np.array(places) + shift, means, 0.38, xerr=errors, color=color, label=f"{rate:.0%} noise")
+        right.errorbar(means, places, xerr=errors, fmt="o", ms=8, color=color, capsize=2, label=f"{rate:.0%} noise")
     right.set(xlabel="test accuracy, %", title="Digits: components", yticks=range(len(names)), yticklabels=names)
     right.invert_yaxis()
+    right.grid(axis="y", color="0.9")
     _legend(right, loc="lower left")
     return figure
 
