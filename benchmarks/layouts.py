@@ -11,7 +11,7 @@ from rich.table import Table
 from configs import default
 from ieg_jax import hlo, program, sharding
 
-SHAPE = program.DataShape((32, 32, 3), (32, 32, 3), num_classes=10, num_examples=1000)
+SHAPE = program.DataShape((32, 32, 3), (32, 32, 3), num_classes=10, num_examples=1000, num_ids=1000)
 
 
 def compiled_step(method_name: str, microbatches: int) -> jax.stages.Compiled:

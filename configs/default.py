@@ -28,24 +28,26 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.microbatches = 1
     config.eval_batch_size = 256  # test examples per forward pass, over all devices
     config.num_train_steps = 0
-    config.num_train_epochs = 10.0
+    config.num_train_epochs = 10.0  # this key and those marked with † may be -1: from the data (pipeline.fit_to_data)
     config.log_every_steps = 50  # training metrics are averages over this many steps
     config.log_every_epochs = 0.0
     config.eval_every_steps = 0
-    config.eval_every_epochs = 1.0  # cycle ends and the last step are evaluated besides
+    config.eval_every_epochs = 1.0  # † cycle ends and the last step are evaluated besides
     config.checkpoint_every_steps = 0
-    config.checkpoint_every_epochs = 1.0
+    config.checkpoint_every_epochs = 1.0  # †
 
     config.data = data = ConfigDict()
     # digits | fashion_mnist | cifar10 | cifar100 | webvision | imagenet | food101 | controlled_noisy_web_labels |
-    # image_folder | image_csv | records | arrays; docs/data.md says for each what the other keys mean.
+    # image_folder | image_csv | records | huggingface | arrays | features; docs/data.md says for each what the other
+    # keys mean.
     data.name = "digits"
     data.dir = ""  # folder with the published files, or of TFDS; "" = through TFDS where the data set is there
-    data.variant = ""  # which of several versions of the data set; "" = the usual one
-    data.train = ""  # arrays: the .npz file; image_folder: folder; image_csv: list
-    data.test = ""  # image_folder, image_csv: folder or list; webvision: "" its own set, or where ImageNet is
-    data.trusted = ""  # image_folder, image_csv: folder or list of checked images; webvision: where ImageNet is
-    data.image_size = 0  # pixels of a side, decoded and resized (area) into memory while loading; 0 = as it comes
+    data.variant = ""  # which of several versions of the data set, or column of labels; "" = the usual one
+    data.train = ""  # arrays, features: the .npz file; image_folder: folder; image_csv: list
+    # image_folder, image_csv: folder or list; huggingface: folder; webvision: "" its own set, or where ImageNet is
+    data.test = ""
+    data.trusted = ""  # image_folder, image_csv, huggingface: likewise, of checked images; webvision: where ImageNet is
+    data.image_size = 0  # † pixels of a side, decoded and resized (area) into memory while loading; 0 = as it comes
     data.num_classes = 0  # K; 0 = as the data say
     data.unreadable = "refuse"  # refuse | skip: images in files that cannot be decoded; they are named either way
     # Hold out this many training examples and evaluate on them, with their clean labels, in place of the test
@@ -86,11 +88,11 @@ def get_config(arguments: str = "") -> ConfigDict:
     augment.num_views = 2  # V: the standard view and V - 1 strong ones; at least 2 where a method needs them
 
     config.model = model = ConfigDict()
-    # wide_resnet | resnet29_v2 | resnet50 | vgg13 | densenet100 | inception_resnet_v2 (from 75 pixels on) | tiny
+    # wide_resnet | resnet29_v2 | resnet50 | vgg13 | densenet100 | inception_resnet_v2 (from 75 pixels on) | mlp | tiny
     model.name = "wide_resnet"
-    model.depth = 10  # wide_resnet: 6 n + 4 layers
-    # Multiple of the channels: wide_resnet (16, 32, 64 at width 1) and the others, resnet29_v2 apart.
-    model.width = 1.0
+    model.depth = 10  # † wide_resnet: 6 n + 4 layers; mlp: hidden layers
+    # Multiple of the channels: wide_resnet (16, 32, 64 at width 1), mlp (256) and the others, resnet29_v2 apart.
+    model.width = 1.0  # †
     model.variant = "authors"  # authors | standard: wide_resnet and resnet29_v2; see ieg_jax/models/
     # float32 | bfloat16 | float64: of the computation. Parameters, losses and meta-gradients are float32 or better;
     # float64 is for checks, slow, and needs JAX_ENABLE_X64=1.
@@ -163,6 +165,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     checkpoint.keep_best = 0  # keep besides the best this many by best_metric; 0 = none
     checkpoint.best_metric = "trusted/accuracy"  # a name in metrics.jsonl; only steps that evaluate it compete
     checkpoint.best_mode = "max"  # max | min: which values of it are good
+
+    config.audit = audit = ConfigDict()
+    audit.epochs = 5.0  # ω and λ of each example are averaged over this many last epochs (examples.npz); 0 = not
 
     config.profile = profile = ConfigDict()  # traces for TensorBoard's profiler; see also docs/operation.md
     profile.start_step = 0  # the first step that is traced; 0 = none

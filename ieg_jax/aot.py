@@ -148,14 +148,16 @@ def data_shape(config: ConfigDict) -> program.DataShape:
     size, num_classes, num_examples = _DATA[known]
     if config.data.image_size:
         size = (config.data.image_size, config.data.image_size, size[2] if size else 3)
+    num_trusted = 0
     if config.trusted.source == "train":
         fraction = config.trusted.fraction
-        num_examples -= round(fraction * num_examples) if fraction else config.trusted.per_class * num_classes
+        num_trusted = round(fraction * num_examples) if fraction else config.trusted.per_class * num_classes
     return program.DataShape(
         image=pipeline.image_shape(config, "standard", size),
         evaluation_image=pipeline.image_shape(config, "evaluation", size),
         num_classes=config.data.num_classes or num_classes,
-        num_examples=max(1, num_examples - config.data.validation_size),
+        num_examples=max(1, num_examples - num_trusted - config.data.validation_size),
+        num_ids=num_examples,
     )
 
 

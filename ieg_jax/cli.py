@@ -27,7 +27,7 @@ def define_config_flag() -> flags.FlagHolder:
     return holder
 
 
-def run(main: Callable[[list[str]], None], interrupted: str = "", positional: int = 0) -> None:
+def run(main: Callable[[list[str]], None], interrupted: str = "", positional: int | None = 0) -> None:
     """Parses the flags and calls `main`.
 
     A UserError, NonFiniteError or StorageError, Ctrl-C, and whatever is wrong with the flags, ends the program with one
@@ -37,7 +37,7 @@ def run(main: Callable[[list[str]], None], interrupted: str = "", positional: in
     Args:
       main: takes what is left of the command line.
       interrupted: what to say after Ctrl-C besides that it was stopped.
-      positional: how many arguments that are no options `main` takes at most.
+      positional: how many arguments that are no options `main` takes at most; None = any number.
     """
     try:
         app.run(main, flags_parser=functools.partial(_parse, positional=positional))
@@ -89,7 +89,7 @@ def check_new_folder(flag: str, folder: epath.Path) -> None:
         raise UserError(f"{flag}={folder} is not empty; name a new folder")
 
 
-def _parse(argv: list[str], positional: int) -> list[str]:
+def _parse(argv: list[str], positional: int | None) -> list[str]:
     if not any(argument.startswith(("--verbosity", "-v")) for argument in argv):
         logging.set_verbosity(logging.WARNING)
     try:
@@ -102,7 +102,7 @@ def _parse(argv: list[str], positional: int) -> list[str]:
         _check_overrides(argv)
         raise UserError(str(error)) from None
     _check_overrides(argv)
-    if len(arguments) > 1 + positional:
+    if positional is not None and len(arguments) > 1 + positional:
         raise UserError(f"unexpected arguments {arguments[1 + positional :]}; options begin with --")
     return arguments
 

@@ -26,6 +26,17 @@ REFERENCE = {
 # Each is given as <name>_steps or <name>_epochs, exactly one of them.
 DURATIONS = ("num_train", "log_every", "eval_every", "checkpoint_every", "schedule.first_cycle")
 
+# Keys that may be AUTO: what suits the data, which `pipeline.load` puts in their place (`pipeline.fit_to_data`).
+AUTO = -1
+AUTOMATIC = (
+    "data.image_size",
+    "model.depth",
+    "model.width",
+    "num_train_epochs",
+    "eval_every_epochs",
+    "checkpoint_every_epochs",
+)
+
 # Keys that say how a run is computed and watched, not what: they may change from one start of a run to the next.
 # Each is a key, or the beginning of several.
 FREE = ("mesh.", "microbatches", "model.remat", "eval_batch_size", "checkpoint", "profile.", "stall_minutes")
@@ -152,14 +163,17 @@ def validate(config: ConfigDict) -> None:
         "checkpoint.keep": (lambda v: v >= 1, "at least 1"),
         "checkpoint.keep_every_steps": (lambda v: v >= 0, "0 or a number of steps"),
         "checkpoint.keep_best": (lambda v: v >= 0, "0 or a number of checkpoints"),
+        "audit.epochs": (lambda v: v >= 0, "at least 0"),
         "profile.start_step": (lambda v: v >= 0, "0 or a step, counted from 1"),
         "profile.num_steps": (lambda v: v >= 1, "at least 1"),
         "stall_minutes": (lambda v: v >= 0, "0 or a number of minutes"),
     }
     for key, (test, expected) in bounds.items():
         value = _get(config, key)
-        if not (isinstance(value, int | float) and math.isfinite(value) and test(value)):
-            raise UserError(f"{key}: got {value!r}, expected {expected}")
+        automatic = key in AUTOMATIC and value == AUTO
+        if not (isinstance(value, int | float) and math.isfinite(value) and (test(value) or automatic)):
+            besides = f", or {AUTO} (from the data)" if key in AUTOMATIC else ""
+            raise UserError(f"{key}: got {value!r}, expected {expected}{besides}")
 
     for name in DURATIONS:
         _check_duration(config, name)
@@ -219,15 +233,24 @@ def duration(config: ConfigDict, name: str, steps_per_epoch: float) -> int:
       config: the configuration.
       name: without its suffix, e.g. `num_train` or `schedule.first_cycle`.
       steps_per_epoch: steps that show each noisy training example once.
+
+    Raises:
+      UserError: for a duration that is AUTO still.
     """
     _check_duration(config, name)
+    if _get(config, f"{name}_epochs") == AUTO:
+        raise UserError(f"{name}_epochs={AUTO} is for data that are loaded first; set a number of epochs")
     steps = _get(config, f"{name}_steps") or _get(config, f"{name}_epochs") * steps_per_epoch
     return max(1, round(steps))
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Returns `key: old -> new` for every leaf in which two nested dicts differ, those of FREE left out."""
+    """Returns `key: old -> new` for every leaf in which two nested dicts differ, those of FREE left out.
+
+    Nor is a key named that is AUTO in `new`: from the same data it will be what it is in `old`.
+    """
     old, new = _flatten(old), _flatten(new)
+    old = {key: AUTO if key in AUTOMATIC and new.get(key) == AUTO else value for key, value in old.items()}
     missing = "(no such key)"
     return [
         f"{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
@@ -245,7 +268,8 @@ def _get(config: ConfigDict, key: str) -> Any:
 def _check_duration(config: ConfigDict, name: str) -> None:
     for unit in ("steps", "epochs"):
         value = _get(config, f"{name}_{unit}")
-        if not (math.isfinite(value) and value >= 0):
+        automatic = f"{name}_{unit}" in AUTOMATIC and value == AUTO
+        if not (math.isfinite(value) and (value >= 0 or automatic)):
             raise UserError(f"{name}_{unit}: got {value!r}, expected a number above 0, or 0 for not set")
     steps, epochs = _get(config, f"{name}_steps"), _get(config, f"{name}_epochs")
     if bool(steps) == bool(epochs):

@@ -1,9 +1,12 @@
-"""The weights of a trained network alone, for serving.
+"""A trained network for serving: its weights alone, or a function that needs no code of this package.
 
     python -m ieg_jax.export --workdir=runs/quickstart --out=model
 
-writes `weights.npz`, which numpy reads, and `model.json` (configuration, classes, step); `inference.load` takes the
-folder like a work folder.
+writes `weights.npz`, which numpy reads, and `model.json` (configuration, classes, step); `inference.load` and
+`ieg_jax.predict` take the folder like a work folder. With --format=stablehlo the folder gets `model.stablehlo`, a
+program with its weights for `jax.export.deserialize`, and with --format=saved_model a TensorFlow SavedModel. Both take
+images [n,H,W,C], any n, and give probabilities [n,K]; `signature.json` says which images, and names the classes. They
+run on CPU, TPU and CUDA.
 """
 
 import numpy as np
@@ -12,13 +15,33 @@ from etils import epath
 
 from ieg_jax import cli
 
+FORMATS = ("weights", "stablehlo", "saved_model")
+
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of the run, local or on a bucket.", required=True)
-_OUT = flags.DEFINE_string("out", None, "New folder for the weights, local or on a bucket.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; by default the newest that is not damaged.")
+_OUT = flags.DEFINE_string("out", None, "New folder for what is written, local or on a bucket.", required=True)
+_STEP = flags.DEFINE_string(
+    "step",
+    None,
+    "Which checkpoint: a step, or best (by checkpoint.best_metric); by default the newest that is not damaged.",
+)
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    "weights",
+    FORMATS,
+    "What is written, see above. saved_model needs a TensorFlow about as old as jax: 2.21.0 runs what jax 0.10.2 makes "
+    "for it, and not what 0.12.0.1 does, whose operations it does not know.",
+)
+_INPUT = flags.DEFINE_enum(
+    "input",
+    "uint8",
+    ["uint8", "float32"],
+    "Pixels that a function takes: uint8 from 0 to 255, or float32 from 0 to 1. Where augment.evaluation resizes, only "
+    "the latter do not have to be rounded. For stablehlo and saved_model.",
+)
 
 
 def main(argv: list[str]) -> None:
-    """Writes the weights, reads them again, and says what they are."""
+    """Writes it, reads it again and compares, and says what it is."""
     del argv
     import jax
 
@@ -27,14 +50,27 @@ def main(argv: list[str]) -> None:
     out = epath.Path(_OUT.value)
     cli.check_new_folder("--out", out)
     trained = inference.load(_WORKDIR.value, _STEP.value)
-    inference.export(trained, out)
-    again = inference.load(out)
-    jax.tree.map(
-        np.testing.assert_array_equal, (trained.params, trained.batch_stats), (again.params, again.batch_stats)
-    )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((trained.params, trained.batch_stats)))
+    what = f"{trained.config.model.name} of step {trained.step}, {trained.num_classes} classes, "
+    if _FORMAT.value == "weights":
+        inference.export(trained, out)
+        again = inference.load(out)
+        jax.tree.map(
+            np.testing.assert_array_equal, (trained.params, trained.batch_stats), (again.params, again.batch_stats)
+        )
+        print(f"{what}{size:,} bytes, in {out}")
+        return
+    if _FORMAT.value == "stablehlo":
+        inference.export_stablehlo(trained, out, _INPUT.value)
+        served = inference.load_stablehlo(out)
+    else:
+        inference.export_saved_model(trained, out, _INPUT.value)
+        served = inference.load_saved_model(out)
+    shape = ", ".join(map(str, served.signature["input"]["shape"]))
+    difference = inference.largest_difference(trained, served)
     print(
-        f"{trained.config.model.name} of step {trained.step}, {trained.num_classes} classes, {size:,} bytes, in {out}"
+        f"{what}{_FORMAT.value} for {_INPUT.value} images [{shape}], at most {difference:.1e} from the probabilities "
+        f"here, in {out}"
     )
 
 

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ class DataShape:
     evaluation_image: tuple[int, int, int]  # the same of an image whose class is predicted
     num_classes: int  # K
     num_examples: int  # N, of the noisy training set
+    num_ids: int  # one more than the largest id in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,10 @@ def build(
     )
     method = base.bind(methods.REGISTRY[config.method.name], context)
     schedule = schedules.create(config.schedule, first_cycle, num_steps)
-    step_function = functools.partial(steps.train_step, context=context, method=method, schedule=schedule)
+    remembered = math.ceil(config.audit.epochs * data.num_examples / config.batch_size)
+    step_function = functools.partial(
+        steps.train_step, context=context, method=method, schedule=schedule, remember_from=num_steps - remembered
+    )
     create = functools.partial(
         steps.create_state, context, method, image_shape=data.image, num_examples=data.num_examples
     )
@@ -81,6 +86,9 @@ def build(
     batch = batch_shape(config, data)
     state = jax.eval_shape(create, rng)
     observation = jax.eval_shape(step_function, state, batch, rng)[1]
+    if remembered and observation.examples is not None:
+        create = functools.partial(create, remembered_ids=data.num_ids)
+        state = jax.eval_shape(create, rng)
     empty = functools.partial(metrics.empty_window, observation, log_every)
     window = jax.eval_shape(empty)
 

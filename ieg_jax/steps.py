@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ieg_jax import metrics, optimizers
+from ieg_jax import memory, metrics, optimizers
 from ieg_jax.methods.base import Context, Method
 
 
@@ -26,6 +26,7 @@ class TrainState:
     opt_state: Any
     ema_params: Any  # moving average of params; None where ema.decay is 0
     method_state: Any  # whatever the method remembers, {} by default
+    memory: Any  # memory.Memory of each example; None where nothing is remembered
 
 
 def create_state(
@@ -35,6 +36,7 @@ def create_state(
     image_shape: tuple[int, ...],
     num_examples: int,
     pretrained: dict[str, jax.Array] | None = None,
+    remembered_ids: int = 0,
 ) -> TrainState:
     """The initial TrainState.
 
@@ -45,6 +47,7 @@ def create_state(
       image_shape: (H, W, C).
       num_examples: N, for methods that remember something per example.
       pretrained: arrays in place of the initial ones, by paths such as `params/head/kernel`.
+      remembered_ids: how many examples are remembered, by id; 0 = none.
     """
     images = jnp.zeros((context.network.batch_groups, *image_shape), jnp.float32)
     variables = flatten_dict(context.network.init(rng, images, train=True), sep="/")
@@ -58,6 +61,7 @@ def create_state(
         opt_state=context.optimizer.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if context.config.ema.decay else None,
         method_state=method.init_state(num_examples),
+        memory=memory.empty(remembered_ids) if remembered_ids else None,
     )
 
 
@@ -69,6 +73,7 @@ def train_step(
     context: Context,
     method: Method,
     schedule: optax.Schedule,
+    remember_from: int = 0,
 ) -> tuple[TrainState, metrics.Observation]:
     """One step of any method: supervise, differentiate the loss, update, average.
 
@@ -81,6 +86,7 @@ def train_step(
       context: static parts of the run.
       method: the bound method.
       schedule: step -> learning rate.
+      remember_from: the first step, counted from 0, whose ω and λ go into the memory.
 
     Returns:
       The state after the step and what to report.
@@ -101,6 +107,9 @@ def train_step(
         opt_state=opt_state,
         ema_params=moving_average(state.ema_params, params, state.step + 1, context.config.ema),
     )
+    if state.memory is not None:
+        remembered = (batch["id"], supervision.example_weights, supervision.label_trust)
+        new_state = new_state.replace(memory=memory.add(state.memory, *remembered, state.step >= remember_from))
     norms = {
         "optimizer/learning_rate": learning_rate,
         "optimizer/gradient_norm": optax.global_norm(grads),

@@ -21,7 +21,7 @@ from clu import asynclib, metric_writers  # writes TensorBoard files and the log
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from ieg_jax import checkpointing, distributed, metrics, observability, program, schedules, sharding, steps
+from ieg_jax import checkpointing, distributed, memory, metrics, observability, program, schedules, sharding, steps
 from ieg_jax import config as config_lib
 from ieg_jax.data import pipeline
 from ieg_jax.errors import NonFiniteError, StorageError, UserError, check_choice, first_line
@@ -196,6 +196,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         checkpoints.wait()
 
     # ---- The result.
+    if state.memory is not None:
+        folder.write_arrays("examples.npz", memory.averages(jax.device_get(state.memory)))
     result = {
         "dataset": data.name,
         "noise": config.noise.kind,
@@ -261,6 +263,7 @@ def data_shape(config: ConfigDict, data: pipeline.Data) -> program.DataShape:
         evaluation_image=pipeline.image_shape(config, "evaluation", size(evaluated)),
         num_classes=data.num_classes,
         num_examples=len(data.train),
+        num_ids=int(data.train.ids.max()) + 1,
     )
 
 

@@ -1,11 +1,13 @@
 """The files of a work folder besides checkpoints and TensorBoard events, and the rules for coming back to one."""
 
+import io
 import json
 import pathlib
 import subprocess
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -81,6 +83,13 @@ class WorkFolder:
         if self._writes:
             self._replace(name, json.dumps(content, indent=1 if isinstance(content, dict) else None) + "\n")
 
+    def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Writes an .npz file, whole or not at all."""
+        if self._writes:
+            content = io.BytesIO()
+            np.savez_compressed(content, **arrays)
+            self._replace(name, content.getvalue())
+
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a line cut short by a kill is left out."""
         rows, lines = [], (self._read_text("metrics.jsonl") or "").splitlines()
@@ -111,10 +120,10 @@ class WorkFolder:
             except OSError as error:
                 raise StorageError(f"{self.path / 'metrics.jsonl'} cannot be written: {first_line(error)}") from error
 
-    def _replace(self, name: str, text: str) -> None:
+    def _replace(self, name: str, content: str | bytes) -> None:
         temporary = self.path / f"{name}.tmp"
         try:
-            temporary.write_text(text)
+            (temporary.write_bytes if isinstance(content, bytes) else temporary.write_text)(content)
             temporary.replace(self.path / name)
         except OSError as error:
             raise StorageError(f"{self.path / name} cannot be written: {first_line(error)}") from error

@@ -48,6 +48,15 @@ def use_fixture_data(config, folder):
             trusted_images=rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8),
             trusted_labels=np.arange(4),
         )
+    elif config.data.name == "features":
+        config.data.train = str(folder / "own.npz")
+        np.savez(
+            config.data.train,
+            features=rng.normal(size=(80, 6)),
+            labels=np.arange(80) % 4,
+            trusted_features=rng.normal(size=(4, 6)),
+            trusted_labels=np.arange(4),
+        )
 
 
 PUBLISHED = {"cifar10.py", "cifar100.py", "webvision_mini.py", "webvision.py"}  # by the command, see below

@@ -67,6 +67,7 @@ def setup(golden, pseudo_label_gradient):
         opt_state=optax.TraceState(trace=tree(golden, "before/mom/")),
         ema_params=None,
         method_state={},
+        memory=None,
     )
     batch = {
         "image": golden["in/images"],

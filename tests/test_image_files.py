@@ -1,6 +1,8 @@
 import image_trees
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from configs import default
 from ieg_jax.data import image_files, sources
@@ -112,6 +114,61 @@ def test_bad_lists(tmp_path, text, message):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         sources.load(config("image_csv", tmp_path / "list.csv"))
+
+
+def write_parquet(where, **columns):
+    parquet.write_table(pa.table(columns), where)
+
+
+def test_lists_in_parquet(tmp_path):
+    """Read as the same list in CSV is, whatever types its columns have."""
+    names = [f"{k}.png" for k in range(5)]
+    write_images(tmp_path, names)
+    labels, clean, splits = ["b", "a", "b", "a", "a"], [None, "b", None, "", None], ["train"] * 3 + ["test", "trusted"]
+    lines = [",".join([n, y, c or "", s]) for n, y, c, s in zip(names, labels, clean, splits, strict=True)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,clean_label,split", *lines]))
+    write_parquet(
+        tmp_path / "list.parquet",
+        other=pa.array([[1.0]] * 5),
+        split=pa.array(splits),
+        path=pa.array(names, pa.large_string()),
+        label=pa.array(labels).dictionary_encode(),
+        clean_label=pa.array(clean),
+    )
+    text, table = (sources.load(config("image_csv", tmp_path / f"list.{ending}")) for ending in ("csv", "parquet"))
+    assert text.class_names == table.class_names == ("a", "b")
+    for one, other in ((text.train, table.train), (text.test, table.test), (text.trusted, table.trusted)):
+        for column in ("labels", "clean_labels", "names"):
+            np.testing.assert_array_equal(getattr(one, column), getattr(other, column))
+    # Numbers; floats where some are missing, as pandas has it.
+    write_parquet(tmp_path / "list.PQ", path=names, label=[0, 1, 2, 1, 0], clean_label=[float("nan"), 2.0, None, 1, 0])
+    source = sources.load(config("image_csv", tmp_path / "list.PQ"))
+    assert source.train.labels.tolist() == [0, 1, 2, 1, 0] and source.train.clean_labels.tolist() == [-1, 2, -1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"file": ["x.png"], "label": [0]}, r"columns \['file', 'label'\], expected path and label"),
+        ({"path": ["x.png"], "label": [0.5]}, "column 'label' is of type double, expected text or whole numbers"),
+        ({"path": ["x.png"], "label": [True]}, "column 'label' is of type bool"),
+        ({"path": [b"x.png"], "label": [0]}, "column 'path' is of type binary"),
+        ({"path": pa.array([], pa.string()), "label": pa.array([], pa.int64())}, "no images listed"),
+        ({"path": ["x.png", None], "label": ["a", "b"]}, "row 1: path '', label 'b'; expected both"),
+        ({"path": ["x.png", "x.png"], "label": ["a", "b"]}, "row 1: x.png has label 'b', but 'a' in .*row 0"),
+    ],
+)
+def test_bad_lists_in_parquet(tmp_path, columns, message):
+    write_images(tmp_path, ["x.png"])
+    write_parquet(tmp_path / "list.parquet", **columns)
+    with pytest.raises(UserError, match=message):
+        sources.load(config("image_csv", tmp_path / "list.parquet"))
+
+
+def test_parquet_that_is_damaged(tmp_path):
+    (tmp_path / "list.parquet").write_text("path,label\nx.png,0\n")
+    with pytest.raises(UserError, match="list.parquet: cannot be read as Parquet"):
+        sources.load(config("image_csv", tmp_path / "list.parquet"))
 
 
 def test_all_that_is_wrong_with_a_list_is_said_at_once(tmp_path):

@@ -248,12 +248,12 @@ def test_least_forward_passes():
 
 def test_shapes_of_known_data_sets_without_data():
     shape = aot.data_shape(cifar100.get_config())
-    assert shape == program.DataShape((32, 32, 3), (32, 32, 3), 100, 50_000 - 100 * 10)
+    assert shape == program.DataShape((32, 32, 3), (32, 32, 3), 100, 50_000 - 100 * 10, 50_000)
     shape = aot.data_shape(webvision_mini.get_config())
-    assert shape == program.DataShape((224, 224, 3), (224, 224, 3), 50, 65_944)
+    assert shape == program.DataShape((224, 224, 3), (224, 224, 3), 50, 65_944, 65_944)
     config = default.get_config()
     config.data.image_size, config.trusted.fraction = 12, 0.1
-    assert aot.data_shape(config) == program.DataShape((12, 12, 1), (12, 12, 1), 10, 1297 - 130)
+    assert aot.data_shape(config) == program.DataShape((12, 12, 1), (12, 12, 1), 10, 1297 - 130, 1297)
 
 
 def test_shapes_of_ones_own_data_are_loaded(tmp_path):
@@ -262,7 +262,7 @@ def test_shapes_of_ones_own_data_are_loaded(tmp_path):
     config = default.get_config()
     config.data.name, config.data.train = "arrays", str(tmp_path / "own.npz")
     config.trusted.per_class = 2
-    assert aot.data_shape(config) == program.DataShape((6, 5, 3), (6, 5, 3), 4, 32)
+    assert aot.data_shape(config) == program.DataShape((6, 5, 3), (6, 5, 3), 4, 32, 32)
 
 
 @pytest.mark.parametrize("topology, message", [
@@ -317,7 +317,7 @@ def small_config(groups, **overrides):
 
 def small_program(groups):
     config = small_config(groups, **{"trusted.batch_size": 64})
-    shape = program.DataShape((8, 8, 1), (8, 8, 1), 10, 1000)
+    shape = program.DataShape((8, 8, 1), (8, 8, 1), 10, 1000, 1000)
     return program.build(config, sharding.create(config), shape, 10, 100, log_every=50)
 
 

@@ -36,7 +36,7 @@ def shapes(model, num_classes=CLASSES, channels=3):
     network = models.create(model, num_classes)
     images = jnp.zeros((1, 32, 32, channels))
     variables = jax.eval_shape(lambda: network.init(jax.random.key(0), images, train=True))
-    return steps.TrainState(None, variables["params"], variables["batch_stats"], None, None, None)
+    return steps.TrainState(None, variables["params"], variables["batch_stats"], None, None, None, None)
 
 
 def fit(model, num_classes=CLASSES):
@@ -281,7 +281,7 @@ def test_the_state_at_step_0(tiny_config, tmp_path, mesh):
     tiny_config.trusted.batch_size, tiny_config.eval_batch_size = 16, 16
     path, arrays = exported(tmp_path, tiny_config.model, channels=1)
     tiny_config.model.pretrained = str(path)
-    shape = program.DataShape((8, 8, 1), (8, 8, 1), num_classes=7, num_examples=100)  # the file's are 10
+    shape = program.DataShape((8, 8, 1), (8, 8, 1), num_classes=7, num_examples=100, num_ids=100)  # the file's are 10
     run = program.build(tiny_config, sharding.create(tiny_config), shape, 100, 100, 3)
     weights = pretrained.fit(pretrained.read(tiny_config.model), tiny_config.model, run.state)
     state, plain = run.init(jax.random.key(0), pretrained=weights.arrays), run.init(jax.random.key(0))

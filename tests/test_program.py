@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from ieg_jax import methods, program, sharding, train
 from ieg_jax.data import pipeline
 
-SHAPE = program.DataShape(image=(8, 8, 1), evaluation_image=(8, 8, 1), num_classes=4, num_examples=100)
+SHAPE = program.DataShape(image=(8, 8, 1), evaluation_image=(8, 8, 1), num_classes=4, num_examples=100, num_ids=100)
 BATCH = 32
 
 

@@ -4,8 +4,10 @@ import struct
 import numpy as np
 import pytest
 
-from configs import default
-from ieg_jax.data import sources
+from configs import default, own_data
+from ieg_jax import config as config_lib
+from ieg_jax.data import images, pipeline, sources
+from ieg_jax.data.splits import make_split
 from ieg_jax.errors import UserError
 
 
@@ -163,7 +165,10 @@ def test_bad_arrays(tmp_path, arrays, message):
     "keys, message",
     [
         ({"name": "digits", "dir": "x"}, r"data.dir='x', but data.name=digits does not read it: .*\(fashion_mnist,"),
-        ({"name": "records", "dir": "x", "test": "y"}, r"data.test='y', but .*\(webvision, image_folder, image_csv\)"),
+        (
+            {"name": "records", "dir": "x", "test": "y"},
+            r"data.test='y', but .*\(webvision, image_folder, image_csv, huggingface\)",
+        ),
         ({"name": "arrays", "train": "x", "variant": "mini"}, "data.variant='mini', but data.name=arrays"),
         ({"name": "cifar10", "trusted": "x"}, "data.trusted='x', but data.name=cifar10"),
     ],
@@ -171,6 +176,69 @@ def test_bad_arrays(tmp_path, arrays, message):
 def test_keys_that_the_source_does_not_read(keys, message):
     with pytest.raises(UserError, match=message):
         sources.load(data_config(**keys))
+
+
+def split_of(images):
+    return make_split(images, np.zeros(len(images), np.int32))
+
+
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [
+        ([(500, 375), (40, 90), (333, 500)], 64),  # shorter sides 375, 40, 333
+        ([(30, 90), (47, 31), (500, 500)], 28),  # 31 is no multiple of 4
+        ([(6, 9), (5, 5), (7, 7)], 8),
+    ],
+)
+def test_the_size_that_fits(sizes, expected):
+    paths = np.array(["x"] * len(sizes), object)
+    files = images.FileImages(paths, np.ones(len(sizes), bool), np.array(sizes))
+    assert sources.fitting_size(split_of(files)) == expected
+
+
+def test_automatic_size(tmp_path):
+    config = save(tmp_path, images=np.zeros((4, 30, 41, 3), np.uint8), labels=LABELS)
+    config.image_size = -1
+    assert sources.load(config).train.images.shape == (4, 28, 28, 3)
+    assert config.image_size == 28, "which config.json will say"
+
+
+def automatic(num_examples, side, **keys):
+    config = own_data.get_config()
+    config.data.image_size = 0
+    config.update_from_flattened_dict(keys)
+    pipeline.fit_to_data(config, split_of(np.zeros((num_examples, side, side, 3), np.uint8)))
+    durations = ("num_train", "eval_every", "checkpoint_every")
+    return config, [config_lib.duration(config, name, num_examples / config.batch_size) for name in durations]
+
+
+def test_keys_from_the_data():
+    """64 examples in a step: 40 epochs of 6,400 are 4,000 steps."""
+    config, steps = automatic(6400, 24)
+    assert steps == [4000, 200, 400] and config.num_train_epochs == 40.0
+    assert (config.model.depth, config.model.width) == (16, 2.0)
+    assert automatic(500, 20)[1] == [2000, 100, 200]
+    assert automatic(40_000, 20)[1] == [20_000, 1000, 2000]
+    config, steps = automatic(500, 20, **{"num_train_epochs": 0.0, "num_train_steps": 60, "model.depth": 22})
+    assert steps == [60, 3, 6] and (config.model.depth, config.model.width) == (22, 1.0)
+
+
+def test_automatic_keys_before_and_after_the_data_are_known():
+    config = own_data.get_config()
+    config_lib.validate(config)
+    with pytest.raises(UserError, match="num_train_epochs=-1 is for data that are loaded first"):
+        config_lib.duration(config, "num_train", 10.0)
+    for key, value in {"batch_size": -1, "num_train_epochs": -2.0, "data.image_size": -2}.items():
+        bad = default.get_config()
+        bad.update_from_flattened_dict({key: value})
+        with pytest.raises(UserError, match=f"{key}: got {value}"):
+            config_lib.validate(bad)
+    begun = own_data.get_config()
+    begun.data.image_size, begun.model.depth, begun.model.width, begun.num_train_epochs = 28, 16, 2.0, 40.0
+    assert config_lib.differences(begun.to_dict(), config.to_dict()) == []
+    assert config_lib.differences(config.to_dict(), begun.to_dict()), "but a value that is given is not from the data"
+    begun.seed = 1
+    assert config_lib.differences(begun.to_dict(), config.to_dict()) == ["seed: 1 -> 0"]
 
 
 def test_every_source_says_what_it_reads():

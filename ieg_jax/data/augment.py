@@ -1,9 +1,9 @@
 """Augmentation: stateless TensorFlow operations on one image, and policies made of them.
 
 An operation is a function (image, seed, parameters) -> image. An image is float32 `[H, W, C]` in [-1, 1], black
-is -1 and grey 0; a seed is int64 `[2]`, and the same seed gives the same result on every machine. A policy
-is written as operations joined by `|`, such as `crop(pad=4)|flip|cutout(0.5)`. Another operation joins by one
-entry in OPERATIONS.
+is -1 and grey 0, or features `[1, 1, D]` (`sources.features`); a seed is int64 `[2]`, and the same seed gives the same
+result on every machine. A policy is written as operations joined by `|`, such as `crop(pad=4)|flip|cutout(0.5)`.
+Another operation joins by one entry in OPERATIONS.
 """
 
 import ast
@@ -96,6 +96,15 @@ def cutout(image: tf.Tensor, seed: tf.Tensor, size: float = 0.5, fill: float = G
     return tf.where(inside[..., None], fill, image)
 
 
+def gaussian(image: tf.Tensor, seed: tf.Tensor, sigma: float = 0.1) -> tf.Tensor:
+    """Adds a draw from N(0, sigma²) to each number: a view of features, whose deviations are 1.
+
+    Pixels of an image stay in [-1, 1].
+    """
+    noisy = image + tf.random.stateless_normal(image.shape, seed, 0.0, sigma)
+    return noisy if image.shape[:2] == (1, 1) else tf.clip_by_value(noisy, -1.0, 1.0)
+
+
 def random_resized_crop(
     image: tf.Tensor | Encoded, seed: tf.Tensor, size: int = 224, smallest: float = 0.08, stretch: float = 4 / 3
 ) -> tf.Tensor:
@@ -165,6 +174,7 @@ OPERATIONS = {
     "affine": affine,
     "intensity": intensity,
     "cutout": cutout,
+    "gaussian": gaussian,
     "random_resized_crop": random_resized_crop,
     "resize": resize,
     "center_crop": center_crop,
@@ -180,6 +190,7 @@ BOUNDS = {
     "size": (lambda v: v > 0, "above 0"),
     "smallest": (lambda v: 0 < v <= 1, "a share in (0, 1]"),
     "stretch": (lambda v: v >= 1, "at least 1"),
+    "sigma": (lambda v: v >= 0, "at least 0"),
     "fill": (lambda v: -1 <= v <= 1, "a grey value in [-1, 1]"),
     "layers": (lambda v: v >= 1, "at least 1"),
     "magnitude": (lambda v: 0 <= v <= 10, "a level in [0, 10]"),

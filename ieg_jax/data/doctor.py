@@ -151,7 +151,7 @@ def contact_sheet(batch: dict[str, np.ndarray], class_names: tuple[str, ...], pa
         pictures = [batch["image"][place]] + ([batch["views"][place, 0]] if views == 2 else [])
         for offset, picture in enumerate(pictures):
             pixels = np.clip((picture + 1) / 2, 0, 1)
-            axes[row * views + offset, column].imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1)
+            axes[row * views + offset, column].imshow(np.atleast_2d(pixels.squeeze()), cmap="gray", vmin=0, vmax=1)
     figure.suptitle("given labels (red: known to be wrong); below each image its strong view", fontsize=9)
     figure.tight_layout()
     with path.open("wb") as file:

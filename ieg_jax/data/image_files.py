@@ -1,4 +1,4 @@
-"""A user's own images: a folder for each class, or a list of paths and labels."""
+"""A user's own images: a folder for each class, or a list (CSV or Parquet) of paths and labels."""
 
 import csv
 import dataclasses
@@ -19,6 +19,8 @@ SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm",
 }  # fmt: skip
 SPLITS = ("train", "test", "trusted")
+COLUMNS = ("path", "label", "clean_label", "split")
+PARQUET = (".parquet", ".pq")
 _NUMBER = re.compile(r"[+-]?\d+")
 Classes = tuple[tuple[str, ...], dict[str, int]]  # names by number; number by name as it is written
 
@@ -66,8 +68,9 @@ def image_folder(data: ConfigDict) -> Source:
 
 
 def image_csv(data: ConfigDict) -> Source:
-    """Lists (CSV) with a header and the columns `path` and `label`; optional `split` and `clean_label`.
+    """Lists with the columns `path` and `label`; optional `split` and `clean_label`.
 
+    A file that ends in `.parquet` or `.pq` is read as Parquet, every other one as CSV with a header.
     Paths are relative to `data.dir`, or to the list's own folder where it is empty. `split` is train, test or
     trusted. `data.test` and `data.trusted` name further lists, or folders as for `image_folder`. Labels are names
     of classes, sorted; or, where all are whole numbers, the numbers themselves. In the training set `label` is what is
@@ -75,7 +78,9 @@ def image_csv(data: ConfigDict) -> Source:
     `clean_label` is the label where it is given.
     """
     if not data.train or not pathlib.Path(data.train).expanduser().is_file():
-        raise UserError(f"data.train={data.train!r}: no such file; data.name=image_csv expects a CSV file there")
+        raise UserError(
+            f"data.train={data.train!r}: no such file; data.name=image_csv expects a CSV or Parquet file there"
+        )
     return _load(data, _number_labels)
 
 
@@ -132,7 +137,7 @@ def _list_folder(folder: pathlib.Path, base: pathlib.Path, split: str) -> list[L
         raise UserError(f"data.{split}={str(folder)!r}: no folders in it; expected one for each class, with its images")
     listed = []
     for place in classes:
-        paths = list(_images_below(place, set()))
+        paths = list(images_below(place, set()))
         if not paths:
             raise UserError(
                 f"data.{split}: class {place.name!r} has no images in {place} "
@@ -142,7 +147,7 @@ def _list_folder(folder: pathlib.Path, base: pathlib.Path, split: str) -> list[L
     return listed
 
 
-def _images_below(folder: pathlib.Path, seen: set[str]) -> Iterator[pathlib.Path]:
+def images_below(folder: pathlib.Path, seen: set[str]) -> Iterator[pathlib.Path]:
     """The image files of a folder and of those in it, each folder once however many links lead there."""
     real = os.path.realpath(folder)
     if real in seen:
@@ -152,7 +157,7 @@ def _images_below(folder: pathlib.Path, seen: set[str]) -> Iterator[pathlib.Path
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _images_below(entry, seen)
+            yield from images_below(entry, seen)
         elif entry.suffix.lower() in SUFFIXES:
             yield entry
 
@@ -165,6 +170,23 @@ def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_list(file: pathlib.Path, base: pathlib.Path, split: str, relative_to_base: bool) -> list[Listed]:
+    rows = _parquet_rows if file.suffix.lower() in PARQUET else _csv_rows
+    root, listed, errors = str(base if relative_to_base else file.parent), [], []
+    for where, row in rows(file):
+        try:
+            image = _listed(row, f"{file}, {where}", root, str(base), split)
+            listed += [image] if image else []
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        raise ListError(errors, listed)
+    if not listed:
+        raise UserError(f"{file}: no images listed")
+    return listed
+
+
+def _csv_rows(file: pathlib.Path) -> Iterator[tuple[str, dict]]:
+    """Line and cells of each row of a CSV file."""
     try:
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -176,21 +198,47 @@ def _read_list(file: pathlib.Path, base: pathlib.Path, split: str, relative_to_b
     if not {"path", "label"} <= set(columns):
         raise UserError(f"{file}: columns {columns}, expected a first line with path and label, e.g. path,label,split")
     reader.fieldnames = columns
-    root, listed, errors = str(base if relative_to_base else file.parent), [], []
     try:
         for row in reader:
-            try:
-                image = _listed(row, f"{file}, line {reader.line_num}", root, str(base), split)
-                listed += [image] if image else []
-            except UserError as error:
-                errors.append(str(error))
+            yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: {error}; is a quotation mark left open?") from None
-    if errors:
-        raise ListError(errors, listed)
-    if not listed:
-        raise UserError(f"{file}: no images listed")
-    return listed
+
+
+def _parquet_rows(file: pathlib.Path) -> Iterator[tuple[str, dict]]:
+    """Number, from 0, and cells of each row of a Parquet file, all of them as text."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        present = parquet.read_schema(file).names
+        if not {"path", "label"} <= set(present):
+            raise UserError(f"{file}: columns {present}, expected path and label, perhaps clean_label and split")
+        # The path as a file object: pyarrow would take folders named a=b for columns.
+        with file.open("rb") as content:
+            table = parquet.read_table(content, columns=[name for name in COLUMNS if name in present])
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read as Parquet ({error})") from None
+    columns = {name: _as_text(table.column(name), f"{file}: column {name!r}") for name in table.column_names}
+    for number, cells in enumerate(zip(*columns.values(), strict=True)):
+        yield f"row {number}", dict(zip(columns, cells, strict=True))
+
+
+def _as_text(column, where: str) -> list[str]:
+    """The cells of a column, numbers written out; "" where there is none.
+
+    Raises:
+      UserError: for another type than text and whole numbers. Floats that are whole pass, for pandas writes numbers so
+        where some are missing.
+    """
+    values = column.to_pylist()
+    if all(value is None or isinstance(value, str) for value in values):
+        return [value or "" for value in values]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values if value is not None):
+        empty = [value is None or value != value for value in values]  # nan is not itself
+        if all(none or float(value).is_integer() for value, none in zip(values, empty, strict=True)):
+            return ["" if none else str(int(value)) for value, none in zip(values, empty, strict=True)]
+    raise UserError(f"{where} is of type {column.type}, expected text or whole numbers")
 
 
 def _listed(row: dict, where: str, root: str, base: str, split: str) -> Listed | None:

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from ieg_jax import config as config_lib
 from ieg_jax import methods
 from ieg_jax.data import augment, corruption, probe, selection, sources
 from ieg_jax.data.images import Encoded, reason, to_float
@@ -64,6 +65,9 @@ class Data:
 def load(config: ConfigDict) -> Data:
     """Loads the data, takes the trusted and the validation examples out, and adds the noise.
 
+    Args:
+      config: the configuration; its keys that are AUTO are set, see `fit_to_data`.
+
     Raises:
       UserError: see `sources`, `probe`, and where the validation part or data.train_size asks for more examples than
         there are.
@@ -84,6 +88,7 @@ def load(config: ConfigDict) -> Data:
         evaluation_name = "validation"
     if config.data.train_size:
         train = _subset(train, config.data.train_size)
+    fit_to_data(config, train)
     return Data(
         train=train,
         trusted=trusted,
@@ -97,6 +102,35 @@ def load(config: ConfigDict) -> Data:
         noisy_labels=source.train.labels[np.argsort(source.train.ids)],
         left_out=left_out,
     )
+
+
+USUAL_EPOCHS, FEWEST_STEPS, MOST_STEPS = 40.0, 2_000, 20_000
+
+
+def fit_to_data(config: ConfigDict, train: Split) -> None:
+    """Sets the keys that are AUTO to what suits the training set, `data.image_size` apart (`sources.fitting_size`).
+
+    The training: 40 epochs, but no fewer than 2,000 and no more than 20,000 steps; evaluated 20 times, saved 10
+    times. The network: depth 10 and width 1 for images below 24 pixels, depth 16 and width 2 from there on.
+
+    Args:
+      config: changed in place, so that config.json in the work folder has the values.
+      train: the noisy training set, its images as the configuration reads them.
+    """
+    steps_per_epoch = len(train) / config.batch_size
+    if config.num_train_epochs == config_lib.AUTO:
+        steps = min(max(USUAL_EPOCHS * steps_per_epoch, FEWEST_STEPS), MOST_STEPS)
+        config.num_train_epochs = steps / steps_per_epoch
+    num_steps = config_lib.duration(config, "num_train", steps_per_epoch)
+    if config.eval_every_epochs == config_lib.AUTO:
+        config.eval_every_epochs = num_steps / steps_per_epoch / 20
+    if config.checkpoint_every_epochs == config_lib.AUTO:
+        config.checkpoint_every_epochs = num_steps / steps_per_epoch / 10
+    small = train.in_memory and min(train.images.shape[1:3]) < 24
+    if config.model.depth == config_lib.AUTO:
+        config.model.depth = 10 if small else 16
+    if config.model.width == config_lib.AUTO:
+        config.model.width = 1.0 if small else 2.0
 
 
 def _hold_out(train: Split, size: int) -> tuple[Split, Split]:
@@ -138,8 +172,8 @@ def train_batches(
       sharding: of the leading dimension of every array.
 
     Yields:
-      `image [B,H,W,C]` float32 in [-1, 1], `label`, `clean_label`, `id` `[B]` int32, and where the method needs
-      them `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]` and `probe_label [Bp]`.
+      `image [B,H,W,C]` float32 in [-1, 1], or features `[B,1,1,D]`, `label`, `clean_label`, `id` `[B]` int32, and where
+      the method needs them `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]` and `probe_label [Bp]`.
     """
     method = methods.REGISTRY[config.method.name]
     split = _Reader(data.trusted if method.TRAINS_ON == "trusted" else data.train)
@@ -328,7 +362,10 @@ class _Reader:
         self.size = len(split)
         if split.in_memory:
             pixels = tf.constant(split.images)
-            self.image = lambda row: to_float(pixels[row])
+            # Floats of one pixel: features, which are what the network is to see (`sources.features`).
+            is_features = split.images.shape[1:3] == (1, 1) and split.images.dtype != np.uint8
+            convert = tf.identity if is_features else to_float
+            self.image = lambda row: convert(pixels[row])
         else:
             self.image = split.images.reader()
         # The ids of a data set fit in 32 bits; jax has no 64-bit integers by default.

@@ -15,13 +15,22 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
-from ieg_jax.data import cifar, image_files, images, records, webvision
-from ieg_jax.data.splits import Source, Split, check_images_and_labels, check_labels, in_lines, make_split
+from ieg_jax import config as config_lib
+from ieg_jax.data import cifar, huggingface, image_files, images, records, webvision
+from ieg_jax.data.splits import UNKNOWN, Source, Split, check_images_and_labels, check_labels, in_lines, make_split
 from ieg_jax.errors import UserError
+
+ROWS_AT_ONCE = 65_536  # of features, so that not all of them are in memory as float64
+SIZES_READ = 200  # records whose size is looked up
+LARGEST, SMALLEST, STEP = 64, 8, 4  # pixels of a side that `fitting_size` chooses
 
 
 def load(data: ConfigDict) -> Source:
     """Loads the source that `config.data` names, its images checked and, with `data.image_size`, in memory.
+
+    Args:
+      data: the group `data` of the configuration; where `image_size` is AUTO it is set to `fitting_size` of the
+        training images.
 
     Raises:
       UserError: for a key that is set and that the source does not read, and for files that are missing, damaged or of
@@ -67,7 +76,7 @@ def open_images(split: Split, data: ConfigDict, class_names: tuple[str, ...] = (
 
     Args:
       split: of a source.
-      data: the group `data` of the configuration.
+      data: the group `data` of the configuration; an `image_size` that is AUTO is set, see `load`.
       class_names: `[K]`, for messages; where they are not known the numbers are shown.
 
     Returns:
@@ -77,11 +86,12 @@ def open_images(split: Split, data: ConfigDict, class_names: tuple[str, ...] = (
       UserError: for images that cannot be decoded with `data.unreadable=refuse`, and for a class of which none is left.
     """
     left_out = {}
-    if isinstance(split.images, images.FileImages):
-        checked = images.check(split.images.paths)
+    if isinstance(split.images, images.FileImages | huggingface.ArrowImages):
+        in_files = isinstance(split.images, images.FileImages)
+        checked = images.check(split.images.paths) if in_files else huggingface.check(split.images)
         plain = np.array([one.plain for one in checked])
         sizes = np.array([(one.height, one.width) for one in checked], np.int32)
-        split = dataclasses.replace(split, images=images.FileImages(split.images.paths, plain, sizes))
+        split = dataclasses.replace(split, images=dataclasses.replace(split.images, plain=plain, sizes=sizes))
         good = np.array([not one.error for one in checked])
         left_out = {str(split.names[row]): checked[row].error for row in np.flatnonzero(~good)}
         if left_out and data.unreadable == "refuse":
@@ -92,9 +102,25 @@ def open_images(split: Split, data: ConfigDict, class_names: tuple[str, ...] = (
             )
         check_no_class_is_lost(split, left_out, class_names)
         split = split.take(np.flatnonzero(good))
+    if data.image_size == config_lib.AUTO:
+        data.image_size = fitting_size(split)
     if data.image_size:
         split = _resize(split, data.image_size)
     return split, left_out
+
+
+def fitting_size(split: Split) -> int:
+    """A size for images of various sizes, in pixels: the median of their shorter sides, at most 64, a multiple of 4."""
+    if split.in_memory:
+        side = min(split.images.shape[1:3])
+    elif (sizes := getattr(split.images, "sizes", None)) is not None:
+        side = np.median(sizes.min(1))
+    else:  # records: some of them
+        rows = np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int))
+        read = split.images.reader()
+        found = [images.readable(lambda row: read(row).whole(), row, split.names[row]).shape[:2] for row in rows]
+        side = np.median(np.min(found, 1))
+    return max(SMALLEST, min(LARGEST, int(side)) // STEP * STEP)
 
 
 def check_no_class_is_lost(split: Split, left_out: dict[str, str], class_names: tuple[str, ...]) -> None:
@@ -205,9 +231,98 @@ def arrays(data: ConfigDict) -> Source:
     given; optional `clean_labels` `[n]` (true labels, -1 where not known), `test_images` and `test_labels`,
     `trusted_images` and `trusted_labels`.
     """
-    if not data.train:
-        raise UserError("data.name=arrays needs data.train, the path of an .npz file with images and labels")
-    path = pathlib.Path(data.train).expanduser()
+
+    def check(pixels: np.ndarray, labels: np.ndarray, where: str) -> np.ndarray:
+        pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+        if pixels.shape[1:3] == (1, 1):
+            raise UserError(f"{where}: shape {pixels.shape}, images of one pixel; for features set data.name=features")
+        check_images_and_labels(pixels, labels, where, data.num_classes)
+        return pixels
+
+    return _own_arrays(data, _read_npz(data.train, ("images", "labels"), data.name), "images", check)
+
+
+def features(data: ConfigDict) -> Source:
+    """A user's own features (embeddings) in an .npz file, `data.train`.
+
+    Its arrays: `features` `[n,D]` floats and `labels` `[n]` integers, as given; optional `clean_labels`,
+    `test_features` and `test_labels`, `trusted_features` and `trusted_labels`, as for `arrays`. Each of the D numbers
+    is standardised: less its mean in `features`, by its standard deviation there. They are held as images of one pixel
+    with D channels, float32 `[n,1,1,D]`, which the pipeline takes as they are.
+    """
+    if data.image_size:
+        raise UserError(f"data.image_size={data.image_size}, but features have no pixels; set it to 0")
+    content = _read_npz(data.train, ("features", "labels"), data.name)
+    statistics = None
+
+    def check(values: np.ndarray, labels: np.ndarray, where: str) -> np.ndarray:
+        nonlocal statistics
+        _check_features(values, where)
+        check_labels(labels, len(values), f"{where}: their labels", data.num_classes, lowest=0)
+        statistics = statistics or feature_statistics(values)  # of the training set, which comes first
+        if values.shape[1] != len(statistics[0]):
+            raise UserError(
+                f"{where}: {values.shape[1]} numbers in a row, expected {len(statistics[0])} as in features"
+            )
+        return standardised(values, *statistics)
+
+    return _own_arrays(data, content, "features", check)
+
+
+def read_features(data: ConfigDict, file: str) -> Split:
+    """Features to be predicted, standardised as those that a network was trained on.
+
+    Args:
+      data: the group `data` of the run's configuration; its `data.train` has to be there still, for its mean and
+        deviation.
+      file: .npz with the array `features` `[n,D]`, and perhaps `labels` `[n]`.
+
+    Returns:
+      The split; labels are UNKNOWN where the file has none.
+    """
+    trained = _read_npz(data.train, ("features",), data.name)["features"]
+    content = _read_npz(file, ("features",), data.name)
+    values = content["features"]
+    for array, where in ((trained, data.train), (values, file)):
+        _check_features(array, f"{where}: features")
+    if values.shape[1] != trained.shape[1]:
+        raise UserError(f"{file}: {values.shape[1]} numbers in a row, expected {trained.shape[1]} as in {data.train}")
+    labels = content.get("labels", np.full(len(values), UNKNOWN))
+    check_labels(labels, len(values), f"{file}: labels", data.num_classes, lowest=UNKNOWN)
+    return make_split(standardised(values, *feature_statistics(trained)), labels, labels)
+
+
+def feature_statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation, float64 `[D]`, of features `[n,D]`; a deviation of 0 is given as 1."""
+    parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(values), ROWS_AT_ONCE)]
+    mean = sum(values[part].sum(0, np.float64) for part in parts) / len(values)
+    variance = sum(np.square(values[part] - mean).sum(0) for part in parts) / len(values)
+    return mean, np.where(variance > 0, np.sqrt(variance), 1.0)
+
+
+def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """Features `[n,D]` as images of one pixel, (x − mean) / deviation: float32 `[n,1,1,D]`."""
+    result = np.empty((len(values), 1, 1, values.shape[1]), np.float32)
+    for start in range(0, len(values), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        result[part, 0, 0] = (values[part] - mean) / deviation
+    return result
+
+
+def _check_features(values: np.ndarray, where: str) -> None:
+    if values.ndim != 2 or values.dtype.kind != "f" or 0 in values.shape:
+        raise UserError(
+            f"{where}: shape {values.shape}, dtype {values.dtype}, expected floats [n, D], at least one row"
+        )
+    bad = np.flatnonzero(~np.isfinite(values.sum(1, np.float64)))
+    if len(bad):
+        raise UserError(f"{where}: row {bad[0]} has numbers that are nan or infinite; {len(bad)} of {len(values)} do")
+
+
+def _read_npz(file: str, needed: tuple[str, ...], name: str) -> dict[str, np.ndarray]:
+    if not file:
+        raise UserError(f"data.name={name} needs data.train, the path of an .npz file with {' and '.join(needed)}")
+    path = pathlib.Path(file).expanduser()
     try:
         with np.load(path, allow_pickle=False) as archive:
             content = dict(archive)
@@ -220,33 +335,47 @@ def arrays(data: ConfigDict) -> Source:
         AttributeError,
         TypeError,
     ) as error:
-        raise UserError(
-            f"data.train={data.train!r}: cannot be read as .npz ({type(error).__name__}: {error})"
-        ) from None
-    for name in ("images", "labels"):
-        if name not in content:
-            raise UserError(f"{path}: has {sorted(content)}, expected at least the arrays images and labels")
+        raise UserError(f"{path}: cannot be read as .npz ({type(error).__name__}: {error})") from None
+    if any(array not in content for array in needed):
+        raise UserError(f"{path}: has {sorted(content)}, expected at least the arrays {' and '.join(needed)}")
+    return content
+
+
+def _own_arrays(
+    data: ConfigDict,
+    content: dict[str, np.ndarray],
+    what: str,
+    check: Callable[[np.ndarray, np.ndarray, str], np.ndarray],
+) -> Source:
+    """The source in a user's arrays.
+
+    Args:
+      data: the group of the configuration.
+      content: of `data.train`.
+      what: `images` or `features`.
+      check: (examples, labels, where for messages) -> the examples as a split has them, training set first.
+    """
+    path = pathlib.Path(data.train).expanduser()
 
     def read(prefix: str) -> Split | None:
-        pixels, labels = content.get(f"{prefix}images"), content.get(f"{prefix}labels")
-        if (pixels is None) != (labels is None):
-            raise UserError(f"{path}: has only one of {prefix}images and {prefix}labels, expected both or none")
-        if pixels is None:
+        examples, labels = content.get(f"{prefix}{what}"), content.get(f"{prefix}labels")
+        if (examples is None) != (labels is None):
+            raise UserError(f"{path}: has only one of {prefix}{what} and {prefix}labels, expected both or none")
+        if examples is None:
             return None
-        pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-        check_images_and_labels(pixels, labels, f"{path}: {prefix}images", data.num_classes)
+        examples = check(examples, labels, f"{path}: {prefix}{what}")
         clean = content.get("clean_labels") if not prefix else None
         if clean is not None:
             check_labels(clean, len(labels), f"{path}: clean_labels", data.num_classes, lowest=-1)
-        names = np.char.add(f"{prefix}images/", np.arange(len(labels)).astype(str))
+        names = np.char.add(f"{prefix}{what}/", np.arange(len(labels)).astype(str))
         # What is for testing or trusted is taken at its word.
-        return make_split(pixels, labels, clean if not prefix else labels, names)
+        return make_split(examples, labels, clean if not prefix else labels, names)
 
     train, test, trusted = read(""), read("test_"), read("trusted_")
-    for name, split in (("test_images", test), ("trusted_images", trusted)):
+    for name, split in ((f"test_{what}", test), (f"trusted_{what}", trusted)):
         if split is not None and split.images.shape[1:] != train.images.shape[1:]:
             raise UserError(
-                f"{path}: {name} have shape {split.images.shape[1:]}, expected {train.images.shape[1:]} as images"
+                f"{path}: {name} have shape {split.images.shape[1:]}, expected {train.images.shape[1:]} as {what}"
             )
     splits = [split for split in (train, test, trusted) if split is not None]
     highest = max(int(max(split.labels.max(), split.clean_labels.max())) for split in splits)
@@ -268,7 +397,9 @@ REGISTRY: dict[str, Callable[[ConfigDict], Source]] = {
     "image_folder": image_files.image_folder,
     "image_csv": image_files.image_csv,
     "records": records.records,
+    "huggingface": huggingface.huggingface,
     "arrays": arrays,
+    "features": features,
 }
 # Which of the keys that say where the data are each source reads; all of them heed the rest of the group.
 READS: dict[str, tuple[str, ...]] = {
@@ -283,7 +414,9 @@ READS: dict[str, tuple[str, ...]] = {
     "image_folder": ("dir", "train", "test", "trusted"),
     "image_csv": ("dir", "train", "test", "trusted"),
     "records": ("dir", "variant"),  # the configuration that they were made with may go on saying which variant it is
+    "huggingface": ("dir", "variant", "test", "trusted"),
     "arrays": ("train",),
+    "features": ("train",),
 }
 
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ieg_jax.models import densenet, inception_resnet_v2, resnet29, resnet50, tiny, vgg, wide_resnet
+from ieg_jax.models import densenet, inception_resnet_v2, mlp, resnet29, resnet50, tiny, vgg, wide_resnet
 
 # name -> function(model config, **attributes common to all networks) -> module
 REGISTRY = {
@@ -19,6 +19,7 @@ REGISTRY = {
     "vgg13": vgg.from_config,
     "densenet100": densenet.from_config,
     "inception_resnet_v2": inception_resnet_v2.from_config,
+    "mlp": mlp.from_config,
     "tiny": tiny.from_config,
 }
 
