@@ -77,7 +77,12 @@ def build(
     schedule = schedules.create(config.schedule, first_cycle, num_steps)
     remembered = math.ceil(config.audit.epochs * data.num_examples / config.batch_size)
     step_function = functools.partial(
-        steps.train_step, context=context, method=method, schedule=schedule, remember_from=num_steps - remembered
+        steps.train_step,
+        context=context,
+        method=method,
+        schedule=schedule,
+        remember_from=num_steps - remembered,
+        gather=lambda arrays: jax.lax.with_sharding_constraint(arrays, layout.replicated),
     )
     create = functools.partial(
         steps.create_state, context, method, image_shape=data.image, num_examples=data.num_examples

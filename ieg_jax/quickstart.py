@@ -21,10 +21,6 @@ from ieg_jax import cli
 from ieg_jax.errors import UserError
 from ieg_jax.workdir import WorkFolder
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for the runs, the table and the picture.")
-_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas: of noise, trusted set and training.")
-_CONFIG_FILE = flags.DEFINE_string("config_file", "configs/quickstart.py", "The configuration that is run.")
-
 # name -> (arguments of the configuration, what it stands for)
 RUNS = {
     "supervised": ("method=supervised", "plain training on the noisy labels"),
@@ -138,4 +134,7 @@ def draw_picture(folder: pathlib.Path, seed: int, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for the runs, the table and the picture.")
+    _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas: of noise, trusted set and training.")
+    _CONFIG_FILE = flags.DEFINE_string("config_file", "configs/quickstart.py", "The configuration that is run.")
     cli.run(main)

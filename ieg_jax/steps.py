@@ -4,6 +4,7 @@ They are written once, for the whole batch, without axis names or collectives; `
 them on one device or on many.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -74,6 +75,7 @@ def train_step(
     method: Method,
     schedule: optax.Schedule,
     remember_from: int = 0,
+    gather: Callable[[Any], Any] = lambda arrays: arrays,
 ) -> tuple[TrainState, metrics.Observation]:
     """One step of any method: supervise, differentiate the loss, update, average.
 
@@ -87,6 +89,7 @@ def train_step(
       method: the bound method.
       schedule: step -> learning rate.
       remember_from: the first step, counted from 0, whose ω and λ go into the memory.
+      gather: brings arrays `[B]` to every device. Without it XLA would rather add up whole memories over the devices.
 
     Returns:
       The state after the step and what to report.
@@ -109,7 +112,7 @@ def train_step(
     )
     if state.memory is not None:
         remembered = (batch["id"], supervision.example_weights, supervision.label_trust)
-        new_state = new_state.replace(memory=memory.add(state.memory, *remembered, state.step >= remember_from))
+        new_state = new_state.replace(memory=memory.add(state.memory, *gather(remembered), state.step >= remember_from))
     norms = {
         "optimizer/learning_rate": learning_rate,
         "optimizer/gradient_norm": optax.global_norm(grads),

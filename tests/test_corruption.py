@@ -317,7 +317,7 @@ def foreign_file(path, n, side=4, channels=1, dtype=np.uint8):
 @pytest.mark.parametrize("selection", corruption.SELECTIONS)
 def test_open_set_rates(selection, tmp_path):
     source = clean_source()
-    place = foreign_file(tmp_path / "a.npz", 50, 1)
+    place = foreign_file(tmp_path / "a.npz", 50, 2)
     noise = noise_config("open_set", 0.4, selection=selection, open_set=place)
     noisy = corruption.corrupt(source, noise)
     replaced = noisy.clean_labels == NO_CLASS

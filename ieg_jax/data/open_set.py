@@ -84,6 +84,7 @@ def data_config(name: str, place: str, image_size: int) -> ConfigDict:
             "num_classes": 0,
             "unreadable": "refuse",
             "validation_size": 0,
+            "train_size": 0,
         }
     )
 
