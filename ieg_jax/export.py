@@ -17,42 +17,46 @@ from ieg_jax import cli
 
 FORMATS = ("weights", "stablehlo", "saved_model")
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Work folder of the run, local or on a bucket.", required=True)
-_OUT = flags.DEFINE_string("out", None, "New folder for what is written, local or on a bucket.", required=True)
-_STEP = flags.DEFINE_string(
-    "step",
-    None,
-    "Which checkpoint: a step, or best (by checkpoint.best_metric); by default the newest that is not damaged.",
-)
-_FORMAT = flags.DEFINE_enum(
-    "format",
-    "weights",
-    FORMATS,
-    "What is written, see above. saved_model needs a TensorFlow about as old as jax: 2.21.0 runs what jax 0.10.2 makes "
-    "for it, and not what 0.12.0.1 does, whose operations it does not know.",
-)
-_INPUT = flags.DEFINE_enum(
-    "input",
-    "uint8",
-    ["uint8", "float32"],
-    "Pixels that a function takes: uint8 from 0 to 255, or float32 from 0 to 1. Where augment.evaluation resizes, only "
-    "the latter do not have to be rounded. For stablehlo and saved_model.",
-)
+
+def define_flags() -> None:
+    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    flags.DEFINE_string("workdir", None, "Work folder of the run, local or on a bucket.", required=True)
+    flags.DEFINE_string("out", None, "New folder for what is written, local or on a bucket.", required=True)
+    flags.DEFINE_string(
+        "step",
+        None,
+        "Which checkpoint: a step, or best (by checkpoint.best_metric); by default the newest that is not damaged.",
+    )
+    flags.DEFINE_enum(
+        "format",
+        "weights",
+        FORMATS,
+        "What is written, see above. saved_model needs a TensorFlow about as old as jax: 2.21.0 runs what jax 0.10.2 "
+        "makes for it, and not what 0.12.0.1 does, whose operations it does not know.",
+    )
+    flags.DEFINE_enum(
+        "input",
+        "uint8",
+        ["uint8", "float32"],
+        "Pixels that a function takes: uint8 from 0 to 255, or float32 from 0 to 1. Where augment.evaluation resizes, "
+        "only the latter do not have to be rounded. For stablehlo and saved_model.",
+    )
 
 
 def main(argv: list[str]) -> None:
     """Writes it, reads it again and compares, and says what it is."""
     del argv
+    values = flags.FLAGS
     import jax
 
     from ieg_jax import inference
 
-    out = epath.Path(_OUT.value)
+    out = epath.Path(values.out)
     cli.check_new_folder("--out", out)
-    trained = inference.load(_WORKDIR.value, _STEP.value)
+    trained = inference.load(values.workdir, values.step)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((trained.params, trained.batch_stats)))
     what = f"{trained.config.model.name} of step {trained.step}, {trained.num_classes} classes, "
-    if _FORMAT.value == "weights":
+    if values.format == "weights":
         inference.export(trained, out)
         again = inference.load(out)
         jax.tree.map(
@@ -60,19 +64,20 @@ def main(argv: list[str]) -> None:
         )
         print(f"{what}{size:,} bytes, in {out}")
         return
-    if _FORMAT.value == "stablehlo":
-        inference.export_stablehlo(trained, out, _INPUT.value)
+    if values.format == "stablehlo":
+        inference.export_stablehlo(trained, out, values.input)
         served = inference.load_stablehlo(out)
     else:
-        inference.export_saved_model(trained, out, _INPUT.value)
+        inference.export_saved_model(trained, out, values.input)
         served = inference.load_saved_model(out)
     shape = ", ".join(map(str, served.signature["input"]["shape"]))
     difference = inference.largest_difference(trained, served)
     print(
-        f"{what}{_FORMAT.value} for {_INPUT.value} images [{shape}], at most {difference:.1e} from the probabilities "
+        f"{what}{values.format} for {values.input} images [{shape}], at most {difference:.1e} from the probabilities "
         f"here, in {out}"
     )
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -7,39 +7,43 @@ from absl import flags
 
 from ieg_jax import cli
 
-_CONFIG = cli.define_config_flag()
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder for checkpoints, metrics and the result; a run that was interrupted goes on there.",
-    required=True,
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator",
-    "",
-    "Several processes: host:port of process 0. Not needed on Cloud TPU, GKE and Slurm, where jax finds out by itself.",
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes there are.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: the number of this process, from 0.")
-_COMPILATION_CACHE = flags.DEFINE_string(
-    "compilation_cache",
-    "~/.cache/ieg_jax/xla",
-    "Folder that keeps compiled programs, local or on a bucket, so that a restart need not compile again; '' = none.",
-)
-flags.adopt_module_key_flags(cli)
+
+def define_flags() -> None:
+    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    cli.define_config_flag()
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder for checkpoints, metrics and the result; a run that was interrupted goes on there.",
+        required=True,
+    )
+    flags.DEFINE_string(
+        "coordinator",
+        "",
+        "Several processes: host:port of process 0. Not needed on Cloud TPU, GKE and Slurm, where jax finds out.",
+    )
+    flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes there are.")
+    flags.DEFINE_integer("process_id", -1, "With --coordinator: the number of this process, from 0.")
+    flags.DEFINE_string(
+        "compilation_cache",
+        "~/.cache/ieg_jax/xla",
+        "Folder that keeps compiled programs, local or on a bucket, so that a restart compiles nothing; '' = none.",
+    )
+    flags.adopt_module_key_flags(cli)
 
 
 def main(argv: list[str]) -> None:
     """Trains, and prints the result as one line of JSON."""
     del argv
+    values = flags.FLAGS
     import jax  # after the flags have been checked: it takes seconds
 
     from ieg_jax import distributed, observability, train
 
-    observability.enable_compilation_cache(_COMPILATION_CACHE.value)
-    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    observability.enable_compilation_cache(values.compilation_cache)
+    distributed.initialize(values.coordinator, values.num_processes, values.process_id)
     try:
-        result = train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+        result = train.train_and_evaluate(values.config, values.workdir)
     except train.Interrupted as interrupted:
         sys.exit(f"{interrupted}; the same command goes on from there")
     except Exception as error:
@@ -51,4 +55,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main, interrupted="the same command goes on from there")

@@ -25,19 +25,6 @@ from ieg_jax import cli
 from ieg_jax.errors import UserError, check_choice
 from ieg_jax.hardware import GIB, Chip
 
-_CONFIG = cli.define_config_flag()
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "The slice: v5e:4x4, v4:2x2x4, v5p:2x2x4, v6e:2x2, ...", required=True
-)
-_SWEEP = flags.DEFINE_list(
-    "sweep",
-    [],
-    "Compile variants too, any of: batch (half and double the size, as long as it fits), remat (off and on), "
-    "batch_groups (1 and the number of chips).",
-)
-_OUT = flags.DEFINE_string("out", "", "A file for everything as JSON; an older one is replaced.")
-flags.adopt_module_key_flags(cli)
-
 SWEEPS = ("batch", "remat", "batch_groups")
 SANE = 0.3  # XLA's own estimate of the time is shown from this share of the bound up; below it is wrong
 
@@ -287,17 +274,32 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def define_flags() -> None:
+    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    cli.define_config_flag()
+    flags.DEFINE_string("topology", None, "The slice: v5e:4x4, v4:2x2x4, v5p:2x2x4, v6e:2x2, ...", required=True)
+    flags.DEFINE_list(
+        "sweep",
+        [],
+        "Compile variants too, any of: batch (half and double the size, as long as it fits), remat (off and on), "
+        "batch_groups (1 and the number of chips).",
+    )
+    flags.DEFINE_string("out", "", "A file for everything as JSON; an older one is replaced.")
+    flags.adopt_module_key_flags(cli)
+
+
 def main(argv: list[str]) -> None:
     """Compiles, prints and writes the report."""
     del argv
-    for name in _SWEEP.value:
+    values = flags.FLAGS
+    for name in values.sweep:
         check_choice("--sweep", name, SWEEPS)
     prepare_environment()
     from ieg_jax import aot  # after the environment: it imports jax
 
     # Tables in a file are not to be squeezed into the 80 columns that are assumed there.
-    console, config = Console(width=None if sys.stdout.isatty() else 120), _CONFIG.value
-    slice_ = aot.open_slice(_TOPOLOGY.value)
+    console, config = Console(width=None if sys.stdout.isatty() else 120), values.config
+    slice_ = aot.open_slice(values.topology)
     rows: list[dict[str, Any]] = []
 
     def compile_row(config: ConfigDict) -> dict[str, Any]:
@@ -313,16 +315,16 @@ def main(argv: list[str]) -> None:
         return rows[-1]
 
     first = compile_row(config)
-    if "batch" in _SWEEP.value:
+    if "batch" in values.sweep:
         _sweep_batch(config, first, compile_row, rows)
-    for variant in variants(config, first["num_chips"], _SWEEP.value):
+    for variant in variants(config, first["num_chips"], values.sweep):
         compile_row(variant)
     same = _same_but_batch(rows, first)
     largest = _largest(same)
     print_report(console, first, slice_, largest, len(same))
     if len(rows) > 1:
         console.print(sweep_table(rows))
-    if _OUT.value:
+    if values.out:
         report = {
             "config": config.to_dict(),
             "topology": slice_.name,
@@ -331,11 +333,11 @@ def main(argv: list[str]) -> None:
             "largest_batch_estimate": largest,
             "steps": rows,
         }
-        path = pathlib.Path(_OUT.value).expanduser()
+        path = pathlib.Path(values.out).expanduser()
         try:
             path.write_text(json.dumps(report, indent=1, default=str))
         except OSError as error:
-            raise UserError(f"--out={_OUT.value}: cannot be written ({error})") from None
+            raise UserError(f"--out={values.out}: cannot be written ({error})") from None
 
 
 def _sweep_batch(config: ConfigDict, first: Mapping[str, Any], compile_row, rows: list[dict[str, Any]]) -> None:
@@ -459,4 +461,5 @@ def _largest_array(arrays: list[str]) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -32,21 +32,29 @@ RUNS = {
 COLORS = {"supervised": "tab:gray", "trusted_only": "tab:orange", "l2r": "tab:blue", "ieg": "tab:green"}
 
 
+def define_flags() -> None:
+    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    flags.DEFINE_string("workdir", "runs/quickstart", "Folder for the runs, the table and the picture.")
+    flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas: of noise, trusted set and training.")
+    flags.DEFINE_string("config_file", "configs/quickstart.py", "The configuration that is run.")
+
+
 def main(argv: list[str]) -> None:
     """Runs everything and shows it."""
     del argv
+    values = flags.FLAGS
     from ieg_jax import train
 
     try:
-        seeds = [int(seed) for seed in _SEEDS.value]
+        seeds = [int(seed) for seed in values.seeds]
     except ValueError:
-        raise UserError(f"--seeds: got {_SEEDS.value}, expected whole numbers separated by commas") from None
-    folder = pathlib.Path(_WORKDIR.value)
+        raise UserError(f"--seeds: got {values.seeds}, expected whole numbers separated by commas") from None
+    folder = pathlib.Path(values.workdir)
     results = {name: [] for name in RUNS}
     try:
         for seed in seeds:
             for name, (arguments, _) in RUNS.items():
-                config = cli.load_config(f"{_CONFIG_FILE.value}:{arguments},seed={seed}")
+                config = cli.load_config(f"{values.config_file}:{arguments},seed={seed}")
                 results[name].append(train.train_and_evaluate(config, str(folder / f"{name}-{seed}")))
     except train.Interrupted as interrupted:
         sys.exit(f"{interrupted}; the same command goes on from there")
@@ -134,7 +142,5 @@ def draw_picture(folder: pathlib.Path, seed: int, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for the runs, the table and the picture.")
-    _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas: of noise, trusted set and training.")
-    _CONFIG_FILE = flags.DEFINE_string("config_file", "configs/quickstart.py", "The configuration that is run.")
+    define_flags()
     cli.run(main)

@@ -32,24 +32,7 @@ from ieg_jax import cells, cli, experiments
 from ieg_jax.errors import UserError, check_choice
 from ieg_jax.experiments import Experiment, Row, Table
 
-_SEEDS = flags.DEFINE_integer("seeds", 3, "How many seeds: 0, 1, ...", lower_bound=1)
-_SCALE = flags.DEFINE_enum(
-    "scale", "full", ["full", "tiny"], "tiny: small networks, few steps, to see that all is in place; never kept."
-)
-_JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time; the processors are divided among them.", lower_bound=1)
-_DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print the commands that would be run, and run nothing.")
-_SET = flags.DEFINE_multi_string("set", [], "key=value for every run, such as data.dir=/data/cifar; repeatable.")
-_FOREIGN = flags.DEFINE_multi_string(
-    "foreign", [], "name:folder, where a source of foreign images of open-set noise is; repeatable."
-)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "Parent of the work folders; local or on a bucket.")
-_RESULTS = flags.DEFINE_string("results", "results", 'Where finished runs are kept as JSON files; "" = nowhere.')
-_FORMAT = flags.DEFINE_enum("format", "text", ["text", "markdown", "csv", "latex"], "Of the table.")
-_WIDE = flags.DEFINE_bool("wide", False, "Of the table: one line per method, one column per noise.")
-_OUT = flags.DEFINE_string("out", "figures", "Folder for the figures.")
-_CHIP = flags.DEFINE_string("chip", "", "Of the list: estimate the time on this chip: v5e, A100, H100, ...")
-_CHIPS = flags.DEFINE_integer("chips", 1, "Of the list: how many of them.", lower_bound=1)
-
+FLAGS = flags.FLAGS
 INTERRUPTED = "each run saved its state; the same command goes on from there"
 COMMANDS = ("list", "run", "table", "figure")
 # What --scale=tiny sets. Networks of a depth and a width that can be chosen become small.
@@ -69,12 +52,33 @@ TINY = {
 }
 
 
+def define_flags() -> None:
+    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    flags.DEFINE_integer("seeds", 3, "How many seeds: 0, 1, ...", lower_bound=1)
+    flags.DEFINE_enum(
+        "scale", "full", ["full", "tiny"], "tiny: small networks, few steps, to see that all is in place; never kept."
+    )
+    flags.DEFINE_integer("jobs", 1, "Runs at a time; the processors are divided among them.", lower_bound=1)
+    flags.DEFINE_bool("dry-run", False, "Print the commands that would be run, and run nothing.")
+    flags.DEFINE_multi_string("set", [], "key=value for every run, such as data.dir=/data/cifar; repeatable.")
+    flags.DEFINE_multi_string(
+        "foreign", [], "name:folder, where a source of foreign images of open-set noise is; repeatable."
+    )
+    flags.DEFINE_string("workdir", "runs/reproduce", "Parent of the work folders; local or on a bucket.")
+    flags.DEFINE_string("results", "results", 'Where finished runs are kept as JSON files; "" = nowhere.')
+    flags.DEFINE_enum("format", "text", ["text", "markdown", "csv", "latex"], "Of the table.")
+    flags.DEFINE_bool("wide", False, "Of the table: one line per method, one column per noise.")
+    flags.DEFINE_string("out", "figures", "Folder for the figures.")
+    flags.DEFINE_string("chip", "", "Of the list: estimate the time on this chip: v5e, A100, H100, ...")
+    flags.DEFINE_integer("chips", 1, "Of the list: how many of them.", lower_bound=1)
+
+
 def main(argv: list[str]) -> None:
     """Does what the first argument says, for the table that the second names."""
     command, target = (*argv[1:], "", "")[:2]
     check_choice("the first argument", command, COMMANDS)
-    store = cells.Store(epath.Path(_WORKDIR.value), epath.Path(_RESULTS.value) if _RESULTS.value else None)
-    if _SCALE.value == "tiny":
+    store = cells.Store(epath.Path(FLAGS.workdir), epath.Path(FLAGS.results) if FLAGS.results else None)
+    if FLAGS.scale == "tiny":
         store = cells.Store(store.workdir / "tiny", None)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if command == "list":
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> None:
     else:
         from ieg_jax import figures
 
-        for path in figures.draw(target, store, _SEEDS.value, epath.Path(_OUT.value)):
+        for path in figures.draw(target, store, FLAGS.seeds, epath.Path(FLAGS.out)):
             console.print(path)
 
 
@@ -101,12 +105,12 @@ def scaled(experiment: Experiment) -> Experiment:
     """
     keys = dict(experiment.keys)
     if "noise.open_set" in keys:
-        places = {place.partition(":")[0]: place for place in _FOREIGN.value}
+        places = {place.partition(":")[0]: place for place in FLAGS.foreign}
         keys["noise.open_set"] = ",".join(places.get(name, name) for name in keys["noise.open_set"].split(","))
-    if _SCALE.value == "tiny":
+    if FLAGS.scale == "tiny":
         keys |= TINY | ({"model.depth": 10} if "model=wrn" in experiment.config else {})
     known = None
-    for pair in _SET.value:
+    for pair in FLAGS.set:
         key, separator, value = pair.partition("=")
         known = known or cells.flat(cells.load_config(experiment, 0).to_dict())
         if not separator or key not in known:
@@ -141,14 +145,14 @@ def run(wanted: dict[str, Experiment], store: cells.Store, console: Console) -> 
         way; at the end, where runs failed.
     """
     pending, finished = [], 0
-    for seed in range(_SEEDS.value):
+    for seed in range(FLAGS.seeds):
         for experiment in map(scaled, wanted.values()):
             if store.find(experiment, seed) is None:
                 pending.append((experiment, seed))
             else:
                 finished += 1
     console.print(f"{finished + len(pending)} runs, {finished} finished already, {len(pending)} to do")
-    if _DRY_RUN.value:
+    if FLAGS["dry-run"].value:
         for experiment, seed in pending:
             line = shlex.join(command_line(experiment, seed, store.work_folder(experiment, seed)))
             console.print(line, soft_wrap=True, highlight=False)
@@ -156,7 +160,7 @@ def run(wanted: dict[str, Experiment], store: cells.Store, console: Console) -> 
     # As Ctrl-C: a signal to this process alone would leave the runs behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"stopped; {INTERRUPTED}"))
     failed = set()
-    jobs = _Jobs(min(_JOBS.value, max(1, len(pending))))
+    jobs = _Jobs(min(FLAGS.jobs, max(1, len(pending))))
     with concurrent.futures.ThreadPoolExecutor(jobs.count) as pool:
         futures = {pool.submit(jobs.run, command_line(e, s, store.work_folder(e, s))): (e, s) for e, s in pending}
         try:
@@ -227,10 +231,10 @@ def show_list(tables: Iterable[Table], store: cells.Store, console: Console) -> 
     from ieg_jax import hardware, work  # imports jax
 
     chip = None
-    if _CHIP.value:
+    if FLAGS.chip:
         known = {chip.name: chip for chip in (*hardware.TPUS.values(), *hardware.GPUS.values())}
-        check_choice("--chip", _CHIP.value, known)
-        chip = known[_CHIP.value]
+        check_choice("--chip", FLAGS.chip, known)
+        chip = known[FLAGS.chip]
     for table in tables:
         console.print(f"\n{table.name}: {table.title}", style="bold", highlight=False)
         for row in table.rows:
@@ -240,8 +244,8 @@ def show_list(tables: Iterable[Table], store: cells.Store, console: Console) -> 
                 continue
             experiment = scaled(row.experiment)
             flops = work.training_flops(cells.load_config(experiment, 0))
-            hours = f"{flops / (chip.peak_flops * work.UTILIZATION * _CHIPS.value) / 3600:.1f} h" if chip else ""
-            states = [store.state(experiment, seed) for seed in range(_SEEDS.value)]
+            hours = f"{flops / (chip.peak_flops * work.UTILIZATION * FLAGS.chips) / 3600:.1f} h" if chip else ""
+            states = [store.state(experiment, seed) for seed in range(FLAGS.seeds)]
             parts = [experiment.name, f"{flops:.1e} FLOPs", hours, paper, _progress(states)]
             console.print(f"- {' · '.join(filter(None, parts))}", highlight=False, markup=False, soft_wrap=True)
             command = shlex.join(command_line(experiment, 0, store.work_folder(experiment, 0)))
@@ -249,7 +253,7 @@ def show_list(tables: Iterable[Table], store: cells.Store, console: Console) -> 
             console.print(" ".join(["   ", command, *missing]), highlight=False, markup=False, soft_wrap=True)
     if chip:
         console.print(
-            f"hours: of one seed on {_CHIPS.value} {chip.name} at {work.UTILIZATION:.0%} of the peak; an estimate, "
+            f"hours: of one seed on {FLAGS.chips} {chip.name} at {work.UTILIZATION:.0%} of the peak; an estimate, "
             f"python -m ieg_jax.plan compiles the step"
         )
 
@@ -260,13 +264,13 @@ def show_list(tables: Iterable[Table], store: cells.Store, console: Console) -> 
 def show_table(table: Table, store: cells.Store, console: Console) -> None:
     """Prints the table in the format that --format says."""
     gathered = {
-        name: [cell for seed in range(_SEEDS.value) if (cell := store.find(scaled(experiment), seed)) is not None]
+        name: [cell for seed in range(FLAGS.seeds) if (cell := store.find(scaled(experiment), seed)) is not None]
         for name, experiment in table.experiments.items()
     }
-    lines = wide(table, gathered, _SEEDS.value) if _WIDE.value else long(table, gathered)
+    lines = wide(table, gathered, FLAGS.seeds) if FLAGS.wide else long(table, gathered)
     text = {"markdown": markdown, "csv": as_csv, "latex": latex}
-    if _FORMAT.value in text:
-        print(text[_FORMAT.value](lines), end="")
+    if FLAGS.format in text:
+        print(text[FLAGS.format](lines), end="")
         return
     shown = RichTable(title=f"{table.name}: {table.title}", caption=_caption(gathered), title_justify="left")
     for heading in lines[0]:
@@ -408,4 +412,5 @@ def _caption(gathered: dict[str, list[dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main, interrupted=INTERRUPTED, positional=2)

@@ -1,8 +1,12 @@
+import importlib
+import pkgutil
 import subprocess
 import sys
 
 import pytest
+from absl import flags
 
+import ieg_jax
 from ieg_jax import cli
 from ieg_jax.errors import UserError
 
@@ -35,6 +39,16 @@ def test_load_config_passes_the_arguments():
 def test_help_is_no_failure(flag):
     done = subprocess.run([sys.executable, "-m", "ieg_jax.main", flag], capture_output=True, text=True)
     assert done.returncode == 0 and "--config" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_commands_can_be_imported_together():
+    """A command defines its flags when it is run: several have flags of the same names."""
+    modules = [module.name for module in pkgutil.walk_packages(ieg_jax.__path__, "ieg_jax.")]
+    assert "ieg_jax.plan" in modules and "ieg_jax.data.doctor" in modules
+    for module in modules:
+        importlib.import_module(module)
+    ours = [name for name in flags.FLAGS if flags.FLAGS.find_module_defining_flag(name, "").startswith("ieg_jax")]
+    assert ours == []
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

@@ -347,9 +347,10 @@ def report(tmp_path_factory):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        flags = {"_CONFIG": config, "_TOPOLOGY": "cpu:8", "_SWEEP": ["batch_groups"], "_OUT": str(folder / "plan.json")}
-        for name, value in flags.items():
-            patch.setattr(plan, name, types.SimpleNamespace(value=value))
+        values = types.SimpleNamespace(
+            config=config, topology="cpu:8", sweep=["batch_groups"], out=str(folder / "plan.json")
+        )
+        patch.setattr(plan, "flags", types.SimpleNamespace(FLAGS=values))
         patch.setattr(plan, "prepare_environment", lambda: None)
         patch.setattr(aot, "open_slice", lambda topology: aot.Slice("cpu:8", TPUS["v5e"], jax.devices()))
         plan.main([])
