@@ -73,6 +73,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     trusted.per_class = 10  # images per class (source=train, or a separate set that is a pool to choose from)
     trusted.fraction = 0.0  # above 0: this share of each class instead of per_class, at least 1 of each
     trusted.ids = ""  # file that lists them instead: trusted.json of a run, or one id or image path per line
+    # Keep this share of each class of them, rounded down, out of training: they measure accuracy where there is no test
+    # set, and ieg_jax.audit calibrates itself on them. In [0, 1).
+    trusted.holdout = 0.0
     trusted.seed = 0
     trusted.batch_size = 0  # trusted images per step, each augmented afresh; 0 = batch_size
     trusted.shuffle = False  # True: a new order inside each class at each pass; False: always the same

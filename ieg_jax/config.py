@@ -139,6 +139,7 @@ def validate(config: ConfigDict) -> None:
         "seed": (lambda v: v >= 0, "at least 0"),
         "trusted.seed": (lambda v: v >= 0, "at least 0"),
         "trusted.per_class": (lambda v: v >= 1, "at least 1: every method is judged with a trusted set"),
+        "trusted.holdout": (lambda v: 0 <= v < 1, "in [0, 1)"),
         "trusted.batch_size": (lambda v: v >= 0, "0 (as batch_size) or a number of images"),
         "model.depth": (lambda v: v >= 1, "at least 1"),
         "model.width": (lambda v: v > 0, "above 0"),

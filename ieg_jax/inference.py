@@ -226,8 +226,16 @@ def predict(trained: Trained, split: Split) -> np.ndarray:
     return predictor(trained)(split)
 
 
-def predictor(trained: Trained) -> Callable[[Split], np.ndarray]:
-    """`predict` for one split after another: it is compiled once for all of them."""
+def predictor(trained: Trained) -> Callable[..., np.ndarray]:
+    """`predict` for one split after another: it is compiled once for all of them.
+
+    Args:
+      trained: from `load`.
+
+    Returns:
+      (split, `view` = None) -> probabilities; with a number, of the augmented view of that number instead
+      (`pipeline.EvalBatches`).
+    """
     config = _for_these_devices(trained.config)
     layout = sharding.create(config)
     forward = jax.jit(
@@ -236,11 +244,11 @@ def predictor(trained: Trained) -> Callable[[Split], np.ndarray]:
         out_shardings=layout.replicated,
     )
 
-    def predict(split: Split) -> np.ndarray:
+    def predict(split: Split, view: int | None = None) -> np.ndarray:
         # Fetched batch by batch, so that no more images than those of one batch wait on the devices.
         parts = [
             np.asarray(forward(trained.params, trained.batch_stats, batch["image"]), np.float32)
-            for batch in pipeline.EvalBatches(config, split, layout.batch)
+            for batch in pipeline.EvalBatches(config, split, layout.batch, view)
         ]
         return np.concatenate(parts)[: len(split)]  # the padding is at the end
 

@@ -201,6 +201,51 @@ def test_validation_comes_out_of_the_training_set(config):
         pipeline.load(config)
 
 
+def test_trusted_images_that_are_held_out(config, tmp_path):
+    def load(data=None, **keys):
+        part = config.copy_and_resolve_references()
+        part.data.update(data or {})
+        part.trusted.update(keys)
+        return pipeline.load(part)
+
+    whole, data = load(per_class=5), load(per_class=5, holdout=0.4)
+    assert data.evaluation_name == "test" and whole.held_out is None
+    np.testing.assert_array_equal(np.bincount(data.trusted.labels), [3] * 10)
+    np.testing.assert_array_equal(np.bincount(data.held_out.labels), [2] * 10)
+    assert data.trusted.labels[:10].tolist() == data.held_out.labels[:10].tolist() == list(range(10)), "interleaved"
+    ids = [set(split.ids.tolist()) for split in (data.trusted, data.held_out)]
+    assert not ids[0] & ids[1] and ids[0] | ids[1] == set(whole.trusted.ids.tolist())
+    np.testing.assert_array_equal(data.train.ids, whole.train.ids)
+    assert data.trusted_report == whole.trusted_report | {"held_out_ids": data.held_out.ids.tolist()}
+    assert data.fingerprint().keys() == {"train", "trusted", "held_out", "test"}
+    assert load(per_class=5, holdout=0.1).held_out is None, "rounded down"
+
+    images = np.zeros((8, 4, 4, 1), np.uint8)
+    np.savez(tmp_path / "own.npz", images=images, labels=np.arange(8) % 2, clean_labels=np.arange(8) % 2)
+    without_test = {"name": "arrays", "train": str(tmp_path / "own.npz")}
+    data = load(without_test, per_class=2, holdout=0.5)
+    assert (data.evaluation_name, data.evaluation) == ("held_out", data.held_out)
+    assert len(data.evaluation) == 2 and len(data.trusted) == 2
+
+
+def test_views_of_an_example_do_not_depend_on_where_it_stands(config):
+    config = config.copy_and_resolve_references()
+    config.augment.standard, config.augment.strong, config.eval_batch_size = "crop(pad=2)", "intensity(0.5)", 8
+    split = pipeline.load(config).train.take(np.arange(24))
+
+    def images(split, view):
+        return np.concatenate([batch["image"] for batch in pipeline.EvalBatches(config, split, SHARDING, view)])
+
+    plain, first, second = (images(split, view) for view in (None, 0, 1))
+    assert np.abs(first - second).max(axis=(1, 2, 3)).min() > 0.01 < np.abs(first - plain).max(axis=(1, 2, 3)).min()
+    rows = np.array([20, 3, 11, 4, 9, 16, 2, 0])
+    np.testing.assert_array_equal(images(split.take(rows), 1), second[rows])
+    config.augment.views_of = "original"
+    unmoved = images(split, 1)  # no crop any more: what was equally dark is so still
+    assert np.abs(unmoved - second).max() > 0.01
+    assert all(np.ptp(now[before == -1]) == 0 for now, before in zip(unmoved, plain, strict=True))
+
+
 def test_training_on_a_part(config):
     def load(**keys):
         part = config.copy_and_resolve_references()

@@ -57,7 +57,12 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
         data = pipeline.load(config)
     except image_files.ListError as error:
         raise UserError(f"{error}{_unreadable_besides(error.paths)}") from None
-    splits = {"train": data.train, "trusted": data.trusted, data.evaluation_name: data.evaluation}
+    splits = {
+        "train": data.train,
+        "trusted": data.trusted,
+        "held_out": data.held_out,
+        data.evaluation_name: data.evaluation,
+    }
     splits = {name: split for name, split in splits.items() if split is not None}
 
     problems = []

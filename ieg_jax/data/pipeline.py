@@ -25,7 +25,7 @@ from ieg_jax.errors import UserError
 tf.config.set_visible_devices([], "GPU")  # the accelerators are jax's
 
 # What each random stream of the run's seed is for.
-_ORDER, _TRAIN_IMAGE, _PROBE_IMAGE, _PROBE_ORDER = range(4)
+_ORDER, _TRAIN_IMAGE, _PROBE_IMAGE, _PROBE_ORDER, _VIEW = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,10 @@ class Data:
 
     Attributes:
       train: the noisy training set, without trusted and validation examples.
-      trusted: the trusted set, interleaved by class.
-      evaluation: what accuracy is measured on; None where the data have no test set.
-      evaluation_name: `test` or `validation`.
+      trusted: the trusted set, interleaved by class, without its part that is held out.
+      held_out: that part (`trusted.holdout`), or None.
+      evaluation: what accuracy is measured on; None where the data have no test set and no trusted image is held out.
+      evaluation_name: `test`, `validation` or `held_out`.
       name, num_classes, class_names: of the data set.
       noise_report, trusted_report: contents of noise.json and trusted.json.
       noisy_labels: `[N]` labels of the whole training set after noise, trusted and validation examples included, in
@@ -46,6 +47,7 @@ class Data:
 
     train: Split
     trusted: Split
+    held_out: Split | None
     evaluation: Split | None
     evaluation_name: str
     name: str
@@ -58,7 +60,12 @@ class Data:
 
     def fingerprint(self) -> dict[str, str]:
         """A hash of each split: ids, names, labels and the images in memory. By it a resumed run knows its data."""
-        splits = {"train": self.train, "trusted": self.trusted, self.evaluation_name: self.evaluation}
+        splits = {
+            "train": self.train,
+            "trusted": self.trusted,
+            "held_out": self.held_out,
+            self.evaluation_name: self.evaluation,
+        }
         return {name: _hash(split) for name, split in splits.items() if split is not None}
 
 
@@ -82,7 +89,9 @@ def load(config: ConfigDict) -> Data:
     if source.trusted_is_pool and config.trusted.source == "separate":
         trusted, bad = sources.open_images(trusted, config.data)
         left_out |= bad
-    evaluation, evaluation_name = source.test, "test"
+    whole_trusted = trusted
+    trusted, held_out = probe.hold_out(trusted, config.trusted)
+    evaluation, evaluation_name = (source.test, "test") if source.test is not None else (held_out, "held_out")
     if config.data.validation_size:
         train, evaluation = _hold_out(train, config.data.validation_size)
         evaluation_name = "validation"
@@ -92,13 +101,14 @@ def load(config: ConfigDict) -> Data:
     return Data(
         train=train,
         trusted=trusted,
+        held_out=held_out,
         evaluation=evaluation,
         evaluation_name=evaluation_name,
         name=source.name,
         num_classes=source.num_classes,
         class_names=source.class_names or tuple(map(str, range(source.num_classes))),
         noise_report=corruption.report(train, config.noise, source.num_classes),
-        trusted_report=probe.report(trusted, config.trusted, len(source.train) - num_left),
+        trusted_report=probe.report(whole_trusted, config.trusted, len(source.train) - num_left, held_out),
         noisy_labels=source.train.labels[np.argsort(source.train.ids)],
         left_out=left_out,
     )
@@ -219,6 +229,9 @@ def train_batches(
         yield to_global(batch, sharding)
 
 
+VIEW_OF = {"standard": ("standard", "strong"), "original": ("strong",)}  # augment.views_of -> what makes a strong view
+
+
 class EvalBatches:
     """Each example of a split once, the last batch padded and masked; to be iterated as often as one likes.
 
@@ -226,25 +239,35 @@ class EvalBatches:
     float32, 1 for real examples; n = `eval_batch_size`, over all devices.
     """
 
-    def __init__(self, config: ConfigDict, split: Split, sharding: jax.sharding.Sharding):
+    def __init__(self, config: ConfigDict, split: Split, sharding: jax.sharding.Sharding, view: int | None = None):
         """Builds the tf.data pipeline.
 
         Args:
           config: the configuration.
           split: the examples.
           sharding: of the leading dimension.
+          view: in place of `augment.evaluation`: a strong view as in training (`augment.views_of`), a function of the
+            run's seed, this number and the example's id.
         """
-        reader, policy = _Reader(split), augment.parse_policy(config.augment.evaluation, "augment.evaluation")
+        reader = _Reader(split)
+        names = ("evaluation",) if view is None else VIEW_OF[config.augment.views_of]
+        policies = [augment.parse_policy(config.augment[name], f"augment.{name}") for name in names]
 
         def example(position):
             row = tf.minimum(position, reader.size - 1)
-            image = policy(reader.image(row), tf.constant([0, 0], tf.int64))
+            labels = reader.labels(row)
+            seed = tf.constant([0, 0], tf.int64)
+            if view is not None:
+                seed = _fold(_seed(config.seed, _VIEW, tf.cast(labels["id"], tf.int64)), view)
+            image = reader.image(row)
+            for number, policy in enumerate(policies):
+                image = policy(image, _fold(seed, number))
             mask = tf.cast(position < reader.size, tf.float32)
-            return {"image": image, "label": reader.labels(row)["label"], "mask": mask}
+            return {"image": image, "label": labels["label"], "mask": mask}
 
         num_batches = -(-len(split) // config.eval_batch_size)
         batches = _batched(example, config.eval_batch_size, 0, num_batches)
-        _check_shape(batches, "augment.evaluation")
+        _check_shape(batches, f"augment.{names[0]}")
         self._batches, self._sharding = batches.prefetch(2), sharding
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ieg_jax.data.images import FileImages, check
-from ieg_jax.data.selection import TRUSTED, uniforms
+from ieg_jax.data.selection import HOLDOUT, TRUSTED, uniforms
 from ieg_jax.data.splits import NO_CLASS, Source, Split
 from ieg_jax.errors import UserError
 
@@ -96,6 +96,28 @@ def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
     return source.train.take(np.flatnonzero(~same)), probe.take(_interleave(probe.labels))
 
 
+def hold_out(probe: Split, trusted: ConfigDict) -> tuple[Split, Split | None]:
+    """Keeps a share of the trusted set, `holdout` of each class, rounded down, out of training.
+
+    Args:
+      probe: the trusted set, interleaved by class.
+      trusted: the group `trusted` of the configuration.
+
+    Returns:
+      What is trained with, and what is held out, both interleaved; None where no class has enough for one.
+    """
+    numbers = uniforms(trusted.seed, HOLDOUT, probe.ids)
+    held = np.zeros(len(probe), bool)
+    for label in np.unique(probe.labels):
+        rows = np.flatnonzero(probe.labels == label)
+        count = math.floor(trusted.holdout * len(rows) + 1e-9)  # 0.3 of 10 are 3, whatever a float makes of it
+        held[rows[np.argsort(numbers[rows], kind="stable")[:count]]] = True
+    if not held.any():
+        return probe, None
+    kept, out = probe.take(np.flatnonzero(~held)), probe.take(np.flatnonzero(held))
+    return kept.take(_interleave(kept.labels)), out.take(_interleave(out.labels))
+
+
 def validate(trusted: ConfigDict) -> None:
     """Checks what can be judged without the data.
 
@@ -142,7 +164,7 @@ def read_ids(path: epath.PathLike) -> Listing:
     return listing
 
 
-def report(probe: Split, trusted: ConfigDict, num_removed: int = 0) -> dict:
+def report(probe: Split, trusted: ConfigDict, num_removed: int = 0, held_out: Split | None = None) -> dict:
     """What the trusted set is, for trusted.json, which `trusted.ids` takes.
 
     Args:
@@ -150,6 +172,7 @@ def report(probe: Split, trusted: ConfigDict, num_removed: int = 0) -> dict:
       trusted: the group `trusted` of the configuration.
       num_removed: training examples that were taken out because they are trusted; of a separate set those that have
         the name of a trusted one.
+      held_out: the part of it that is not trained with, see `hold_out`.
     """
     return {
         "source": trusted.source,
@@ -159,6 +182,7 @@ def report(probe: Split, trusted: ConfigDict, num_removed: int = 0) -> dict:
         "ids": probe.ids.tolist(),
         "labels": probe.labels.tolist(),
         "names": probe.names.tolist(),
+        "held_out_ids": [] if held_out is None else held_out.ids.tolist(),
     }
 
 
