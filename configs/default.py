@@ -55,6 +55,10 @@ def get_config(arguments: str = "") -> ConfigDict:
     data.validation_size = 0
     # Train on this many of the noisy examples that are left, drawn at random, always the same ones. 0 = on all.
     data.train_size = 0
+    # Train without this part, 0 to data.folds - 1, of the noisy examples, which are divided at random into data.folds
+    # parts, always the same: for predictions of examples that a network has not seen. folds 0 = train on all.
+    data.folds = 0
+    data.fold = 0
 
     config.noise = noise = ConfigDict()
     # none | uniform | symmetric_flip | asymmetric | asymmetric_contiguous | transition_matrix |

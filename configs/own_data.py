@@ -6,10 +6,11 @@
 data.train and data.trusted (and data.test, to have the accuracy measured) are lists, .csv or .parquet, with the columns
 path and label; with the argument source=image_folder data.train has a folder for each class, and with
 source=huggingface data.dir is what save_to_disk wrote. Size of the images, network and length of the training follow
-from the data (-1 in the keys; config.json has what they became). Further arguments: size (pixels of the network's
-input, to which images are decoded once into memory; -1 = from the data, 0 = as they come), augment (photos; grey: no
-change of colours; symbols: neither mirrored nor turned), method, seed (of everything) and reference. Accuracy depends
-on the data.
+from the data (-1 in the keys; config.json has what they became). Two checked images in ten of each class are held out
+(trusted.holdout): they measure the accuracy where there is no data.test, and calibrate ieg_jax.audit. Further
+arguments: size (pixels of the network's input, to which images are decoded once into memory; -1 = from the data, 0 = as
+they come), augment (photos; grey: no change of colours; symbols: neither mirrored nor turned), method, seed (of
+everything) and reference. Accuracy depends on the data.
 """
 
 from ml_collections import ConfigDict
@@ -17,12 +18,6 @@ from ml_collections import ConfigDict
 from configs import default
 from ieg_jax import config as config_lib
 from ieg_jax.errors import check_choice
-
-AUGMENT = {  # argument augment -> augment.standard, augment.strong
-    "photos": ("crop(pad=4)|flip", "randaugment(2,5)|cutout(0.4)"),
-    "grey": ("crop(pad=4)|flip", "affine(rotate=15,shear=0.1,zoom=0.1,translate=0.1)|intensity(0.2)|cutout(0.4)"),
-    "symbols": ("crop(pad=2)", "affine(shear=0.1,zoom=0.1,translate=0.1)|intensity(0.2)|cutout(0.3)"),
-}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -36,15 +31,15 @@ def get_config(arguments: str = "") -> ConfigDict:
         seed=0,
         reference="default",
     )
-    check_choice("config argument augment", args.augment, AUGMENT)
+    check_choice("config argument augment", args.augment, config_lib.AUGMENT_PRESETS)
     config = default.get_config(f"reference={args.reference}")
     config.seed = config.trusted.seed = args.seed
     config.method.name = args.method
     config.data.name = args.source
     config.data.image_size = args.size
-    config.trusted.source = "separate"
+    config.trusted.source, config.trusted.holdout = "separate", 0.2
     config.model.depth, config.model.width = config_lib.AUTO, float(config_lib.AUTO)
     config.num_train_epochs = config.eval_every_epochs = config.checkpoint_every_epochs = float(config_lib.AUTO)
     config.schedule.name = "cosine"  # which ends at the last step, however many there are
-    config.augment.standard, config.augment.strong = AUGMENT[args.augment]
+    config.augment.standard, config.augment.strong = config_lib.AUGMENT_PRESETS[args.augment]
     return config

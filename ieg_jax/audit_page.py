@@ -145,7 +145,7 @@ def content(page: Page) -> dict[str, Any]:
     return {
         "title": page.title,
         "facts": list(page.facts.items()),
-        "names": _distinct(page.class_names),
+        "names": distinct(page.class_names),
         "ids": ids if exact else list(map(str, ids)),
         "paths": list(page.paths),
         "given": np.asarray(page.given).tolist(),
@@ -174,21 +174,21 @@ def class_table(page: Page) -> list[list[float]]:
     """What is known of each class.
 
     Returns:
-      `[K]` lists: examples that were given it; of these estimated wrong, Σ (1 − right); examples that it is suggested
-      for; the class most often suggested for those given it where that is another one (-1 = there are none; the lower
-      of two as frequent), and for how many.
+      `[K]` lists: examples that were given it; of these estimated wrong, Σ (1 − right); examples that are of it, Σ
+      right of these and Σ (1 − right) of those of other classes that it is suggested for; the class most suggested for
+      those given it, by Σ (1 − right) (-1 = there is none; the lower of two as frequent), and that sum.
     """
     given, suggested = np.asarray(page.given), np.asarray(page.suggested)
     classes = len(page.class_names)
-    examples, believed = np.bincount(given, minlength=classes), np.bincount(suggested, minlength=classes)
-    wrong = np.bincount(given, 1 - np.asarray(page.right, np.float64), minlength=classes)
+    right = np.asarray(page.right, np.float64)
+    examples, wrong = np.bincount(given, minlength=classes), np.bincount(given, 1 - right, minlength=classes)
     other = given != suggested
-    pairs, counts = np.unique(np.stack([given[other], suggested[other]], 1), axis=0, return_counts=True)
-    instead, frequency = np.full(classes, -1), np.zeros(classes, int)
-    for (label, suggestion), number in zip(pairs, counts, strict=True):
-        if number > frequency[label]:
-            instead[label], frequency[label] = suggestion, number
-    columns = (examples, wrong.round(4), believed, instead, frequency)
+    moved = np.zeros((classes, classes))
+    np.add.at(moved, (given[other], suggested[other]), 1 - right[other])
+    believed = np.bincount(given, right, minlength=classes) + moved.sum(0)
+    frequency = moved.max(1)
+    instead = np.where(frequency > 0, moved.argmax(1), -1)
+    columns = (examples, wrong.round(4), believed.round(4), instead, frequency.round(4))
     return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
@@ -223,7 +223,7 @@ def _units(values: np.ndarray, largest: float = np.inf) -> list:
     return np.rint(rounded).astype(np.int64).tolist()
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct(names: Sequence[str]) -> list[str]:
     """The names, those that stand for several classes with the number of each, as `ieg_jax.predict` writes them."""
     shown = [_UNSAFE.sub(lambda match: "\ufffd" if match[0] >= "\ud800" else match[0], name) for name in names]
     seen: dict[str, int] = {}

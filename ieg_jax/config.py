@@ -26,6 +26,13 @@ REFERENCE = {
 # Each is given as <name>_steps or <name>_epochs, exactly one of them.
 DURATIONS = ("num_train", "log_every", "eval_every", "checkpoint_every", "schedule.first_cycle")
 
+# Presets for one's own images -> augment.standard, augment.strong. Symbols must be neither mirrored nor turned.
+AUGMENT_PRESETS = {
+    "photos": ("crop(pad=4)|flip", "randaugment(2,5)|cutout(0.4)"),
+    "grey": ("crop(pad=4)|flip", "affine(rotate=15,shear=0.1,zoom=0.1,translate=0.1)|intensity(0.2)|cutout(0.4)"),
+    "symbols": ("crop(pad=2)", "affine(shear=0.1,zoom=0.1,translate=0.1)|intensity(0.2)|cutout(0.3)"),
+}
+
 # Keys that may be AUTO: what suits the data, which `pipeline.load` puts in their place (`pipeline.fit_to_data`).
 AUTO = -1
 AUTOMATIC = (
@@ -139,6 +146,8 @@ def validate(config: ConfigDict) -> None:
         "seed": (lambda v: v >= 0, "at least 0"),
         "trusted.seed": (lambda v: v >= 0, "at least 0"),
         "trusted.per_class": (lambda v: v >= 1, "at least 1: every method is judged with a trusted set"),
+        "data.folds": (lambda v: v == 0 or v >= 2, "0 or at least 2"),
+        "data.fold": (lambda v: 0 <= v < max(1, config.data.folds), "0 to data.folds - 1"),
         "trusted.holdout": (lambda v: 0 <= v < 1, "in [0, 1)"),
         "trusted.batch_size": (lambda v: v >= 0, "0 (as batch_size) or a number of images"),
         "model.depth": (lambda v: v >= 1, "at least 1"),

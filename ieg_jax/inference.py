@@ -23,13 +23,14 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from ieg_jax import checkpointing, models, sharding
+from ieg_jax import checkpointing, models, program, sharding
 from ieg_jax.data import pipeline
 from ieg_jax.data.splits import Split
 from ieg_jax.errors import UserError, first_line
 from ieg_jax.workdir import WorkFolder, provenance
 
 WEIGHTS, MODEL = "weights.npz", "model.json"  # of an exported folder
+NETWORK = "network.json"  # of a run whose network is not of the registry
 STABLEHLO, SIGNATURE = "model.stablehlo", "signature.json"  # of one with a function
 PLATFORMS = ("cpu", "tpu", "cuda")  # that one file runs on
 INPUTS = {"uint8": (0, 255), "float32": (0.0, 1.0)}  # dtypes of the images of a function: black, white
@@ -51,8 +52,8 @@ class Trained:
       num_classes: K.
       step: updates made so far.
       class_names: `[K]`, in the order of the classes; their numbers where the run did not write them down.
-      exported_image_shape: what `image_shape` was when the weights were exported; None for a run, and where it was not
-        known.
+      exported_image_shape: what `image_shape` was when the weights were exported, or of a run with a network of one's
+        own; None for another run, and where it was not known.
     """
 
     config: ConfigDict
@@ -65,16 +66,17 @@ class Trained:
     exported_image_shape: tuple[int, int, int] | None = None
 
 
-def load(workdir: epath.PathLike, step: int | str | None = None) -> Trained:
+def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Module | None = None) -> Trained:
     """Loads a checkpoint of a run, finished or interrupted, or what `export` wrote. Nothing is written.
 
     Args:
       workdir: the run's work folder, or a folder that was exported; local or on a bucket.
       step: which checkpoint of a run, perhaps as text; None = the newest that is not damaged, BEST = see `best_step`.
+      network: of a run that was trained with one of its own (`train.train_and_evaluate`), that one.
 
     Raises:
-      UserError: where there is no run, or none that has saved a checkpoint; and for a step of exported weights, which
-        have one only.
+      UserError: where there is no run, or none that has saved a checkpoint; for a step of exported weights, which
+        have one only; and for another network than the run's.
     """
     folder = epath.Path(workdir)
     if isinstance(step, str) and step != BEST:
@@ -94,15 +96,63 @@ def load(workdir: epath.PathLike, step: int | str | None = None) -> Trained:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json, expected the work folder of a run (--workdir of ieg_jax.main)")
     config = ConfigDict(json.loads((folder / "config.json").read_text()))
+    about = check_network(folder, network)
     if step == BEST:
         step = best_step(folder)
     layout = sharding.create(_for_these_devices(config))
     step, params, batch_stats = checkpointing.restore_weights(folder / "checkpoints", layout.replicated, step)
-    num_classes = params["head"]["bias"].size
     names = folder / "classes.json"
+    if network is not None:
+        class_names, shape = tuple(json.loads(names.read_text())), tuple(about["image_shape"])
+        network = program.adapt(network, len(class_names), getattr(network, "batch_groups", 1), shape)
+        _check_parameters(network, params, shape)
+        return Trained(config, network, params, batch_stats, len(class_names), step, class_names, shape)
+    num_classes = params["head"]["bias"].size
     class_names = json.loads(names.read_text()) if names.exists() else map(str, range(num_classes))
     network = models.create(config.model, num_classes)
     return Trained(config, network, params, batch_stats, num_classes, step, tuple(class_names))
+
+
+def class_name(network: nn.Module) -> str:
+    """What a network from outside of the registry is called in files."""
+    return type(network).__name__
+
+
+def check_network(folder: epath.Path, network: nn.Module | None) -> dict[str, Any] | None:
+    """What a work folder says of a network of one's own; None where its run has none, or has not begun.
+
+    Args:
+      folder: the work folder.
+      network: the one at hand, None = that of the configuration.
+
+    Raises:
+      UserError: where it is not of the same class.
+    """
+    if not (folder / "config.json").exists():
+        return None
+    file = folder / NETWORK
+    about = json.loads(file.read_text()) if file.exists() else None
+    wanted, got = about and about["class"], None if network is None else class_name(network)
+    if wanted != got:
+        raise UserError(
+            f"{folder} was trained with {f'the network {wanted}' if wanted else 'the network of its configuration'}, "
+            f"and here it is {got or 'that of the configuration'}; give network={f'{wanted}(...)' if wanted else None}"
+        )
+    return about
+
+
+def _check_parameters(network: nn.Module, params: Any, shape: tuple[int, int, int]) -> None:
+    images = jax.ShapeDtypeStruct((network.batch_groups, *shape), jnp.float32)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    made = flatten_dict(jax.eval_shape(functools.partial(network.init, train=True), rng, images)["params"], sep="/")
+    found = flatten_dict(params, sep="/")
+    for path in sorted(made.keys() | found.keys()):
+        sizes = [tree[path].shape if path in tree else "absent" for tree in (found, made)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"the network is not the one that was trained: {path} is {sizes[0]} in the checkpoint and {sizes[1]} "
+                f"in {class_name(network.module)}; give it the attributes that it had"
+            )
 
 
 def best_step(folder: epath.PathLike) -> int:
@@ -138,7 +188,7 @@ def image_shape(trained: Trained) -> tuple[int, int, int] | None:
     """
     if trained.exported_image_shape:
         return trained.exported_image_shape
-    config, channels = trained.config, _channels(trained.params)
+    config, channels = trained.config, _channels(trained)
     if config.data.name == "features":
         return (1, 1, channels)
     side = config.data.image_size or SIDES.get(config.data.name)
@@ -163,9 +213,12 @@ def _size_of_arrays(data: ConfigDict) -> tuple[int, int] | None:
         return None
 
 
-def _channels(params: Any) -> int:
+def _channels(trained: Trained) -> int:
     """C of the images that a network takes: its first kernel alone has 1 or 3 inputs, or is that of features."""
-    kernels = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items() if path.endswith("kernel")}
+    if trained.exported_image_shape:
+        return trained.exported_image_shape[2]
+    leaves = flatten_dict(trained.params, sep="/")
+    kernels = {path: leaf.shape for path, leaf in leaves.items() if path.endswith("kernel")}
     convolutions = [shape[2] for shape in kernels.values() if len(shape) == 4]
     return min(convolutions) if convolutions else kernels.get("dense0/kernel", kernels["head/kernel"])[0]
 
@@ -177,7 +230,15 @@ def export(trained: Trained, folder: epath.Path) -> None:
       trained: from `load`.
       folder: is made. It gets `weights.npz`, an array for each path such as `params/head/kernel`, which numpy reads
         without this package, and `model.json`: configuration, classes, step.
+
+    Raises:
+      UserError: for a network that is not of the registry, which the folder could not name.
     """
+    if isinstance(trained.network, program.OwnNetwork):
+        raise UserError(
+            f"the weights of {class_name(trained.network.module)}, which is no network of model.name, cannot be "
+            f"exported alone; keep the work folder, or export the function (export_stablehlo)"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     arrays = flatten_dict({"params": trained.params, "batch_stats": trained.batch_stats}, sep="/")
     content = io.BytesIO()
@@ -239,7 +300,7 @@ def predictor(trained: Trained) -> Callable[..., np.ndarray]:
     config = _for_these_devices(trained.config)
     layout = sharding.create(config)
     forward = jax.jit(
-        functools.partial(_probabilities, trained.network, _channels(trained.params)),
+        functools.partial(_probabilities, trained.network, _channels(trained)),
         in_shardings=(layout.replicated, layout.replicated, layout.batch),
         out_shardings=layout.replicated,
     )

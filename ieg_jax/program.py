@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ieg_jax import methods, metrics, models, optimizers, schedules, sharding, steps
+from ieg_jax.errors import UserError, first_line
 from ieg_jax.methods import base
 
 
@@ -54,8 +56,90 @@ class Program:
     empty_window: Callable[[], metrics.Window]
 
 
+class OwnNetwork(nn.Module):
+    """A network from outside of the registry, with the attributes that those of `models` have.
+
+    Its parameters keep the paths that they have in `module`.
+
+    Attributes:
+      module: called as `module(images, train=...)`: float32 `[n, H, W, C]` -> logits `[n, K]`.
+      batch_groups: 1, or what `module` says of itself.
+      param_dtype: of the losses.
+    """
+
+    module: nn.Module
+    batch_groups: int = 1
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        """Takes the place of `module` in the tree of parameters."""
+        nn.share_scope(self, self.module)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Images `[n, H, W, C]` -> logits `[n, K]`, float32 or better."""
+        logits = self.module(x, train=train)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def adapt(module: nn.Module, num_classes: int, batch_groups: int, image: tuple[int, int, int]) -> OwnNetwork:
+    """Any linen module as a network, after a look at what it makes of a batch; nothing is computed.
+
+    Args:
+      module: see `OwnNetwork`. Besides its parameters it may have moving averages in the collection `batch_stats`, and
+        nothing else that it remembers; and it must not draw random numbers after initialisation (dropout).
+      num_classes: K.
+      batch_groups: groups of the batch; above 1 the module must have an attribute `batch_groups` of this value, and
+        compute its statistics inside each group (`models.layers.BatchNorm`).
+      image: (H, W, C).
+
+    Raises:
+      UserError: where it is no such module.
+    """
+    if not isinstance(module, nn.Module):
+        raise UserError(f"network: got {module!r}, expected an instance of a flax.linen module, such as MyNetwork()")
+    own_groups = getattr(module, "batch_groups", 1)
+    if own_groups != batch_groups:
+        raise UserError(
+            f"batch_groups: {type(module).__name__} would see {batch_groups} groups of the batch, and its attribute "
+            f"batch_groups is {own_groups}; set both alike, or batch_groups=1 and microbatches=1"
+        )
+    network = OwnNetwork(module, batch_groups)
+    images = jax.ShapeDtypeStruct((2 * batch_groups, *image), jnp.float32)
+    try:
+        rng = jax.eval_shape(lambda: jax.random.key(0))
+        variables = jax.eval_shape(functools.partial(network.init, train=True), rng, images)
+        given = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
+        shapes = [
+            jax.eval_shape(functools.partial(network.apply, train=True, mutable=["batch_stats"]), given, images)[0],
+            jax.eval_shape(functools.partial(network.apply, train=False), given, images),
+        ]
+    except Exception as error:  # whatever someone's module raises
+        raise UserError(
+            f"network {type(module).__name__} cannot be applied to images {images.shape}: {first_line(error)}; "
+            f"expected __call__(x, train) without random numbers, parameters, and moving averages in batch_stats alone"
+        ) from error
+    others = sorted(variables.keys() - given.keys())
+    if others or not given["params"]:
+        raise UserError(
+            f"network {type(module).__name__} has the collections {', '.join(sorted(variables)) or '(none)'}, expected "
+            f"params, and perhaps batch_stats"
+        )
+    if any(logits.shape != (2 * batch_groups, num_classes) for logits in shapes):
+        raise UserError(
+            f"network {type(module).__name__} makes {shapes[0].shape} of images {images.shape}, expected logits "
+            f"{(2 * batch_groups, num_classes)}, one for each of the {num_classes} classes"
+        )
+    return network
+
+
 def build(
-    config: ConfigDict, layout: sharding.Layout, data: DataShape, first_cycle: int, num_steps: int, log_every: int
+    config: ConfigDict,
+    layout: sharding.Layout,
+    data: DataShape,
+    first_cycle: int,
+    num_steps: int,
+    log_every: int,
+    network: nn.Module | None = None,
 ) -> Program:
     """Builds the program of a configuration; nothing is compiled yet.
 
@@ -66,10 +150,16 @@ def build(
       first_cycle: steps of the learning rate's first cycle.
       num_steps: steps of the run.
       log_every: steps of a window of metrics.
+      network: in place of the one that `config.model` names, see `adapt`.
     """
+    groups = config.batch_groups // config.microbatches
+    if network is None:
+        network = models.create(config.model, data.num_classes, groups)
+    else:
+        network = adapt(network, data.num_classes, groups, data.image)
     context = base.Context(
         config=FrozenConfigDict(config),
-        network=models.create(config.model, data.num_classes, config.batch_groups // config.microbatches),
+        network=network,
         optimizer=optimizers.create(config.optimizer),
         num_classes=data.num_classes,
     )

@@ -16,12 +16,24 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import flax.linen as nn
 import jax
 from clu import asynclib, metric_writers  # writes TensorBoard files and the log
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from ieg_jax import checkpointing, distributed, memory, metrics, observability, program, schedules, sharding, steps
+from ieg_jax import (
+    checkpointing,
+    distributed,
+    inference,
+    memory,
+    metrics,
+    observability,
+    program,
+    schedules,
+    sharding,
+    steps,
+)
 from ieg_jax import config as config_lib
 from ieg_jax.data import pipeline
 from ieg_jax.errors import NonFiniteError, StorageError, UserError, check_choice, first_line
@@ -34,7 +46,9 @@ class Interrupted(Exception):
     """The run was asked to stop (SIGTERM, SIGINT) and has saved its state."""
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
+def train_and_evaluate(
+    config: ConfigDict, workdir: str, network: nn.Module | None = None, quiet: bool = False
+) -> dict[str, Any]:
     """Trains what `config` says in the work folder `workdir`.
 
     Where several processes run together, each calls this with the same arguments (`distributed.initialize` first).
@@ -42,6 +56,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Args:
       config: see configs/default.py. Not changed.
       workdir: folder for checkpoints, metrics and the result; local or on a bucket.
+      network: any linen module that fits `program.adapt`, in place of the one that `config.model` names. The work
+        folder notes its class in network.json; `inference.load` then wants it too.
+      quiet: nothing is shown while it trains.
 
     Returns:
       The contents of result.json.
@@ -62,6 +79,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     distributed.check_shared(folder.path, "--workdir")
     with distributed.together():
         finished = folder.check(config)
+        inference.check_network(folder.path, network)
         begins = not checkpointing.exist(folder.path / "checkpoints")
         file = pretrained.read(config.model) if begins else None
     finished = json.loads(distributed.from_first(json.dumps(finished)))
@@ -80,7 +98,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         shape = data_shape(config, data)
     fingerprint = data.fingerprint()
     distributed.check_same("the data", json.dumps(fingerprint))
-    run = program.build(config, layout, shape, plan.first_cycle, plan.num_steps, plan.log_every)
+    run = program.build(config, layout, shape, plan.first_cycle, plan.num_steps, plan.log_every, network)
     _check_best_metric(config, run, evaluations)
     with distributed.together():
         weights = pretrained.fit(file, config.model, run.state)
@@ -88,6 +106,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     init_rng, step_rng = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=layout.replicated
     )()
+    if network is not None:  # before config.json, with which the run has begun
+        folder.write(inference.NETWORK, {"class": inference.class_name(network), "image_shape": shape.evaluation_image})
     with distributed.together():
         folder.begin(config, fingerprint)
     folder.write("noise.json", data.noise_report)
@@ -100,8 +120,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     # ---- Where it starts.
     began = time.monotonic()
-    title = f"{config.method.name} on {data.name}, {config.noise.rate:.0%} {config.noise.kind} noise"
-    reporter = Reporter(title, plan.num_steps, visible=jax.process_index() == 0)
+    noise = "" if config.noise.kind == "none" else f", {config.noise.rate:.0%} {config.noise.kind} noise"
+    title = f"{config.method.name} on {data.name}{noise}"
+    reporter = Reporter(title, plan.num_steps, visible=jax.process_index() == 0 and not quiet)
     checkpoints = checkpointing.Checkpoints(folder.path / "checkpoints", config.checkpoint)
     saved = checkpoints.restore_newest((run.state, run.window), reporter.warn)
     if saved:
@@ -205,7 +226,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         "noise_rate_effective": data.noise_report["rate_effective"],
         "trusted_per_class": min(data.trusted_report["per_class"]),
         "method": config.method.name,
-        "model": config.model.name,
+        "model": config.model.name if network is None else inference.class_name(network),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
         "seed": config.seed,
         "steps": plan.num_steps,

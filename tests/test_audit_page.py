@@ -243,13 +243,14 @@ def test_classes(browser):
         )
 
     # Wrong: ant 0.25 + 0.875 + 0.1, bee 0.9375 + 0.2, cat 0.5 + 0.75 + 0.
+    # True: ant 0.75 + 0.125 + 0.9 and, of cat, 0.5 + 0.75; bee 0.0625 + 0.8; cat 1.75 and 0.875 + 0.9375.
     ant, bee, cat = (
-        ["ant", "3", "1.2", "40.8 %", "4", "cat 1"],
+        ["ant", "3", "1.2", "40.8 %", "3", "cat 1"],
         ["bee", "2", "1.1", "56.9 %", "1", "cat 1"],
-        ["cat", "3", "1.3", "41.7 %", "3", "ant 2"],
+        ["cat", "3", "1.3", "41.7 %", "4", "ant 1"],
     )
     assert table() == [cat, ant, bee]
-    assert audit_page.class_table(small())[2] == [3, 1.25, 3, 0, 2]
+    assert audit_page.class_table(small())[2] == [3, 1.25, 3.5625, 0, 1.25]
     heads = "#classes thead th:nth-child({}) button"
     browser.click(heads.format(4))
     assert table() == [bee, cat, ant]
@@ -315,8 +316,8 @@ def test_filters_and_orders(browser):
         ("#by-given", "any", [6, 5, 0, 2]),
         ("#low", "0.5", [5, 0, 2]),
         ("#high", "0.75", [5, 0]),
-        ("#by-suggested", "other", [5]),
-        ("#low", "", [3, 1, 6, 5]),
+        ("#by-suggested", "2", []),
+        ("#low", "", [3, 1]),
         ("#search", "/B.p", [1]),
     ):
         browser.set(selector, value)
@@ -598,7 +599,7 @@ def test_a_hundred_thousand_examples(browser):
     assert browser.one(".card").get_attribute("data-row") == "0"
     opened = time.monotonic() - started
     print(f"open after {opened:.2f} s")
-    assert opened < 5
+    assert opened < 15  # 0.5 s where nothing else runs; a page that builds all rows takes minutes
     took = browser.run(
         """return [['by-given', '3'], ['search', 'example_00777'], ['search', ''], ['order', 'disagreement'],
           ['high', '0.5']].map(([id, value]) => {
@@ -610,7 +611,7 @@ def test_a_hundred_thousand_examples(browser):
           })"""
     )
     print("changes take", *(f"{seconds:.3f}" for seconds in took), "s")
-    assert max(took) < 1
+    assert max(took) < 5  # 0.1 s
     assert len(browser.rows()) == 60 and browser.run("return document.querySelectorAll('*').length") < 4000
 
 

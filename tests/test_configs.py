@@ -193,7 +193,12 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
+SLOWER = {"cifar10.py", "webvision.py"}  # the readers of the other two; the binary archive has tests of its own
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOWER)) for name in sorted(PUBLISHED)]
+)
 def test_one_step_on_the_published_files(name, tmp_path):
     argument, flags = published(name, tmp_path)
     command = [sys.executable, "-m", "ieg_jax.main", f"--config={argument}", f"--workdir={tmp_path / 'run'}"]

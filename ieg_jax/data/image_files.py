@@ -85,9 +85,7 @@ def image_csv(data: ConfigDict) -> Source:
 
 
 def _load(data: ConfigDict, number_classes: Callable[[list["Listed"], int, list[str]], Classes]) -> Source:
-    base = pathlib.Path(data.dir or data.train).expanduser()
-    base = base if base.is_dir() else base.parent
-    listed = []
+    base, listed = base_folder(data), []
     for split in SPLITS:
         if where := getattr(data, split):
             listed += list_images(pathlib.Path(where).expanduser(), base, split, bool(data.dir))
@@ -109,6 +107,12 @@ def _load(data: ConfigDict, number_classes: Callable[[list["Listed"], int, list[
         raise UserError(f"all labels are {classes[0]!r}, expected at least two classes")
     parts = {split: _to_split([image for image in listed if image.split == split], numbers) for split in SPLITS}
     return Source(base.name or "images", len(classes), parts["train"], parts["test"], parts["trusted"], classes)
+
+
+def base_folder(data: ConfigDict) -> pathlib.Path:
+    """The folder that names of images are relative to: `data.dir`, or where `data.train` is."""
+    base = pathlib.Path(data.dir or data.train).expanduser()
+    return base if base.is_dir() else base.parent
 
 
 def list_images(where: pathlib.Path, base: pathlib.Path, split: str, relative_to_base: bool) -> list[Listed]:

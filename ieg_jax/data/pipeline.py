@@ -91,12 +91,16 @@ def load(config: ConfigDict) -> Data:
         left_out |= bad
     whole_trusted = trusted
     trusted, held_out = probe.hold_out(trusted, config.trusted)
-    evaluation, evaluation_name = (source.test, "test") if source.test is not None else (held_out, "held_out")
+    evaluation, evaluation_name = source.test, "test"
+    if evaluation is None and held_out is not None:
+        evaluation, evaluation_name = held_out, "held_out"
     if config.data.validation_size:
         train, evaluation = _hold_out(train, config.data.validation_size)
         evaluation_name = "validation"
     if config.data.train_size:
         train = _subset(train, config.data.train_size)
+    if config.data.folds:
+        train = train.take(np.flatnonzero(fold_of(train.ids, config.data.folds) != config.data.fold))
     fit_to_data(config, train)
     return Data(
         train=train,
@@ -112,6 +116,11 @@ def load(config: ConfigDict) -> Data:
         noisy_labels=source.train.labels[np.argsort(source.train.ids)],
         left_out=left_out,
     )
+
+
+def fold_of(ids: np.ndarray, folds: int) -> np.ndarray:
+    """The part that each example is in, `[n]` int, where the examples are divided into `folds` parts at random."""
+    return (selection.uniforms(0, selection.FOLD, ids) * folds).astype(int)
 
 
 USUAL_EPOCHS, FEWEST_STEPS, MOST_STEPS = 40.0, 2_000, 20_000

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 SELECTIONS = ("bernoulli", "exact", "exact_per_class")
 
 # What each stream of a seed is for.
-SELECT, DRAW, TRUSTED, VALIDATION, FLIP_RATE, SUBSET, HOLDOUT = range(7)
+SELECT, DRAW, TRUSTED, VALIDATION, FLIP_RATE, SUBSET, HOLDOUT, FOLD = range(8)
 TABLES = 16  # and up: one for each class or each foreign source
 
 

@@ -1,0 +1,535 @@
+"""A scikit-learn classifier: noisy labels and a few checked ones in, predictions and label quality out.
+
+    clf = IEGClassifier(augment="grey").fit(X, y, X_trusted, y_trusted)
+    clf.predict(X_new), clf.label_quality_, clf.suspects(20)
+
+`fit` writes the arrays into a work folder, has `train.train_and_evaluate` train there, and reads from it what the
+attributes hold. So what it computes is what the commands compute from the same configuration (`config_`).
+"""
+
+import contextlib
+import dataclasses
+import numbers
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+
+from ieg_jax import cli, inference, label_quality, methods, models, train
+from ieg_jax import config as config_lib
+from ieg_jax.data import pipeline, sources
+from ieg_jax.data.splits import UNKNOWN, Split, check_images_and_labels, make_split
+from ieg_jax.errors import UserError, check_choice
+from ieg_jax.workdir import WorkFolder
+
+FEATURES_AUGMENT = ("gaussian(0.1)", "gaussian(0.3)")  # of configs/features.py
+FEATURES_RATE = 0.05  # likewise, the learning rate
+# Keys of `config` that are refused, or the beginnings of several: the arguments of `fit` say what they would say.
+FIXED = ("data.", "noise.", "trusted.source", "trusted.ids", "trusted.per_class", "trusted.fraction")
+NEVER = 1_000_000_000  # steps
+DATA_FILE = "dataset.npz"  # of the work folder
+
+
+class IEGClassifier(ClassifierMixin, BaseEstimator):
+    """Classifier of images or features that is trained on noisy labels with a small trusted set.
+
+    Args:
+      method: `ieg`, `eg`, `l2r`, `mixmatch`, `supervised` or `trusted_only`; only `supervised` does without a trusted
+        set.
+      network: a name in `models.REGISTRY`, or any flax.linen module, called as `network(x, train=...)` with float32
+        `[n, H, W, C]` in [-1, 1], features as `[n, 1, 1, D]`, that returns logits `[n, K]`. None = a wide ResNet for
+        images, its size from the data, and `mlp` for features.
+      augment: of images: `photos`, `grey` (no change of colours), `symbols` (neither mirrored nor turned); or for
+        anything a pair (standard, strong) of policies of `data.augment`. Features have Gaussian noise instead of a
+        name's.
+      epochs: length of the training in passes over X; at most one of it and `steps`.
+      steps: the same in steps. Both None = 40 epochs, but no fewer than 2,000 and no more than 20,000 steps.
+      batch_size: noisy examples per step, over all devices.
+      image_size: pixels of a side to which images are resized; 0 = as they are; None = the shorter side, at most 64, in
+        multiples of 4.
+      holdout: share of the trusted examples of each class that is kept out of training, rounded down: label quality is
+        calibrated on them. In [0, 1).
+      random_state: a whole number, a RandomState, or None for another one at each fit. One number, one result.
+      workdir: folder in which the training happens; a fit that was interrupted goes on there when it is called again
+        in the same way, and a finished one is read from it. None = a temporary folder.
+      verbose: 0 = nothing is shown.
+      config: more keys of configs/default.py, such as `{"schedule.base_lr": 0.05}`. They are set last.
+
+    Attributes:
+      classes_: `[K]` labels, sorted.
+      label_quality_: `[N]` float32, P(given label is right), in the order of X; 1 for rows that are `trusted`.
+      suggested_labels_: `[N]` the most probable other class of each; of rows that are `trusted` their label.
+      quality_: `label_quality.Quality` of the rows that are not `trusted`, classes as numbers.
+      noise_rate_: share of their labels that are wrong.
+      noise_interval_: (low, high) around it, 95 %.
+      transition_matrix_: `[K, K]`, P(given = classes_[j] | true = classes_[i]).
+      history_: rows of metrics.jsonl, dicts.
+      result_: result.json, a dict.
+      config_: the whole configuration of the run.
+      n_features_in_, feature_names_in_: as in scikit-learn; of features alone.
+      image_shape_: (H, W, C) of the images as they were given; of images alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str = "ieg",
+        network: str | nn.Module | None = None,
+        augment: str | tuple[str, str] = "photos",
+        epochs: float | None = None,
+        steps: int | None = None,
+        batch_size: int = 64,
+        image_size: int | None = None,
+        holdout: float = 0.2,
+        random_state: int | np.random.RandomState | None = 0,
+        workdir: str | None = None,
+        verbose: int = 1,
+        config: Mapping[str, Any] | None = None,
+    ):
+        self.method = method
+        self.network = network
+        self.augment = augment
+        self.epochs = epochs
+        self.steps = steps
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.holdout = holdout
+        self.random_state = random_state
+        self.workdir = workdir
+        self.verbose = verbose
+        self.config = config
+
+    def fit(self, X, y, X_trusted=None, y_trusted=None, trusted=None) -> "IEGClassifier":
+        """Trains, and estimates which labels are right.
+
+        The trusted set comes either as arrays of its own or as rows of X; `method="supervised"` does without.
+
+        Args:
+          X: images `[N, H, W]` or `[N, H, W, C]`, C 1 or 3, integers 0 to 255 or floats in [0, 1]; or features
+            `[N, D]`, any numbers, each of which is standardised.
+          y: `[N]` labels as given: numbers or strings.
+          X_trusted: `[M, ...]` as X.
+          y_trusted: `[M]` their labels, which are right; every class of y occurs.
+          trusted: instead of these, which rows of X have a label that is right: a mask `[N]` of bool, or row numbers.
+            They are trained with as trusted ones only. In cross-validation a mask is split as y is.
+
+        Returns:
+          The estimator itself.
+
+        Raises:
+          ValueError: for arguments that cannot be used, before anything is compiled.
+          StorageError, NonFiniteError: see `train.train_and_evaluate`.
+          KeyboardInterrupt: after SIGINT or SIGTERM; with `workdir` the same call goes on from there.
+        """
+        check_choice("method", self.method, methods.REGISTRY)
+        X, given = self._check_fit(X, y)
+        examples = self._examples(X, "X")
+        in_x = _rows(trusted, len(given))
+        if trusted is not None and not (X_trusted is None and y_trusted is None):
+            raise UserError("trusted and X_trusted, y_trusted are both given, expected one of them")
+        names, labels = np.unique(given, return_inverse=True)
+        if len(names) < 2:
+            raise UserError(f"y has 1 class ({names[0]!r}), expected at least two classes")
+        stand_in = trusted is None and X_trusted is None and y_trusted is None and self.method == "supervised"
+        if trusted is not None:
+            trusted_examples, y_trusted = examples[in_x], given[in_x]
+        elif stand_in:
+            # Accuracy on a trusted set is part of every run: here on one example of each class, and not reported.
+            rows = np.unique(labels, return_index=True)[1]
+            trusted_examples, y_trusted = examples[rows], given[rows]
+        else:
+            trusted_examples, y_trusted = self._check_trusted(X_trusted, y_trusted, examples)
+        trusted_labels = _as_numbers(y_trusted, names)
+        noisy = ~in_x
+        if not noisy.any():
+            raise UserError("trusted: all rows of X are trusted, expected some that are not; use any classifier")
+
+        what = "features" if examples.ndim == 2 else "images"
+        arrays = {
+            what: examples[noisy],
+            "labels": labels[noisy],
+            f"trusted_{what}": trusted_examples,
+            "trusted_labels": trusted_labels,
+        }
+        config = self._configure(what, len(names), 0.0 if stand_in else self.holdout)
+        network = self.network if isinstance(self.network, nn.Module) else None
+        with self._folder() as folder:
+            config.data.train = str(_save(folder, arrays))
+            try:
+                result = train.train_and_evaluate(config, str(folder), network, quiet=not self.verbose)
+            except train.Interrupted as error:
+                raise KeyboardInterrupt(str(error)) from error
+            trained = inference.load(folder, network=network)
+            data = pipeline.load(ConfigDict(trained.config.to_dict()))
+            history = WorkFolder(folder, writes=False).rows()
+        if self.workdir is None:
+            trained.config.data.train = ""  # it was in the temporary folder
+
+        params, batch_stats = jax.device_get((trained.params, trained.batch_stats))
+        trained = dataclasses.replace(trained, params=params, batch_stats=batch_stats)
+        self._predictor = inference.predictor(trained)
+        self._statistics = sources.feature_statistics(arrays[what]) if what == "features" else None
+        held_out = data.held_out
+        quality = label_quality.estimate(
+            self._predictor(data.train),
+            data.train.labels,
+            None if held_out is None else self._predictor(held_out),
+            None if held_out is None else held_out.labels,
+        )
+        self.classes_ = names
+        self.quality_ = quality
+        self.noise_rate_, self.noise_interval_ = quality.noise_rate, quality.noise_interval
+        self.transition_matrix_ = quality.transition
+        self.label_quality_ = np.ones(len(given), np.float32)
+        self.label_quality_[noisy] = quality.right
+        self._confidence = np.zeros(len(given), np.float32)
+        self._confidence[noisy] = quality.confidence
+        self.suggested_labels_ = given.astype(names.dtype)
+        self.suggested_labels_[noisy] = names[quality.suggested]
+        self._given, self._noisy = given, noisy
+        self.config_ = trained.config
+        hidden = ("trusted/", "trusted_") if stand_in else ()
+        self.history_ = [{key: row[key] for key in row if not key.startswith(hidden)} for row in history]
+        self.result_ = {key: value for key, value in result.items() if not key.startswith(hidden)}
+        self._trained = trained
+        return self
+
+    def predict_proba(self, X) -> np.ndarray:
+        """The probabilities of the classes, softmax of the averaged network.
+
+        Args:
+          X: `[n, ...]` as in `fit`.
+
+        Returns:
+          `[n, K]` float32, in the order of `classes_`.
+
+        Raises:
+          NotFittedError: before `fit`.
+          ValueError: for examples of another shape than those of `fit`.
+        """
+        check_is_fitted(self)
+        return self._predict(self._split(self._check_examples(X)))
+
+    def predict(self, X) -> np.ndarray:
+        """The most probable class of each example, `[n]`; arguments and errors as of `predict_proba`."""
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(1)]
+
+    def suspects(self, n: int | None = None, threshold: float = 0.5) -> np.ndarray:
+        """The rows of X whose label is probably wrong.
+
+        Args:
+          n: at most so many, None = all.
+          threshold: those with P(given label is right) below this.
+
+        Returns:
+          A structured array, the most suspicious row first, with the fields `row` (of X), `given` and `suggested`
+          (labels as in y), `right` = P(given label is right), `confidence` = P(suggested label is right).
+
+        Raises:
+          NotFittedError: before `fit`.
+          ValueError: for a negative n.
+        """
+        check_is_fitted(self)
+        if n is not None and n < 0:
+            raise UserError(f"n: got {n!r}, expected None or at least 0")
+        rows = np.flatnonzero(self._noisy & (self.label_quality_ < threshold))
+        rows = rows[np.argsort(self.label_quality_[rows], kind="stable")][:n]
+        label = self.classes_.dtype
+        fields = {"row": np.int64, "given": label, "suggested": label, "right": np.float32, "confidence": np.float32}
+        found = np.empty(len(rows), list(fields.items()))
+        columns = (rows, *(a[rows] for a in (self._given, self.suggested_labels_, self.label_quality_)))
+        for name, column in zip(fields, (*columns, self._confidence[rows]), strict=True):
+            found[name] = column
+        return found
+
+    def __sklearn_tags__(self):
+        """Images are allowed besides features."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        return tags
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Whether the last `fit` came to its end."""
+        return "_trained" in self.__dict__
+
+    def __getstate__(self):
+        """Without the compiled function."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_predictor"}
+
+    def _predict(self, split: Split) -> np.ndarray:
+        if "_predictor" not in self.__dict__:  # after unpickling
+            self._predictor = inference.predictor(self._trained)
+        return self._predictor(split)
+
+    # ---- Checks.
+
+    def _check_fit(self, X, y) -> tuple[np.ndarray, np.ndarray]:
+        """X as an array, features in floating point, images as they are, and labels `[N]`."""
+        for name in ("_trained", "n_features_in_", "feature_names_in_", "image_shape_"):
+            self.__dict__.pop(name, None)
+        if y is None:
+            raise UserError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        if _is_images(X):
+            X, y = np.asarray(X), column_or_1d(y, warn=True)
+            if len(X) != len(y):
+                raise UserError(f"X has {len(X)} images and y {len(y)} labels, expected as many")
+        else:
+            X, y = validate_data(self, X, y, dtype=(np.float64, np.float32))
+        check_classification_targets(y)
+        return X, y
+
+    def _examples(self, X: np.ndarray, where: str) -> np.ndarray:
+        """Features `[n, D]` as they are, images as `[n, H, W, C]` uint8 or float32 in [0, 1], checked."""
+        if X.ndim == 2:
+            return X
+        images = _pixels(X, where)
+        if where == "X":
+            self.image_shape_ = images.shape[1:]
+        elif images.shape[1:] != self.image_shape_:
+            raise UserError(
+                f"{where}: images of shape {images.shape[1:]}, expected {self.image_shape_} (H, W, C) as those of X"
+            )
+        return images
+
+    def _check_trusted(self, X, y, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Trusted examples that are not rows of X, and their labels."""
+        if X is None or y is None:
+            lacks = "X_trusted and y_trusted" if X is None and y is None else "X_trusted" if X is None else "y_trusted"
+            raise UserError(
+                f"fit needs {lacks}: method={self.method!r} learns from a few examples whose labels are right. Give "
+                f"X_trusted and y_trusted, or trusted=rows of X; method='supervised' does without"
+            )
+        if examples.ndim == 4 and not _is_images(X):
+            raise UserError(f"X_trusted: shape {np.shape(X)}, expected [M, H, W] or [M, H, W, C], images as X")
+        if examples.ndim == 2:
+            if _is_images(X):
+                raise UserError(f"X_trusted: shape {np.shape(X)}, expected [M, {examples.shape[1]}], features as X")
+            X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
+        X = self._examples(np.asarray(X), "X_trusted")
+        y = column_or_1d(y)
+        if len(X) != len(y):
+            raise UserError(f"X_trusted has {len(X)} examples and y_trusted {len(y)} labels, expected as many")
+        return X, y
+
+    def _check_examples(self, X) -> np.ndarray:
+        """Examples to be predicted, as `_examples` makes them."""
+        if self._statistics is not None:
+            return validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
+        wanted = self.image_shape_
+        images = _pixels(np.asarray(X), "X") if _is_images(X) else None
+        if images is None or images.shape[1:] != wanted:
+            raise UserError(f"X: shape {np.shape(X)}, expected images [n, {', '.join(map(str, wanted))}] as in fit")
+        return images
+
+    def _split(self, examples: np.ndarray) -> Split:
+        if self._statistics is not None:
+            examples = sources.standardised(examples, *self._statistics)
+        split = make_split(examples, np.full(len(examples), UNKNOWN))
+        return sources.open_images(split, self.config_.data)[0]
+
+    # ---- The run.
+
+    def _configure(self, what: str, num_classes: int, holdout: float) -> ConfigDict:
+        """The configuration; `data.train` is missing still."""
+        config, is_features = _defaults(), what == "features"
+        config.seed = config.trusted.seed = _seed(self.random_state)
+        config.method.name = self.method
+        config.data.name, config.data.num_classes = ("features" if is_features else "arrays"), num_classes
+        config.trusted.source = "separate"
+        config.schedule.name = "cosine"
+        if is_features and self.image_size:
+            raise UserError(f"image_size={self.image_size!r}, but X are features [N, D]; leave it None")
+        if not is_features:
+            config.data.image_size = _number("image_size", self.image_size, config_lib.AUTO, int)
+        config.batch_size = _number("batch_size", self.batch_size, None, int)
+        config.trusted.holdout = _number("holdout", holdout, None, float)
+
+        if isinstance(self.network, nn.Module):
+            config.model.depth = 1  # of no use
+        else:
+            if not (self.network is None or isinstance(self.network, str)):
+                raise UserError(
+                    f"network: got {self.network!r}, expected a name, or an instance of a flax.linen module, such as "
+                    f"MyNetwork()"
+                )
+            config.model.name = self.network or ("mlp" if is_features else "wide_resnet")
+            check_choice("network", config.model.name, models.REGISTRY)
+            if config.model.name == "wide_resnet":
+                config.model.depth, config.model.width = config_lib.AUTO, float(config_lib.AUTO)
+            elif config.model.name == "mlp":
+                config.model.depth = 2
+        config.augment.standard, config.augment.strong = self._policies(is_features)
+        if is_features:
+            config.schedule.base_lr = FEATURES_RATE
+
+        if self.epochs is not None and self.steps is not None:
+            raise UserError(f"epochs={self.epochs!r} and steps={self.steps!r}, expected one of them")
+        config.num_train_epochs = config.eval_every_epochs = config.checkpoint_every_epochs = float(config_lib.AUTO)
+        for name, value, kind in (("epochs", self.epochs, float), ("steps", self.steps, int)):
+            if value is not None:
+                if not _number(name, value, None, kind) > 0:
+                    raise UserError(f"{name}: got {value!r}, expected None or more than 0")
+                _set(config, f"num_train_{name}", kind(value))
+        if self.workdir is None:  # which nobody comes back to
+            _set(config, "checkpoint_every_steps", NEVER)
+        for key, value in (self.config or {}).items():
+            if str(key).startswith(FIXED):
+                raise UserError(f"config: {key!r} follows from the arguments of the classifier and of fit; omit it")
+            _set(config, key, value)
+        # Here already, so that nothing is written for a configuration that is refused; with these resolved.
+        resolved = ConfigDict(config.to_dict())
+        resolved.trusted.batch_size = resolved.trusted.batch_size or resolved.batch_size
+        config_lib.validate(resolved)
+        return config
+
+    def _policies(self, is_features: bool) -> tuple[str, str]:
+        if isinstance(self.augment, str):
+            check_choice("augment", self.augment, config_lib.AUGMENT_PRESETS)
+            return FEATURES_AUGMENT if is_features else config_lib.AUGMENT_PRESETS[self.augment]
+        pair = tuple(self.augment) if isinstance(self.augment, tuple | list) else ()
+        if len(pair) != 2 or not all(isinstance(policy, str) for policy in pair):
+            raise UserError(
+                f"augment: got {self.augment!r}, expected one of {', '.join(config_lib.AUGMENT_PRESETS)}, or a pair of "
+                f"policies (standard, strong) such as {config_lib.AUGMENT_PRESETS['grey']}"
+            )
+        return pair
+
+    @contextlib.contextmanager
+    def _folder(self) -> Iterator[pathlib.Path]:
+        if self.workdir is not None:
+            yield pathlib.Path(self.workdir).expanduser().resolve()
+            return
+        with tempfile.TemporaryDirectory(prefix="ieg_jax_", ignore_cleanup_errors=True) as folder:
+            yield pathlib.Path(folder)
+
+
+def _is_images(X) -> bool:
+    """Whether X has the dimensions of images; what is neither is left to scikit-learn's message about features."""
+    return (X if hasattr(X, "ndim") else np.asarray(X)).ndim in (3, 4)
+
+
+def _pixels(X: np.ndarray, where: str) -> np.ndarray:
+    """Images `[n, H, W, C]`, uint8 or float32 in [0, 1]."""
+    images = X[..., None] if X.ndim == 3 else X
+    if images.dtype.kind in "iu" and images.dtype != np.uint8:
+        if images.size and not (images.min() >= 0 and images.max() <= 255):
+            raise UserError(f"{where}: integers from {images.min()} to {images.max()}, expected 0 to 255")
+        images = images.astype(np.uint8)
+    check_images_and_labels(images, np.zeros(len(images), np.int32), where, 2)
+    if images.shape[1:3] == (1, 1):
+        raise UserError(f"{where}: shape {X.shape}, images of one pixel; give features as [n, D]")
+    return images if images.dtype == np.uint8 else images.astype(np.float32)
+
+
+def _rows(trusted, length: int) -> np.ndarray:
+    """The argument `trusted` of `fit` as a mask `[N]`."""
+    mask = np.zeros(length, bool)
+    if trusted is None:
+        return mask
+    rows = np.asarray(trusted)
+    is_mask = rows.dtype == bool and rows.shape == (length,)
+    is_list = rows.dtype.kind in "iu" and rows.ndim == 1 and ((rows >= 0) & (rows < length)).all()
+    if not (is_mask or is_list):
+        raise UserError(
+            f"trusted: shape {rows.shape}, dtype {rows.dtype}, expected a mask of bool ({length},), or row numbers "
+            f"from 0 to {length - 1}"
+        )
+    mask[rows] = True
+    return mask
+
+
+def _as_numbers(y: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """Trusted labels as places in `names`, the classes of y."""
+    unknown = y[~np.isin(y, names)]
+    if len(unknown):
+        raise UserError(
+            f"y_trusted: label {unknown[0]!r} is none of y, whose classes are {_shown(names)}; write it as y does, or "
+            f"leave these examples out"
+        )
+    absent = names[~np.isin(names, y)]
+    if len(absent):
+        raise UserError(
+            f"no trusted example of {_shown(absent)}, expected at least one of each of the {len(names)} classes of y; "
+            f"check a few examples of these"
+        )
+    return np.searchsorted(names, y.astype(names.dtype))
+
+
+def _shown(names: np.ndarray) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(repr(name) for name in names[:10].tolist()) + more
+
+
+def _seed(random_state) -> int:
+    if isinstance(random_state, numbers.Integral) and random_state >= 0:
+        return int(random_state)
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _number(name: str, value: Any, default: Any, kind: type) -> Any:
+    if value is None and default is not None:
+        return default
+    wanted = numbers.Integral if kind is int else numbers.Real
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{name}: got {value!r}, expected {what}{'' if default is None else ' or None'}")
+    return kind(value)
+
+
+def _defaults() -> ConfigDict:
+    """What configs/default.py says: in an installed package it is beside this file, else in the repository."""
+    here = pathlib.Path(__file__).resolve().parent
+    files = [folder / "configs" / "default.py" for folder in (here, here.parent)]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"neither {files[0]} nor {files[1]} exists; install ieg_jax anew")
+    return cli.load_config(str(found))
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets a key by its flat name; of a duration in steps and epochs the other one becomes 0."""
+    check_choice("config", key, flatten_dict(config.to_dict(), sep="."))
+    *groups, last = key.split(".")
+    group = config
+    for name in groups:
+        group = group[name]
+    old = group[last]
+    if isinstance(old, float) and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = float(value)
+    try:
+        group[last] = value.item() if isinstance(value, np.generic) else value
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config: {key}={value!r}, expected {type(old).__name__} ({error})") from None
+    name, _, unit = key.rpartition("_")
+    if name in config_lib.DURATIONS and value:
+        other = f"{last.rpartition('_')[0]}_{'epochs' if unit == 'steps' else 'steps'}"
+        group[other] = type(group[other])(0)
+
+
+def _save(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> pathlib.Path:
+    """Writes the data into the work folder, or sees that those of a run that has begun there are the same."""
+    file = folder / DATA_FILE
+    if (folder / "config.json").exists():
+        if not file.exists():
+            raise UserError(f"workdir={folder} holds a run that was not begun by IEGClassifier; name another folder")
+        with np.load(file, allow_pickle=False) as old:
+            same = set(old) == set(arrays) and all(np.array_equal(old[name], arrays[name]) for name in arrays)
+        if not same:
+            raise UserError(
+                f"workdir={folder} holds a run with other data; name another folder, or fit with the data that it has"
+            )
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(file, **arrays)
+    return file
