@@ -418,7 +418,7 @@ def test_defaults_are_those_of_the_configurations():
     assert features.schedule.base_lr == classifier.FEATURES_RATE
     # Without arguments: configs/own_data.py, and configs/features.py with the batch size of the argument.
     for what, theirs in (("images", own_data.get_config()), ("features", features)):
-        ours = IEGClassifier(holdout=0.0, workdir="run")._configure(what, 10, 0.0)
+        ours = IEGClassifier(workdir="run")._configure(what, 10, 0.2)
         theirs.data.name, theirs.data.num_classes = ours.data.name, 10
         theirs.batch_size, theirs.eval_batch_size = 64, 256
         assert ours.to_dict() == theirs.to_dict()
