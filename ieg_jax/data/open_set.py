@@ -85,6 +85,8 @@ def data_config(name: str, place: str, image_size: int) -> ConfigDict:
             "unreadable": "refuse",
             "validation_size": 0,
             "train_size": 0,
+            "folds": 0,
+            "fold": 0,
         }
     )
 
