@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 
 from ieg_jax import cli
-from ieg_jax.errors import StorageError, UserError, first_line
+from ieg_jax.errors import StorageError, UserError, check_choice, first_line
 
 # The columns of the table; the network is that of the last checkpoint.
 COLUMNS = {
@@ -95,9 +95,13 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
     options = options or Options()
     if not 0 <= options.threshold <= 1:
         raise UserError(f"--threshold={options.threshold}: expected a probability, from 0 to 1")
-    from ieg_jax import audit_page, inference
+    from ieg_jax import audit_page, inference, methods
     from ieg_jax.data import pipeline
 
+    if options.folds == 1:
+        raise UserError("--folds=1: expected 0 (none) or at least 2")
+    if options.fold_method:
+        check_choice("--fold_method", options.fold_method, methods.REGISTRY)
     trained = inference.load(workdir, options.checkpoint)
     folder = pathlib.Path(out).expanduser()
     if not (pathlib.Path(workdir) / "data.json").exists():

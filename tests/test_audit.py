@@ -237,6 +237,10 @@ def test_what_cannot_be_audited(case, tmp_path):
         audit.audit(case.workdir, str(tmp_path / "taken"), OPTIONS)
     with pytest.raises(UserError, match="expected a probability"):
         audit.audit(case.workdir, str(tmp_path / "new"), audit.Options(threshold=1.5))
+    with pytest.raises(UserError, match="--folds=1: expected 0"):
+        audit.audit(case.workdir, str(tmp_path / "new"), audit.Options(folds=1))
+    with pytest.raises(UserError, match="--fold_method: got 'superised'.*Did you mean 'supervised'"):
+        audit.audit(case.workdir, str(tmp_path / "new"), audit.Options(folds=2, fold_method="superised"))
     with pytest.raises(UserError, match=r"has no config.json"):
         audit.audit(str(tmp_path), str(tmp_path / "new"), OPTIONS)
     moved = tmp_path / "moved"
