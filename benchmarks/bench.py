@@ -41,7 +41,7 @@ def compiled_step(method_name: str, size: int, width: float, batch: int = 64, mo
     rng = np.random.default_rng(0)
     images = {"image": (batch,), "views": (batch, 1), "probe_image": (batch,)}
     data = {k: jnp.asarray(rng.uniform(-1, 1, (*n, size, size, 3)), jnp.float32) for k, n in images.items()}
-    labels = ("label", "clean_label", "probe_label")
+    labels = ("label", "clean_label", "id", "probe_label")
     data |= {k: jnp.asarray(rng.integers(0, 10, batch), jnp.int32) for k in labels}
     step = functools.partial(steps.train_step, context=context, method=method, schedule=optax.constant_schedule(0.01))
     run = jax.jit(step).lower(state, data, jax.random.key(0)).compile()

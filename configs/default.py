@@ -175,6 +175,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.audit = audit = ConfigDict()
     audit.epochs = 5.0  # ω and λ of each example are averaged over this many last epochs (examples.npz); 0 = not
+    audit.suspects = 16  # examples with the most doubtful labels, drawn for TensorBoard at evaluations; 0 = none
 
     config.profile = profile = ConfigDict()  # traces for TensorBoard's profiler; see also docs/operation.md
     profile.start_step = 0  # the first step that is traced; 0 = none

@@ -415,35 +415,22 @@ def _write_page(
         transition=quality.transition,
         calibration=calibration_text(summary),
         reliability=bins,
-        thumbnails=_thumbnails(data.train, quality.right, thumbnails) if config.data.name != "features" else {},
+        thumbnails=_thumbnails(data.train, quality.right, thumbnails),
         key=hashlib.sha256((folder / BEGUN).read_bytes()).hexdigest()[:16],
     )
     audit_page.write(page, folder / PAGE)
 
 
 def _thumbnails(split: Any, right: np.ndarray, count: int) -> dict[int, str]:
-    """Row -> data: URI of the image, of the `count` rows that are least likely right."""
-    from ieg_jax.data import images
-
-    if split.in_memory:
-
-        def read(row):
-            return split.images[row]
-    else:
-        reader = split.images.reader()
-
-        def read(row):
-            return images.readable(lambda number: reader(number).whole(), row, split.names[row]).numpy()
-
-    return {int(row): thumbnail(read(row)) for row in np.argsort(right, kind="stable")[:count]}
+    """Row -> data: URI of the image, of the `count` rows that are least likely right; none of features."""
+    rows = np.argsort(right, kind="stable")[: count if split.is_visible else 0]
+    return {int(row): thumbnail(image) for row, image in zip(rows, split.originals(rows), strict=True)}
 
 
 def thumbnail(image: np.ndarray) -> str:
-    """A data: URI of an image `[H, W, 1 or 3]`, uint8 or floats in [0, 1], or in [0, 255] where any is above 1."""
+    """A data: URI of an image `[H, W, 1 or 3]` uint8."""
     from PIL import Image
 
-    if image.dtype != np.uint8:
-        image = np.clip(np.round(image * (255 if image.max() <= 1 else 1)), 0, 255).astype(np.uint8)
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     buffer = io.BytesIO()
     small = max(picture.size) <= THUMBNAIL // 2

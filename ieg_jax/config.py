@@ -46,7 +46,16 @@ AUTOMATIC = (
 
 # Keys that say how a run is computed and watched, not what: they may change from one start of a run to the next.
 # Each is a key, or the beginning of several.
-FREE = ("mesh.", "microbatches", "model.remat", "eval_batch_size", "checkpoint", "profile.", "stall_minutes")
+FREE = (
+    "mesh.",
+    "microbatches",
+    "model.remat",
+    "eval_batch_size",
+    "checkpoint",
+    "audit.suspects",
+    "profile.",
+    "stall_minutes",
+)
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -174,6 +183,7 @@ def validate(config: ConfigDict) -> None:
         "checkpoint.keep_every_steps": (lambda v: v >= 0, "0 or a number of steps"),
         "checkpoint.keep_best": (lambda v: v >= 0, "0 or a number of checkpoints"),
         "audit.epochs": (lambda v: v >= 0, "at least 0"),
+        "audit.suspects": (lambda v: v >= 0, "0 (none) or a number of examples"),
         "profile.start_step": (lambda v: v >= 0, "0 or a step, counted from 1"),
         "profile.num_steps": (lambda v: v >= 1, "at least 1"),
         "stall_minutes": (lambda v: v >= 0, "0 or a number of minutes"),

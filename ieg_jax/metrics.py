@@ -37,8 +37,12 @@ class WeightedAverage:
 class Examples:
     """What a step found out about each example of its batch; arrays `[B]`, or `[steps, B]` in a window."""
 
+    ids: jax.Array  # int32
     weights: jax.Array  # ω*
     clean: jax.Array  # int8: 1 = the given label is true, 0 = it is not, -1 = not known
+    trust: jax.Array | None = None  # λ*; None where the method has none
+    pseudo_label: jax.Array | None = None  # int32: the most probable class of g; likewise
+    label_probability: jax.Array | None = None  # g of the given label; likewise
 
 
 @flax.struct.dataclass
@@ -108,14 +112,14 @@ def summarize(window: Window) -> dict[str, float]:
     """
     averages = {name: value.compute() for name, value in window.averages.items()}
     if window.examples is not None:
-        averages["weight/auroc"] = weight_auroc(*window_examples(window))
+        examples = window_examples(window)
+        averages["weight/auroc"] = weight_auroc(examples.weights, examples.clean)
     return {name: value for name, value in averages.items() if value is not None}
 
 
-def window_examples(window: Window) -> tuple[np.ndarray, np.ndarray]:
-    """ω and the clean flag of every example in the window, flat."""
-    rows = slice(0, int(window.count))
-    return np.ravel(window.examples.weights[rows]), np.ravel(window.examples.clean[rows])
+def window_examples(window: Window) -> Examples:
+    """Every example in the window, `[n]`, in the order of the steps."""
+    return jax.tree.map(lambda rows: np.ravel(rows[: int(window.count)]), window.examples)
 
 
 def weight_auroc(weights: np.ndarray, clean: np.ndarray) -> float | None:

@@ -1,7 +1,7 @@
 """Predicts the classes of images: `python -m ieg_jax.predict --workdir=run images/ more.csv --out=predictions.csv`.
 
-The arguments are image files, folders (searched for images, with the folders in them), lists (.csv with a column
-`path`, relative to the list) and arrays (.npy, or .npz with `images`), in any number and order; for a network of
+The arguments are image files, folders (searched for images, with the folders in them), lists (.csv or .parquet with a
+column `path`, relative to the list) and arrays (.npy, or .npz with `images`), in any number and order; for a network of
 features, .npz files with `features`. Images are treated as those that accuracy was measured on: data.image_size and
 augment.evaluation of the run. The averaged weights predict.
 
@@ -17,7 +17,6 @@ The table has a row for each image, in their order, with the columns
 import contextlib
 import csv
 import dataclasses
-import io
 import pathlib
 import sys
 import zipfile
@@ -28,10 +27,11 @@ import numpy as np
 from absl import flags
 
 from ieg_jax import cli
+from ieg_jax.audit_page import distinct
 from ieg_jax.errors import StorageError, UserError, first_line
 
 ENDINGS = (".csv", ".parquet")  # of the table
-LISTS, ARRAYS = (".csv",), (".npy", ".npz")
+LISTS, ARRAYS = (".csv", ".parquet", ".pq"), (".npy", ".npz")
 AT_ONCE = 512  # images that are decoded and predicted before their rows are written
 
 
@@ -295,11 +295,7 @@ class Table:
         if any(one.path for one in inputs):
             self._columns["index"] = "int64"
         self._columns |= {"class": "string", "probability": "float32", "error": "string"}
-        # Names that stand for several classes get the numbers of these.
-        several = {name for name in self._names if self._names.count(name) > 1} if probabilities else set()
-        self._each = [
-            f"probability:{f'{number} ' if name in several else ''}{name}" for number, name in enumerate(self._names)
-        ]
+        self._each = [f"probability:{name}" for name in distinct(self._names)]
         self._columns |= dict.fromkeys(self._each if probabilities else [], "float32")
 
     def __enter__(self) -> "Table":
@@ -395,7 +391,7 @@ def _check_out(out: str) -> pathlib.Path:
 def _check_places(arguments: Sequence[str]) -> list[pathlib.Path]:
     """The paths that the command names; raises UserError where there is none, or one does not exist."""
     if not arguments:
-        raise UserError("nothing to predict; name image files, folders, lists (.csv) or arrays (.npy, .npz)")
+        raise UserError("nothing to predict; name image files, folders, lists (.csv, .parquet) or arrays (.npy, .npz)")
     places = [pathlib.Path(argument).expanduser() for argument in arguments]
     for place in places:
         if not place.exists():
@@ -414,21 +410,9 @@ def _list_folder(folder: pathlib.Path) -> list[str]:
 
 def _read_list(file: pathlib.Path) -> list[str]:
     """The paths in a list, relative to it."""
-    try:
-        text = file.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as UTF-8 text ({first_line(error)})") from None
-    header = next((line for line in text.splitlines() if line.strip()), "")
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), skipinitialspace=True
-    )
-    reader.fieldnames = columns = [(name or "").strip() for name in reader.fieldnames or []]
-    if "path" not in columns:
-        raise UserError(f"{file}: columns {columns}, expected a first line with path among them")
-    try:
-        cells = [(row["path"] or "").strip() for row in reader]
-    except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num}: {error}; is a quotation mark left open?") from None
+    from ieg_jax.data import image_files
+
+    cells = [(row["path"] or "").strip() for _, row in image_files.list_rows(file, ["path"])]
     paths = [str(file.parent / cell) for cell in cells if cell]
     if not paths:
         raise UserError(f"{file}: no images listed")

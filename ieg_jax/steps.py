@@ -175,5 +175,10 @@ def _observe(batch, supervision, loss, aux, norms) -> metrics.Observation:
     examples = None
     if supervision.example_weights is not None:
         flag = jnp.where(known, clean, -1).astype(jnp.int8)
-        examples = metrics.Examples(supervision.example_weights, flag)
+        examples = metrics.Examples(batch["id"], supervision.example_weights, flag, supervision.label_trust)
+        if (g := supervision.pseudo_label) is not None:
+            examples = examples.replace(
+                pseudo_label=jnp.argmax(g, -1).astype(jnp.int32),
+                label_probability=jnp.take_along_axis(g, batch["label"][:, None], -1)[:, 0],
+            )
     return metrics.Observation(averages, examples)

@@ -19,11 +19,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 from clu import asynclib, metric_writers  # writes TensorBoard files and the log
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ieg_jax import (
     checkpointing,
+    dashboard,
     distributed,
     inference,
     memory,
@@ -36,6 +36,7 @@ from ieg_jax import (
 )
 from ieg_jax import config as config_lib
 from ieg_jax.data import pipeline
+from ieg_jax.data.splits import UNKNOWN
 from ieg_jax.errors import NonFiniteError, StorageError, UserError, check_choice, first_line
 from ieg_jax.models import pretrained
 from ieg_jax.progress import Reporter
@@ -139,7 +140,8 @@ def train_and_evaluate(
     seconds_before = rows[-1].get("speed/wall_seconds", 0.0) if rows else 0.0
     writer = metric_writers.create_default_writer(workdir, just_logging=jax.process_index() != 0)
     if not start:
-        writer.write_hparams(flatten_dict(config.to_dict(), sep="."))
+        truth = bool((data.train.clean_labels != UNKNOWN).any())
+        dashboard.begin(writer, config, run.window.averages, data.evaluation_name, truth)
 
     # ---- The loop.
     with contextlib.ExitStack() as stack:
@@ -181,8 +183,12 @@ def train_and_evaluate(
                 with clock("metrics"):
                     row |= metrics.summarize(host_window)
                     if host_window.examples is not None:
-                        omega = metrics.window_examples(host_window)[0]
+                        omega = metrics.window_examples(host_window).weights
                         writer.write_histograms(step, {"weight/relative": omega * config.batch_size})
+                        if step in plan.picture_steps and jax.process_index() == 0:
+                            count = config.audit.suspects
+                            pictures = dashboard.suspects(host_window, data.train, data.class_names, count)
+                            writer.write_images(step, pictures)
                     window = run.empty_window()
                     profiler.asked(step)
             if step in plan.eval_steps:
@@ -253,6 +259,7 @@ class Plan:
     first_cycle: int
     cycle_ends: frozenset[int]  # of the learning rate; empty unless it restarts
     eval_steps: frozenset[int]
+    picture_steps: frozenset[int]  # the first logged ones from each regular evaluation on
 
 
 def make_plan(config: ConfigDict, data: pipeline.Data) -> Plan:
@@ -260,6 +267,7 @@ def make_plan(config: ConfigDict, data: pipeline.Data) -> Plan:
     steps_per_epoch = len(data.train) / config.batch_size
     in_steps = {name: config_lib.duration(config, name, steps_per_epoch) for name in config_lib.DURATIONS}
     num_steps, first_cycle = in_steps["num_train"], in_steps["schedule.first_cycle"]
+    log_every = in_steps["log_every"]
     ends = set()
     if config.schedule.name == "sgdr":
         cycle_ends = schedules.cycle_ends(first_cycle, config.schedule.cycle_mult, num_steps)
@@ -267,11 +275,12 @@ def make_plan(config: ConfigDict, data: pipeline.Data) -> Plan:
     regular = set(range(in_steps["eval_every"], num_steps + 1, in_steps["eval_every"]))
     return Plan(
         num_steps=num_steps,
-        log_every=in_steps["log_every"],
+        log_every=log_every,
         checkpoint_every=in_steps["checkpoint_every"],
         first_cycle=first_cycle,
         cycle_ends=frozenset(ends),
         eval_steps=frozenset(regular | ends | {num_steps}),
+        picture_steps=frozenset(min(-(-step // log_every) * log_every, num_steps) for step in regular | {num_steps}),
     )
 
 

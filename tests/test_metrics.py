@@ -39,7 +39,7 @@ def test_window_averages_and_finds_the_first_bad_step():
     def observation(loss, weights):
         return metrics.Observation(
             {"loss": WeightedAverage.of(jnp.asarray(loss)), "fine": WeightedAverage.of(jnp.asarray(1.0))},
-            metrics.Examples(jnp.asarray(weights), jnp.array([1, 0], jnp.int8)),
+            metrics.Examples(jnp.array([3, 5]), jnp.asarray(weights), jnp.array([1, 0], jnp.int8)),
         )
 
     window = metrics.empty_window(jax.eval_shape(lambda: observation(1.0, [0.5, 0.5])), steps=4)
@@ -48,7 +48,9 @@ def test_window_averages_and_finds_the_first_bad_step():
     host = jax.device_get(window)
     assert metrics.first_bad(host) is None
     assert metrics.summarize(host) == {"loss": 2.0, "fine": 1.0, "weight/auroc": 1.0}
-    np.testing.assert_allclose(metrics.window_examples(host)[0], [0.9, 0.1, 0.8, 0.2])
+    examples = metrics.window_examples(host)
+    np.testing.assert_allclose(examples.weights, [0.9, 0.1, 0.8, 0.2])
+    assert examples.ids.tolist() == [3, 5, 3, 5] and examples.clean.tolist() == [1, 0, 1, 0] and examples.trust is None
     window = metrics.add(window, observation(np.nan, [0.8, 0.2]), jnp.asarray(7))
     window = metrics.add(window, observation(np.inf, [0.8, 0.2]), jnp.asarray(8))
     assert metrics.first_bad(jax.device_get(window)) == (7, ["loss"])

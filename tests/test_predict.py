@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import numpy as np
-import pyarrow.parquet
+import pyarrow as pa
 import pytest
 import untrained
 from PIL import Image
+from pyarrow import parquet
 from runs import ROOT, SMALL
 from sklearn.datasets import load_digits
 
@@ -80,13 +81,15 @@ def test_files_folders_lists_and_arrays(run, tmp_path, monkeypatch):
     (tmp_path / "in" / "notes.txt").write_text("no image")
     save(tmp_path / "lists" / "x.png", pixels[5])
     (tmp_path / "lists" / "list.csv").write_text(f'note;path\n1;x.png\n;\n2;"../in/deep/{ODD_NAMES[0]}"\n')
+    parquet.write_table(pa.table({"path": ["x.png", None]}), tmp_path / "lists" / "more.parquet")
     np.save(tmp_path / "plain.npy", pixels)
     np.savez(tmp_path / "own.npz", images=pixels[:3, ..., None] / 255, labels=np.zeros(3))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    given = [tmp_path / part for part in ("lists/x.png", "in", "lists/list.csv", "plain.npy", "own.npz")]
+    parts = ("lists/x.png", "in", "lists/list.csv", "plain.npy", "own.npz", "lists/more.parquet")
+    given = [tmp_path / part for part in parts]
     out = tmp_path / "new" / "table.csv"
     line = predict(str(run), list(map(str, given)), str(out), probabilities=True)
-    assert line == f"261 images in {out}; tiny of step 4"
+    assert line == f"262 images in {out}; tiny of step 4"
     assert [path for path in before if path.stat().st_mtime_ns != before[path] and path != tmp_path] == []
 
     rows = read(out)
@@ -97,8 +100,8 @@ def test_files_folders_lists_and_arrays(run, tmp_path, monkeypatch):
         f"{tmp_path}/lists/../in/deep/a, b.png",
     ]
     order = {str(tmp_path / "in" / "deep" / name): number for number, name in enumerate(ODD_NAMES)}
-    chosen = [5, *[order[row["path"]] for row in rows[1:6]], 5, 0, *range(250), 0, 1, 2]
-    assert [row["index"] for row in rows] == [""] * 8 + [*map(str, range(250)), "0", "1", "2"]
+    chosen = [5, *[order[row["path"]] for row in rows[1:6]], 5, 0, *range(250), 0, 1, 2, 5]
+    assert [row["index"] for row in rows] == [""] * 8 + [*map(str, range(250)), "0", "1", "2", ""]
     trained = inference.load(run)
     expected = untrained.by_hand(trained, to_float(pixels[..., None]))[chosen]
     np.testing.assert_allclose(numbers(rows), expected, atol=2e-6)
@@ -116,7 +119,7 @@ def test_parquet_has_what_csv_has(colour, tmp_path):
     for suffix in ("csv", "parquet"):
         predict(str(folder), given, str(tmp_path / f"out.{suffix}"), probabilities=True)
     rows = read(tmp_path / "out.csv")
-    table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    table = parquet.read_table(tmp_path / "out.parquet")
     assert table.column_names == list(rows[0]) and table.column_names[-3:] == [
         f"probability:{name}" for name in CLASSES
     ]
@@ -245,7 +248,9 @@ def test_which_checkpoint(run, tmp_path):
         (["empty"], r"empty: no images in it \(files ending in"),
         (["wrong.csv"], r"columns \['name'\], expected a first line with path"),
         (["empty.csv"], "no images listed"),
-        (["latin.csv"], "cannot be read as UTF-8"),
+        (["latin.csv"], "not UTF-8 text"),
+        (["wrong.parquet"], r"columns \['name'\], expected path among them"),
+        (["damaged.parquet"], "cannot be read as Parquet"),
         (["flat.npy"], r"shape \(4, 64\), expected \[n, H, W\]"),
         (["four.npy"], r"shape \(4, 8, 8, 4\), expected .* with C = 1 or 3"),
         (["ints.npy"], "dtype int32, expected uint8 or floats"),
@@ -261,6 +266,8 @@ def test_what_cannot_be_predicted(run, tmp_path, monkeypatch, arguments, message
     (tmp_path / "wrong.csv").write_text("name\nx.png\n")
     (tmp_path / "empty.csv").write_text("path\n")
     (tmp_path / "latin.csv").write_bytes("path\nÄ.png\n".encode("latin-1"))
+    parquet.write_table(pa.table({"name": ["x.png"]}), tmp_path / "wrong.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
     np.save(tmp_path / "flat.npy", np.zeros((4, 64), np.uint8))
     np.save(tmp_path / "four.npy", np.zeros((4, 8, 8, 4), np.uint8))
     np.save(tmp_path / "ints.npy", np.zeros((4, 8, 8), np.int32))

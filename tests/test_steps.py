@@ -142,12 +142,19 @@ def test_l2r_starts_from_zero_weights():
 
 def test_labels_of_no_class_count_as_wrong_and_have_no_true_label():
     """Clean labels -1 (not known) stay out of both kinds, -2 (no class) is a wrong label; neither has an accuracy."""
-    batch = {"label": jnp.array([0, 1, 2, 0, 1]), "clean_label": jnp.array([-1, -2, 1, 0, 1])}
+    batch = {"label": jnp.array([0, 1, 2, 0, 1]), "clean_label": jnp.array([-1, -2, 1, 0, 1]), "id": jnp.arange(5)}
     weights = jnp.array([0.1, 0.2, 0.3, 0.15, 0.25])
-    supervision = types.SimpleNamespace(example_weights=weights, label_trust=None, probe_loss=None)
+    supervision = base.Supervision(example_weights=weights)
     logits = jnp.eye(3)[jnp.array([0, 1, 1, 2, 1])]  # the true class of the third and the fifth, not of the fourth
     observed = steps._observe(batch, supervision, 1.0, types.SimpleNamespace(terms={}, logits=logits), {})
     assert observed.examples.clean.tolist() == [-1, 0, 0, 1, 1]
+    assert observed.examples.pseudo_label is None and observed.examples.trust is None
+    g = jnp.array([[0.5, 0.2, 0.3]] * 5)
+    examples = steps._observe(
+        batch, supervision._replace(pseudo_label=g), 1.0, types.SimpleNamespace(terms={}, logits=logits), {}
+    ).examples
+    assert examples.pseudo_label.tolist() == [0] * 5 and examples.ids.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(examples.label_probability, [0.5, 0.2, 0.3, 0.5, 0.2])
     averages = {name: float(value.compute()) for name, value in observed.averages.items()}
     assert averages["weight/noisy"] == pytest.approx((0.2 + 0.3) / 2)
     assert averages["weight/clean"] == pytest.approx((0.15 + 0.25) / 2)

@@ -6,14 +6,14 @@ import io
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from ieg_jax.data.images import FileImages
 from ieg_jax.data.splits import UNKNOWN, Source, Split, in_lines, make_split
-from ieg_jax.errors import UserError
+from ieg_jax.errors import UserError, first_line
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm",
@@ -174,9 +174,8 @@ def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_list(file: pathlib.Path, base: pathlib.Path, split: str, relative_to_base: bool) -> list[Listed]:
-    rows = _parquet_rows if file.suffix.lower() in PARQUET else _csv_rows
     root, listed, errors = str(base if relative_to_base else file.parent), [], []
-    for where, row in rows(file):
+    for where, row in list_rows(file):
         try:
             image = _listed(row, f"{file}, {where}", root, str(base), split)
             listed += [image] if image else []
@@ -189,18 +188,35 @@ def _read_list(file: pathlib.Path, base: pathlib.Path, split: str, relative_to_b
     return listed
 
 
-def _csv_rows(file: pathlib.Path) -> Iterator[tuple[str, dict]]:
-    """Line and cells of each row of a CSV file."""
+def list_rows(file: pathlib.Path, needed: Sequence[str] = ("path", "label")) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a list: of those that end in `PARQUET` as Parquet, of others as CSV.
+
+    Args:
+      file: which is there.
+      needed: columns that it must have.
+
+    Yields:
+      Where the row is, for messages; and its cells as text, by column.
+
+    Raises:
+      UserError: for a file that is damaged or lacks a column.
+    """
+    return (_parquet_rows if file.suffix.lower() in PARQUET else _csv_rows)(file, needed)
+
+
+def _csv_rows(file: pathlib.Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     try:
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
     header = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     columns = [(name or "").strip() for name in reader.fieldnames or []]
-    if not {"path", "label"} <= set(columns):
-        raise UserError(f"{file}: columns {columns}, expected a first line with path and label, e.g. path,label,split")
+    if not set(needed) <= set(columns):
+        raise UserError(f"{file}: columns {columns}, expected a first line with {' and '.join(needed)}")
     reader.fieldnames = columns
     try:
         for row in reader:
@@ -209,20 +225,19 @@ def _csv_rows(file: pathlib.Path) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{file}, line {reader.line_num}: {error}; is a quotation mark left open?") from None
 
 
-def _parquet_rows(file: pathlib.Path) -> Iterator[tuple[str, dict]]:
-    """Number, from 0, and cells of each row of a Parquet file, all of them as text."""
+def _parquet_rows(file: pathlib.Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         present = parquet.read_schema(file).names
-        if not {"path", "label"} <= set(present):
-            raise UserError(f"{file}: columns {present}, expected path and label, perhaps clean_label and split")
+        if not set(needed) <= set(present):
+            raise UserError(f"{file}: columns {present}, expected {' and '.join(needed)} among them")
         # The path as a file object: pyarrow would take folders named a=b for columns.
         with file.open("rb") as content:
             table = parquet.read_table(content, columns=[name for name in COLUMNS if name in present])
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read as Parquet ({error})") from None
+        raise UserError(f"{file}: cannot be read as Parquet ({first_line(error)})") from None
     columns = {name: _as_text(table.column(name), f"{file}: column {name!r}") for name in table.column_names}
     for number, cells in enumerate(zip(*columns.values(), strict=True)):
         yield f"row {number}", dict(zip(columns, cells, strict=True))

@@ -1,11 +1,11 @@
 """What a data set is made of: splits of images with labels, and the checks that every source makes."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from ieg_jax.data.images import StoredImages
+from ieg_jax.data.images import StoredImages, readable
 from ieg_jax.errors import UserError
 
 UNKNOWN = -1  # as a clean label: the true class is not known
@@ -42,6 +42,25 @@ class Split:
     def in_memory(self) -> bool:
         """Whether the images are an array."""
         return isinstance(self.images, np.ndarray)
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether the images can be looked at; features are images of one pixel and cannot."""
+        return not self.in_memory or self.images.shape[1:3] != (1, 1)
+
+    def originals(self, rows: Iterable[int]) -> Iterator[np.ndarray]:
+        """The images in these rows without augmentation, `[H, W, 1 or 3]` uint8, one after the other.
+
+        Raises:
+          UserError: naming the image, where it cannot be read or decoded.
+        """
+        reader = None if self.in_memory else self.images.reader()
+        for row in rows:
+            if reader is None:
+                image = self.images[row]
+            else:
+                image = readable(lambda number: reader(number).whole(), row, self.names[row]).numpy()
+            yield image if image.dtype == np.uint8 else np.clip(np.round(image * 255), 0, 255).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
