@@ -3,9 +3,10 @@
     python -m benchmarks.audit --fashion=/usr/share/datasets/fashion-mnist --out=runs/audit_benchmark --jobs=2
 
 For each kind of noise and each seed, by the commands of the README: 10,000 training images and 10 checked ones per
-class are written to files; `main` trains ieg on them; `audit` ranks the labels and trains `supervised` on four fifths
-five times, which gives cleanlab the out-of-fold probabilities that it asks for; `main` trains `supervised` on the given
-labels, on cleaned.csv and on the true labels. What is finished is not done again. Needs cleanlab (`.[bench]`).
+class are written to files; `main` trains ieg on them; `audit` ranks the labels; with --folds it also trains
+`supervised` on four fifths five times, which gives cleanlab the out-of-fold probabilities that it asks for; `main`
+trains `supervised` on the given labels, on cleaned.csv of the first audit and on the true labels. What is finished is
+not done again. Needs cleanlab (`.[bench]`).
 """
 
 import argparse
@@ -113,42 +114,35 @@ def run_cell(fashion: pathlib.Path, out: pathlib.Path, noise: str, seed: int, pr
         return json.loads((folder / name / "result.json").read_text())["test_accuracy"]
 
     accuracy = {"ieg": train("ieg", "labels.csv", "ieg")}
-    audited = folder / "audit"
-    command(
-        "ieg_jax.audit",
-        f"--workdir={folder / 'ieg'}",
-        f"--out={audited}",
-        f"--folds={FOLDS}",
-        "--fold_method=supervised",
-    )
+    run, folds = f"--workdir={folder / 'ieg'}", (f"--folds={FOLDS}", "--fold_method=supervised")
+    command("ieg_jax.audit", run, f"--out={folder / 'audit'}")
+    command("ieg_jax.audit", run, f"--out={folder / 'audit_folds'}", *folds)
     accuracy["given"] = train("supervised", "labels.csv", "supervised_given")
     accuracy["cleaned"] = train("supervised", "audit/cleaned.csv", "supervised_cleaned")
     accuracy["true"] = train("supervised", "true.csv", "supervised_true")
-    found = {"accuracy": accuracy} | measure(audited, folder / "labels.csv")
+    found = {"accuracy": accuracy} | measure(folder)
     result.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
-def measure(audited: pathlib.Path, labels_file: pathlib.Path) -> dict:
-    """What the audit and cleanlab find, against the true labels."""
+def measure(folder: pathlib.Path) -> dict:
+    """What the audits and cleanlab find, against the true labels, of one cell."""
     from cleanlab.rank import get_label_quality_scores
-    from pyarrow import parquet
 
-    summary = json.loads((audited / "summary.json").read_text())
-    table = parquet.read_table(audited / "labels.parquet").to_pandas()
-    with labels_file.open(newline="") as opened:
-        true_names = {row["path"]: row["clean_label"] for row in csv.DictReader(opened)}
+    found = {}
+    for name, part in (("audit", "audit"), ("audit --folds=5", "audit_folds")):
+        summary = json.loads((folder / part / "summary.json").read_text())
+        found[name] = summary["known"] | {"true_noise_rate": summary["known"]["noise_rate"]}
+        found[name] |= {key: summary[key] for key in ("noise_rate", "noise_interval", "calibration_error")}
     number = {name: i for i, name in enumerate(summary["class_names"])}
-    true = np.array([number[true_names[path]] for path in table["path"]])
-    given = np.array([number[name] for name in table["given_label"]])
-    ours = table[[f"probability:{name}" for name in summary["class_names"]]].to_numpy(np.float64)
-    out_of_fold = audit.to_cleanlab(str(audited))
-    found = {"audit": summary["known"] | {key: summary[key] for key in ("noise_rate", "noise_interval")}}
-    found["audit"]["true_noise_rate"] = summary["known"]["noise_rate"]
-    for score in ("self_confidence", "normalized_margin"):
-        for name, probabilities in (("out of fold", out_of_fold["pred_probs"]), ("ieg", ours)):
-            suggested = np.where(np.arange(len(number)) == given[:, None], -1, probabilities).argmax(1)
-            quality = get_label_quality_scores(given, probabilities / probabilities.sum(1, keepdims=True), method=score)
+    with (folder / "labels.csv").open(newline="") as opened:
+        true = np.array([number[row["clean_label"]] for row in csv.DictReader(opened)])
+    for name, part in (("out of fold, supervised", "audit_folds"), ("in sample, ieg", "audit")):
+        content = audit.to_cleanlab(str(folder / part))
+        given, probabilities = content["labels"], content["pred_probs"]
+        suggested = np.where(np.arange(len(number)) == given[:, None], -1, probabilities).argmax(1)
+        for score in ("self_confidence", "normalized_margin"):
+            quality = get_label_quality_scores(given, probabilities, method=score)
             found[f"cleanlab {score}, {name}"] = audit.judge(quality, suggested, given, true)
     return found
 
@@ -168,9 +162,11 @@ def report(found: dict[str, list[dict]]) -> str:
             keys = ("auroc", "precision", "suggested_right")
             lines.append(f"| {name} | " + " | ".join(cell([r[name][key] for r in results]) for key in keys) + " |")
         lines.append("\nnoise rate, in truth: estimated (interval)")
-        for one in (result["audit"] for result in results):
-            low, high = one["noise_interval"]
-            lines.append(f"{one['true_noise_rate']:.3f}: {one['noise_rate']:.3f} ({low:.3f} to {high:.3f})")
+        for name in ("audit", "audit --folds=5"):
+            for one in (result[name] for result in results):
+                low, high = one["noise_interval"]
+                rate = f"{one['true_noise_rate']:.3f}: {one['noise_rate']:.3f} ({low:.3f} to {high:.3f})"
+                lines.append(f"{name}: {rate}")
         lines.append("\ntest accuracy")
         for name in results[0]["accuracy"]:
             lines.append(f"{name}: {cell([result['accuracy'][name] for result in results])}")

@@ -64,7 +64,7 @@ class Options:
       threshold: labels with P(right) below it are not kept in cleaned.csv.
       below: what becomes of these: relabel or drop.
       thumbnails: images in the page, of the most suspicious examples.
-      folds: out-of-fold probabilities by so many more trainings; 0 = none.
+      folds: out-of-fold probabilities by so many more trainings, which count for P(right) as well; 0 = none.
       fold_method: method.name of these; "" = the run's.
     """
 
@@ -150,11 +150,17 @@ def _write_all(folder: pathlib.Path, workdir: str, trained: Any, data: Any, opti
     predict, train = inference.predictor(trained), data.train
     probabilities, disagreement = _pass(folder, predict, train, options.views, trained.num_classes)
     held_out = None if data.held_out is None else predict(data.held_out)
+    judged, out_of_fold = (probabilities, held_out), None
+    if options.folds:
+        out_of_fold, held_out_too = _out_of_fold(folder, trained, data, options)
+        judged = (
+            label_quality.pooled([probabilities, out_of_fold]),
+            None if held_out is None else label_quality.pooled([held_out, held_out_too]),
+        )
     quality = label_quality.estimate(
-        probabilities, train.labels, held_out, None if data.held_out is None else data.held_out.labels
+        judged[0], train.labels, judged[1], None if data.held_out is None else data.held_out.labels
     )
-    bins = [] if held_out is None else label_quality.reliability(quality, held_out, data.held_out.labels)
-    out_of_fold = _out_of_fold(folder, trained, train, options) if options.folds else None
+    bins = [] if held_out is None else label_quality.reliability(quality, judged[1], data.held_out.labels)
 
     names = audit_page.distinct(trained.class_names)
     columns = _columns(train, names, quality, disagreement, _memory(workdir, train.ids), out_of_fold)
@@ -225,25 +231,35 @@ def _read_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
         return dict(content)
 
 
-def _out_of_fold(folder: pathlib.Path, trained: Any, train: Any, options: Options) -> np.ndarray:
-    """`[N, K]`: of each example by a network that was trained without it, as the run was otherwise."""
+def _out_of_fold(
+    folder: pathlib.Path, trained: Any, data: Any, options: Options
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Probabilities `[N, K]` of each example by a network that was trained without it, as the run was otherwise.
+
+    And `[M, K]` of the trusted examples that were held out, each by one of these networks; None where there are none.
+    """
     from ml_collections import ConfigDict
 
     from ieg_jax import inference
     from ieg_jax.data import pipeline
     from ieg_jax.train import train_and_evaluate
 
-    folds = pipeline.fold_of(train.ids, options.folds)
-    probabilities = np.empty((len(train), trained.num_classes), np.float32)
+    parts = [(data.train, pipeline.fold_of(data.train.ids, options.folds))]
+    if data.held_out is not None:
+        parts.append((data.held_out, np.arange(len(data.held_out)) % options.folds))
+    found = [np.empty((len(split), trained.num_classes), np.float32) for split, _ in parts]
     for fold in range(options.folds):
         config = ConfigDict(trained.config.to_dict())
         config.data.folds, config.data.fold, config.audit.epochs = options.folds, fold, 0.0
         config.method.name = options.fold_method or config.method.name
         place = folder / "folds" / str(fold)
         train_and_evaluate(config, str(place))
-        rows = np.flatnonzero(folds == fold)
-        probabilities[rows] = inference.predict(inference.load(place), train.take(rows))
-    return probabilities
+        predict = inference.predictor(inference.load(place))
+        for (split, folds), probabilities in zip(parts, found, strict=True):
+            rows = np.flatnonzero(folds == fold)
+            if len(rows):
+                probabilities[rows] = predict(split.take(rows))
+    return found[0], found[1] if len(found) > 1 else None
 
 
 # ---- What is written
@@ -520,7 +536,8 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "folds",
         usual.folds,
-        "Out-of-fold probabilities for cleanlab and the column self_confidence, by so many more trainings; 0 = none.",
+        "Out-of-fold probabilities by so many more trainings, which count for P(right), and are there for cleanlab; "
+        "0 = none.",
         lower_bound=0,
     )
     flags.DEFINE_string("fold_method", usual.fold_method, "method.name of these, e.g. supervised; '' = the run's.")

@@ -5,10 +5,19 @@ whatever the image. By Bayes' rule
 
     P(c | x, y) ∝ q(c) · T[c, y]          P(the given label is right) = P(c = y | x, y)
 
-q is the network's softmax with its logits divided by a temperature τ (Guo et al. 2017, "On Calibration of Modern Neural
-Networks"): τ is what makes trusted labels likely that the network was *not* trained with, under the prior
-log₂ τ ~ N(−¼, 0.35²); a network that was trained with mixup is not sure enough, 0.7 to 0.85 were measured. The labels
-that it was trained with would not do, trusted or given: it has learnt them.
+q is made of the network's log-probabilities z in two steps,
+
+    q = softmax(z / τ + A z / τ + b)
+
+- The temperature τ (Guo et al. 2017, "On Calibration of Modern Neural Networks") is what makes trusted labels likely
+  that the network was *not* trained with, under the prior log₂ τ ~ N(−¼, 0.35²); a network that was trained with mixup
+  is not sure enough, 0.7 to 0.85 were measured. The labels that it was trained with would not do, trusted or given: it
+  has learnt them, and how sure it is is what that spoils.
+- The correction (A, b) is small, and what makes the *given* labels likely under the model above. A network that was
+  steered by a handful of trusted images prefers some classes to others that look like them; thousands of labels, most
+  of them right, say which. It is matrix scaling (the same paper; with log-probabilities Dirichlet calibration, Kull et
+  al. 2019) for labels with noise. Each of its K (K + 1) numbers has the prior N(0, 0.1²), so that it takes many
+  examples to move them.
 
 T comes out of expectation-maximisation (Dempster et al. 1977). Two models of it are fitted: *uniform*, in which a wrong
 label is any other class, with one parameter, and *by class*, with K (K − 1) of them. The one with the higher Bayesian
@@ -17,15 +26,20 @@ random, the second takes classes that the network mixes up for classes that the 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 TEMPERATURES = 2.0 ** np.arange(-2.5, 1.75, 0.25)
 PRIOR_MEAN, PRIOR_DEVIATION = -0.25, 0.35  # of log₂ τ
+CORRECTION_DEVIATION = 0.1  # of each number of the correction
+# More classes than these are not corrected, for it has K² numbers; and it is fitted on so many examples at most.
+CORRECTED_CLASSES, CORRECTION_EXAMPLES = 200, 50_000
 NEGLIGIBLE = 0.01  # temperatures with less than this of the posterior are left out
 ROUNDS, TOLERANCE = 200, 1e-7  # of expectation-maximisation: at most so many, until so little is gained per example
-PSEUDO_COUNT = 0.1  # of a class given as itself: T of a class without examples stays a distribution
+# Of each class, given as itself and as others, besides what is counted: T of a class without examples stays a
+# distribution, and where no label seems to be wrong the order of P(right) is still that of q.
+PSEUDO_RIGHT, PSEUDO_WRONG = 0.5, 0.05
 INTERVAL = 0.95
 BINS = 10  # of the reliability plot
 
@@ -44,6 +58,7 @@ class Quality:
       noise_rate: the share of the given labels that are wrong.
       noise_interval: (low, high) between which it is with 95 %, as far as temperature and sampling are concerned.
       temperature: τ, the most probable one.
+      correction: `[K, K + 1]`, A and then b.
       num_held_out: trusted examples that it was calibrated on; 0 = it is that of the prior.
     """
 
@@ -55,6 +70,7 @@ class Quality:
     noise_rate: float
     noise_interval: tuple[float, float]
     temperature: float
+    correction: np.ndarray
     num_held_out: int
 
 
@@ -83,13 +99,18 @@ def estimate(
     num_held_out = 0 if held_out_labels is None else len(held_out_labels)
     if num_held_out:
         _check(held_out_probabilities, np.asarray(held_out_labels), "held_out_probabilities")
-    weights = temperature_weights(held_out_probabilities, held_out_labels)
+    # The correction at the temperature that is best without one; then the temperature with it.
+    none = np.zeros((probabilities.shape[1], probabilities.shape[1] + 1))
+    first = TEMPERATURES[temperature_weights(held_out_probabilities, held_out_labels, none).argmax()]
+    rows = np.linspace(0, len(labels) - 1, min(len(labels), CORRECTION_EXAMPLES)).astype(int)
+    correction = _correct(probabilities[rows], labels[rows], first) if len(none) <= CORRECTED_CLASSES else none
+    weights = temperature_weights(held_out_probabilities, held_out_labels, correction)
     best = int(weights.argmax())
     rates = np.full(len(TEMPERATURES), np.nan)
     deviations = np.full(len(TEMPERATURES), np.nan)
     found = None
     for number in np.flatnonzero(weights > NEGLIGIBLE * weights.max()):
-        posterior, transition, by_class = _fit(sharpen(probabilities, TEMPERATURES[number]), labels)
+        posterior, transition, by_class = _fit(calibrated(probabilities, TEMPERATURES[number], correction), labels)
         right = posterior[np.arange(len(labels)), labels]
         rates[number] = 1 - right.mean()
         deviations[number] = np.sqrt(np.sum(right * (1 - right))) / len(labels)
@@ -106,23 +127,36 @@ def estimate(
         noise_rate=float(rates[best]),
         noise_interval=_interval(rates, deviations, weights),
         temperature=float(TEMPERATURES[best]),
+        correction=correction,
         num_held_out=num_held_out,
     )
 
 
-def sharpen(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(log p / τ), `[n, K]` float64."""
-    logits = np.log(np.clip(probabilities.astype(np.float64), 1e-12, None)) / temperature
-    powers = np.exp(logits - logits.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
+def calibrated(probabilities: np.ndarray, temperature: float, correction: np.ndarray) -> np.ndarray:
+    """The model's q: softmax((I + A) log p / τ + b), `[n, K]` float64.
+
+    Args:
+      probabilities: `[n, K]` of the network.
+      temperature: τ.
+      correction: `[K, K + 1]`, A and then b.
+    """
+    return _corrected(_log(probabilities) / temperature, correction)
 
 
-def temperature_weights(probabilities: np.ndarray | None, labels: np.ndarray | None) -> np.ndarray:
+def pooled(predictions: Sequence[np.ndarray]) -> np.ndarray:
+    """What several networks say together: the geometric mean of `[n, K]` each, rows that sum to 1; float32."""
+    return _softmax(sum(map(_log, predictions)) / len(predictions)).astype(np.float32)
+
+
+def temperature_weights(
+    probabilities: np.ndarray | None, labels: np.ndarray | None, correction: np.ndarray
+) -> np.ndarray:
     """The posterior of τ on TEMPERATURES: the prior, times the likelihood of held-out labels where there are any.
 
     Args:
       probabilities: `[M, K]`, or None.
       labels: `[M]`, or None.
+      correction: `[K, K + 1]`.
 
     Returns:
       `[len(TEMPERATURES)]`, sums to 1.
@@ -131,7 +165,7 @@ def temperature_weights(probabilities: np.ndarray | None, labels: np.ndarray | N
     if labels is not None and len(labels):
         rows = np.arange(len(labels))
         log_weights = log_weights + [
-            np.log(np.clip(sharpen(probabilities, temperature)[rows, labels], 1e-12, None)).sum()
+            np.log(np.clip(calibrated(probabilities, temperature, correction)[rows, labels], 1e-12, None)).sum()
             for temperature in TEMPERATURES
         ]
     weights = np.exp(log_weights - log_weights.max())
@@ -154,7 +188,7 @@ def reliability(
     Returns:
       For each tenth of [0, 1] that has any weight: mean P(right), the share that is right, the weight in examples.
     """
-    prior = sharpen(held_out_probabilities, quality.temperature)
+    prior = calibrated(held_out_probabilities, quality.temperature, quality.correction)
     k = prior.shape[1]
     joint = prior[:, :, None] * quality.transition  # [M, true, given]
     right = np.einsum("mkk->mk", joint) / np.clip(joint.sum(1), 1e-300, None)  # [M, given]
@@ -196,6 +230,60 @@ def _check(probabilities: np.ndarray, labels: np.ndarray, name: str) -> None:
         )
 
 
+def _log(probabilities: np.ndarray) -> np.ndarray:
+    return np.log(np.clip(probabilities.astype(np.float64), 1e-12, None))
+
+
+def _corrected(logits: np.ndarray, correction: np.ndarray) -> np.ndarray:
+    return _softmax(logits + logits @ correction[:, :-1].T + correction[:, -1])
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def _correct(probabilities: np.ndarray, labels: np.ndarray, temperature: float) -> np.ndarray:
+    """The most probable correction `[K, K + 1]`, with T as it is without one."""
+    from scipy.optimize import minimize
+
+    logits = _log(probabilities) / temperature
+    shape = logits.shape[1], logits.shape[1] + 1
+    transition = _fit(_corrected(logits, np.zeros(shape)), labels)[1]
+
+    def loss(flat):
+        value, gradient = correction_loss(flat.reshape(shape), logits, labels, transition)
+        return value, gradient.ravel()
+
+    return minimize(loss, np.zeros(shape[0] * shape[1]), jac=True, method="L-BFGS-B").x.reshape(shape)
+
+
+def correction_loss(
+    correction: np.ndarray, logits: np.ndarray, labels: np.ndarray, transition: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """−log of the likelihood Π_i Σ_c q_i(c) T[c, y_i] times the prior of the correction, and its gradient.
+
+    That by the corrected logits of an example is q(c) − P(c | x, y).
+
+    Args:
+      correction: `[K, K + 1]`.
+      logits: `[N, K]`, z / τ.
+      labels: `[N]` int, as given.
+      transition: T `[K, K]`.
+
+    Returns:
+      The value, without what does not depend on the correction, and `[K, K + 1]`.
+    """
+    q = _corrected(logits, correction)
+    joint = q * transition[:, labels].T
+    total = np.clip(joint.sum(1, keepdims=True), 1e-300, None)
+    by_logits = q - joint / total
+    gradient = np.concatenate([by_logits.T @ logits, by_logits.sum(0)[:, None]], 1)
+    precision = CORRECTION_DEVIATION**-2
+    value = -np.log(total).sum() + 0.5 * precision * np.square(correction).sum()
+    return float(value), gradient + precision * correction
+
+
 def _fit(prior: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     """P(true class | all) `[N, K]`, T `[K, K]` and whether that is by class, of the better of the two models."""
     n, k = prior.shape
@@ -209,13 +297,15 @@ def _fit(prior: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 def _uniform(counts: np.ndarray) -> np.ndarray:
     """T with one rate for all classes, from counts `[true, given]`."""
     k = len(counts)
-    rate = 1 - (np.trace(counts) + PSEUDO_COUNT) / (counts.sum() + PSEUDO_COUNT)
-    return np.where(np.eye(k, dtype=bool), 1 - rate, rate / (k - 1))
+    right, wrong = np.trace(counts) + k * PSEUDO_RIGHT, counts.sum() - np.trace(counts) + k * PSEUDO_WRONG
+    rate = wrong / (right + wrong)
+    return np.where(np.eye(k, dtype=bool), 1 - rate, rate / max(1, k - 1))
 
 
 def _by_class(counts: np.ndarray) -> np.ndarray:
     """T with a distribution for each class, from counts `[true, given]`."""
-    counts = counts + PSEUDO_COUNT * np.eye(len(counts))
+    k = len(counts)
+    counts = counts + np.where(np.eye(k, dtype=bool), PSEUDO_RIGHT, PSEUDO_WRONG / max(1, k - 1))
     return counts / counts.sum(1, keepdims=True)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import image_trees
 import numpy as np
@@ -7,7 +8,7 @@ import tensorflow as tf
 from PIL import Image
 
 from configs import default
-from ieg_jax.data import augment, images, sources
+from ieg_jax.data import augment, images, sources, splits
 from ieg_jax.errors import UserError
 
 
@@ -29,6 +30,29 @@ def test_every_format_is_read_as_it_is_meant(tmp_path):
         assert (checked.height, checked.width, checked.error) == (*pixels.shape[:2], ""), name
     plain = {name for name in want if images.check_image((tmp_path / name).read_bytes()).plain}
     assert plain == {"plain.png", "plain.jpg", "grey.jpg", "grey.png"}
+
+
+def test_originals_of_files_and_arrays(tmp_path):
+    """Whatever holds the images: uint8, in the order that is asked for, each of its own size."""
+    want = image_trees.odd_images(tmp_path)
+    names = sorted(want)
+    checked = images.check(np.array([str(tmp_path / name) for name in names], object))
+    stored = images.FileImages(
+        np.array([str(tmp_path / name) for name in names], object),
+        np.array([one.plain for one in checked]),
+        np.array([(one.height, one.width) for one in checked]),
+    )
+    split = splits.make_split(stored, np.zeros(len(names)), names=np.array(names, object))
+    for row, pixels in zip((2, 0), split.originals(np.array([2, 0])), strict=True):
+        np.testing.assert_array_equal(pixels, want[names[row]])
+    assert split.is_visible
+    floats = splits.make_split(np.array([0.0, 0.499, 1.0], np.float32).reshape(3, 1, 1, 1).repeat(2, 1), np.zeros(3))
+    assert [int(pixels[0, 0, 0]) for pixels in floats.originals(range(3))] == [0, 127, 255] and floats.is_visible
+    features = splits.make_split(np.zeros((3, 1, 1, 7), np.float32), np.zeros(3))
+    assert not features.is_visible
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(UserError, match=f"{re.escape(names[0])} cannot be read"):
+        list(split.originals([0]))
 
 
 def test_a_window_of_a_jpeg_is_that_part_of_the_whole(tmp_path):

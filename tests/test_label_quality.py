@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.optimize import approx_fprime
+from scipy.stats import spearmanr
 
-from ieg_jax import label_quality
+from ieg_jax import audit, label_quality
 
 UNIFORM = np.where(np.eye(4, dtype=bool), 0.7, 0.1)
 BY_CLASS = np.array([[0.6, 0.4, 0, 0], [0.35, 0.65, 0, 0], [0, 0, 1.0, 0], [0, 0, 0.2, 0.8]])
@@ -15,7 +17,12 @@ def draw(n, transition, seed=0, temperature=1.0):
     truth = rng.dirichlet(np.full(len(transition), 0.2), n)
     true = (truth.cumsum(1) > rng.random((n, 1))).argmax(1)
     given = (transition[true].cumsum(1) > rng.random((n, 1))).argmax(1)
-    return label_quality.sharpen(truth, 1 / temperature), true, given
+    return sharpen(truth, 1 / temperature), true, given
+
+
+def sharpen(probabilities, temperature):
+    k = probabilities.shape[1]
+    return label_quality.calibrated(probabilities, temperature, np.zeros((k, k + 1)))
 
 
 @pytest.mark.parametrize("transition, by_class", [(UNIFORM, False), (BY_CLASS, True)])
@@ -27,7 +34,8 @@ def test_what_was_drawn_is_found(transition, by_class, temperature):
     is_right = given == true
     assert found.by_class == by_class
     np.testing.assert_allclose(found.transition, transition, atol=0.06)
-    assert np.log2(found.temperature) == pytest.approx(np.log2(temperature), abs=0.36)  # steps of 1/4, and the prior
+    scale = (1 + np.trace(found.correction) / 4) / found.temperature  # the correction takes a part of it
+    assert np.log2(scale) == pytest.approx(-np.log2(temperature), abs=0.36)  # steps of 1/4, and the prior
     low, high = found.noise_interval
     assert low < found.noise_rate < high and high - low < 0.15
     assert low - 0.01 < 1 - is_right.mean() < high + 0.01
@@ -42,7 +50,7 @@ def test_the_posterior_by_hand():
     transition = np.array([[0.9, 0.1], [0.4, 0.6]])
     prior = np.array([[0.8, 0.2]])
     for given, right in ((0, 0.8 * 0.9 / (0.8 * 0.9 + 0.2 * 0.4)), (1, 0.2 * 0.6 / (0.8 * 0.1 + 0.2 * 0.6))):
-        quality = label_quality.Quality(*[None] * 3, transition, True, 0.0, (0, 0), 1.0, 1)
+        quality = label_quality.Quality(*[None] * 3, transition, True, 0.0, (0, 0), 1.0, np.zeros((2, 3)), 1)
         bins = label_quality.reliability(quality, prior, np.array([given]))
         # The pair with the true label `given` has the weight T[given, given] and this P(right).
         own = [(p, t) for p, t, w in bins if t > 0]
@@ -53,7 +61,7 @@ def test_suggestions_are_what_else_it_could_be():
     probabilities, true, given = draw(5_000, UNIFORM)
     found = label_quality.estimate(probabilities, given)
     assert (found.suggested != given).all()
-    others = probabilities.copy()
+    others = label_quality.calibrated(probabilities, found.temperature, found.correction)
     others[np.arange(len(given)), given] = -1
     np.testing.assert_array_equal(found.suggested, others.argmax(1))  # with uniform noise T favours none of them
     wrong = given != true
@@ -76,13 +84,94 @@ def test_without_held_out_examples_the_prior_and_a_wide_interval():
 
 def test_temperature_weights_by_hand():
     """One example, two classes with p = 1/2: every temperature gives 1/2, the prior is left."""
-    prior = label_quality.temperature_weights(None, None)
-    same = label_quality.temperature_weights(np.array([[0.5, 0.5]]), np.array([0]))
+    prior = label_quality.temperature_weights(None, None, np.zeros((2, 3)))
+    same = label_quality.temperature_weights(np.array([[0.5, 0.5]]), np.array([0]), np.zeros((2, 3)))
     np.testing.assert_allclose(same, prior)
     two = np.round(np.log2(label_quality.TEMPERATURES), 6)
     assert prior.sum() == pytest.approx(1) and two[prior.argmax()] == pytest.approx(-0.25)
     at = {t: prior[list(two).index(t)] for t in (-0.25, 0.5)}
     assert np.log(at[-0.25] / at[0.5]) == pytest.approx(0.5 * (0.75 / 0.35) ** 2)
+
+
+def test_calibrated_by_hand():
+    """K = 2, τ = 2, p = (0.8, 0.2): A takes half of the first logit from itself, b adds log 3 to the second."""
+    correction = np.array([[-0.5, 0, 0], [0, 0, np.log(3)]])
+    found = label_quality.calibrated(np.array([[0.8, 0.2]]), 2.0, correction)
+    first, second = 0.8**0.25, 3 * 0.2**0.5
+    np.testing.assert_allclose(found, [[first / (first + second), second / (first + second)]], rtol=1e-12)
+
+
+def test_the_gradient_of_the_correction():
+    """Against finite differences; and at 0 and T = I by hand: q − 1[y], times the logits."""
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(20, 4)), rng.integers(0, 4, 20)
+    transition = rng.dirichlet(np.ones(4), 4)
+    correction = rng.normal(size=(4, 5)) / 10
+
+    def value(flat):
+        return label_quality.correction_loss(flat.reshape(4, 5), logits, labels, transition)[0]
+
+    expected = approx_fprime(correction.ravel(), value, 1e-6).reshape(4, 5)
+    found = label_quality.correction_loss(correction, logits, labels, transition)[1]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    q = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    zero, at_zero = label_quality.correction_loss(np.zeros((4, 5)), logits, labels, np.eye(4))
+    np.testing.assert_allclose(at_zero[:, 4], (q - np.eye(4)[labels]).sum(0))
+    assert zero == pytest.approx(-np.log(q[np.arange(20), labels]).sum())
+
+
+@pytest.mark.parametrize("transition", [UNIFORM, BY_CLASS])
+def test_a_network_that_prefers_some_classes_is_corrected(transition):
+    """The network's logits are those of the truth, mixed and shifted. Corrected, P(right) is nearly as good as with the
+    truth itself, and where the network is right the correction is next to nothing."""
+    honest, true, given = draw(20_000, transition)
+    rng = np.random.default_rng(5)
+    bias, mix = np.array([0.8, -0.8, 0.5, -0.5]), np.eye(4) + 0.15 * rng.normal(size=(4, 4))
+    logits = np.log(np.clip(honest, 1e-6, None)) @ mix.T + bias
+    biased = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    held_out, held_out_true, _ = draw(100, transition, 1)
+    held_logits = np.log(np.clip(held_out, 1e-6, None)) @ mix.T + bias
+    held_biased = np.exp(held_logits) / np.exp(held_logits).sum(1, keepdims=True)
+
+    best = label_quality.estimate(honest, given, held_out, held_out_true)
+    found = label_quality.estimate(biased, given, held_biased, held_out_true)
+    assert np.abs(best.correction).max() < 0.15 and np.abs(found.correction).max() > 0.3
+
+    def measures(quality):
+        known = audit.judge(quality.right, quality.suggested, given, true)
+        return np.array([known["auroc"], known["precision"], known["suggested_right"]])
+
+    def without(probabilities):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(label_quality, "CORRECTED_CLASSES", 3)
+            return label_quality.estimate(probabilities, given, held_biased, held_out_true)
+
+    plain = without(biased)
+    assert not plain.correction.any(), "more classes than are corrected"
+    gain, possible = measures(found) - measures(plain), measures(best) - measures(plain)
+    assert (gain > 0.5 * possible).all() and (possible > 0.004).all(), (gain, possible)
+    error = label_quality.calibration_error(label_quality.binned(found.right, given == true))
+    assert error < 0.04 and abs(found.noise_rate - (given != true).mean()) < 0.03
+
+
+def test_where_no_label_seems_wrong_the_order_is_still_that_of_the_network():
+    """The network says what was given, for all but a few with some doubt."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 2_000)
+    doubt = rng.permutation(np.linspace(0.02, 0.3, len(labels)))
+    probabilities = np.where(np.eye(4, dtype=bool)[labels], 1 - doubt[:, None], doubt[:, None] / 3)
+    found = label_quality.estimate(probabilities, labels)
+    assert found.noise_rate < 1e-4 and spearmanr(found.right, doubt)[0] < -0.99
+
+
+def test_pooled_by_hand():
+    pooled = label_quality.pooled([np.array([[0.9, 0.1]]), np.array([[0.5, 0.5]])])
+    np.testing.assert_allclose(pooled, [[0.75, 0.25]], rtol=1e-6)  # √0.45 : √0.05 = 3 : 1
+
+
+def test_few_examples_do_not_correct_much():
+    probabilities, _, given = draw(30, UNIFORM)
+    assert np.abs(label_quality.estimate(probabilities, given).correction).max() < 0.25
 
 
 def test_bins_by_hand():
