@@ -11,8 +11,10 @@ q is made of the network's log-probabilities z in two steps,
 
 - The temperature τ (Guo et al. 2017, "On Calibration of Modern Neural Networks") is what makes trusted labels likely
   that the network was *not* trained with, under the prior log₂ τ ~ N(−¼, 0.35²); a network that was trained with mixup
-  is not sure enough, 0.7 to 0.85 were measured. The labels that it was trained with would not do, trusted or given: it
-  has learnt them, and how sure it is is what that spoils.
+  is not sure enough, 0.7 to 0.85 were measured. The trusted labels that it was trained with would not do: it has learnt
+  them. What the given labels say, the τ that makes them likely under the model above, counts as one measurement of
+  log₂ τ with a deviation of 0.75, by which it was off: that matters for networks that were trained so briefly that
+  they are far less sure than the prior has it.
 - The correction (A, b) is small, and what makes the *given* labels likely under the model above. A network that was
   steered by a handful of trusted images prefers some classes to others that look like them; thousands of labels, most
   of them right, say which. It is matrix scaling (the same paper; with log-probabilities Dirichlet calibration, Kull et
@@ -32,9 +34,11 @@ import numpy as np
 
 TEMPERATURES = 2.0 ** np.arange(-2.5, 1.75, 0.25)
 PRIOR_MEAN, PRIOR_DEVIATION = -0.25, 0.35  # of log₂ τ
+GIVEN_DEVIATION = 0.75  # of log₂ τ as the given labels have it
 CORRECTION_DEVIATION = 0.1  # of each number of the correction
-# More classes than these are not corrected, for it has K² numbers; and it is fitted on so many examples at most.
-CORRECTED_CLASSES, CORRECTION_EXAMPLES = 200, 50_000
+# More classes than these are not corrected, for it has K² numbers.
+CORRECTED_CLASSES = 200
+EXAMPLES = 20_000  # at most, evenly spaced, that the correction and the measurement of τ take
 NEGLIGIBLE = 0.01  # temperatures with less than this of the posterior are left out
 ROUNDS, TOLERANCE = 200, 1e-7  # of expectation-maximisation: at most so many, until so little is gained per example
 # Of each class, given as itself and as others, besides what is counted: T of a class without examples stays a
@@ -101,16 +105,18 @@ def estimate(
         _check(held_out_probabilities, np.asarray(held_out_labels), "held_out_probabilities")
     # The correction at the temperature that is best without one; then the temperature with it.
     none = np.zeros((probabilities.shape[1], probabilities.shape[1] + 1))
-    first = TEMPERATURES[temperature_weights(held_out_probabilities, held_out_labels, none).argmax()]
-    rows = np.linspace(0, len(labels) - 1, min(len(labels), CORRECTION_EXAMPLES)).astype(int)
-    correction = _correct(probabilities[rows], labels[rows], first) if len(none) <= CORRECTED_CLASSES else none
-    weights = temperature_weights(held_out_probabilities, held_out_labels, correction)
+    rows = np.linspace(0, len(labels) - 1, min(len(labels), EXAMPLES)).astype(int)
+    some, given = probabilities[rows], labels[rows]
+    measured = _measured_temperature(some, given)
+    first = TEMPERATURES[temperature_weights(measured, held_out_probabilities, held_out_labels, none).argmax()]
+    correction = _correct(some, given, first) if len(none) <= CORRECTED_CLASSES else none
+    weights = temperature_weights(measured, held_out_probabilities, held_out_labels, correction)
     best = int(weights.argmax())
     rates = np.full(len(TEMPERATURES), np.nan)
     deviations = np.full(len(TEMPERATURES), np.nan)
     found = None
     for number in np.flatnonzero(weights > NEGLIGIBLE * weights.max()):
-        posterior, transition, by_class = _fit(calibrated(probabilities, TEMPERATURES[number], correction), labels)
+        _, posterior, transition, by_class = _fit(calibrated(probabilities, TEMPERATURES[number], correction), labels)
         right = posterior[np.arange(len(labels)), labels]
         rates[number] = 1 - right.mean()
         deviations[number] = np.sqrt(np.sum(right * (1 - right))) / len(labels)
@@ -149,12 +155,13 @@ def pooled(predictions: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def temperature_weights(
-    probabilities: np.ndarray | None, labels: np.ndarray | None, correction: np.ndarray
+    measured: float, probabilities: np.ndarray | None, labels: np.ndarray | None, correction: np.ndarray
 ) -> np.ndarray:
-    """The posterior of τ on TEMPERATURES: the prior, times the likelihood of held-out labels where there are any.
+    """The posterior of τ on TEMPERATURES: the prior, what the given labels say, the likelihood of held-out labels.
 
     Args:
-      probabilities: `[M, K]`, or None.
+      measured: τ as the given labels have it.
+      probabilities: `[M, K]` of held-out examples, or None.
       labels: `[M]`, or None.
       correction: `[K, K + 1]`.
 
@@ -162,6 +169,7 @@ def temperature_weights(
       `[len(TEMPERATURES)]`, sums to 1.
     """
     log_weights = -0.5 * ((np.log2(TEMPERATURES) - PRIOR_MEAN) / PRIOR_DEVIATION) ** 2
+    log_weights -= 0.5 * (np.log2(TEMPERATURES / measured) / GIVEN_DEVIATION) ** 2
     if labels is not None and len(labels):
         rows = np.arange(len(labels))
         log_weights = log_weights + [
@@ -243,13 +251,19 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(1, keepdims=True)
 
 
+def _measured_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Of every other one of TEMPERATURES that which makes given labels the most likely under the model, without a correction."""
+    logits = _log(probabilities)
+    return float(max(TEMPERATURES[::2], key=lambda temperature: _fit(_softmax(logits / temperature), labels)[0]))
+
+
 def _correct(probabilities: np.ndarray, labels: np.ndarray, temperature: float) -> np.ndarray:
     """The most probable correction `[K, K + 1]`, with T as it is without one."""
     from scipy.optimize import minimize
 
     logits = _log(probabilities) / temperature
     shape = logits.shape[1], logits.shape[1] + 1
-    transition = _fit(_corrected(logits, np.zeros(shape)), labels)[1]
+    transition = _fit(_softmax(logits), labels)[2]
 
     def loss(flat):
         value, gradient = correction_loss(flat.reshape(shape), logits, labels, transition)
@@ -284,14 +298,13 @@ def correction_loss(
     return float(value), gradient + precision * correction
 
 
-def _fit(prior: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    """P(true class | all) `[N, K]`, T `[K, K]` and whether that is by class, of the better of the two models."""
+def _fit(prior: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, bool]:
+    """Of the better of the two models: criterion, P(true class | all) `[N, K]`, T `[K, K]`, whether it is by class."""
     n, k = prior.shape
     penalty = 0.5 * np.log(n)
     uniform, by_class = (_maximise(prior, labels, update) for update in (_uniform, _by_class))
-    if by_class[0] - k * (k - 1) * penalty > uniform[0] - penalty:
-        return *by_class[1:], True
-    return *uniform[1:], False
+    found = (uniform[0] - penalty, *uniform[1:], False), (by_class[0] - k * (k - 1) * penalty, *by_class[1:], True)
+    return max(found, key=lambda one: one[0])
 
 
 def _uniform(counts: np.ndarray) -> np.ndarray:
