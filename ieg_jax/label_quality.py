@@ -252,9 +252,10 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _measured_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Of every other one of TEMPERATURES that which makes given labels the most likely under the model, without a correction."""
+    """The one of every other of TEMPERATURES that makes given labels the most likely, without a correction."""
     logits = _log(probabilities)
-    return float(max(TEMPERATURES[::2], key=lambda temperature: _fit(_softmax(logits / temperature), labels)[0]))
+    criteria = [_fit(_softmax(logits / temperature), labels)[0] for temperature in TEMPERATURES[::2]]
+    return float(TEMPERATURES[::2][np.argmax(criteria)])
 
 
 def _correct(probabilities: np.ndarray, labels: np.ndarray, temperature: float) -> np.ndarray:
