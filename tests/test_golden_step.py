@@ -74,6 +74,7 @@ def setup(golden, pseudo_label_gradient):
         "views": golden["in/aug_images"][:, None],
         "label": golden["in/labels"],
         "clean_label": golden["in/labels"],
+        "id": np.arange(len(golden["in/labels"])),
         "probe_image": golden["in/probe_images"],
         "probe_label": golden["in/probe_labels"],
     }
