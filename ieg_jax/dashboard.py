@@ -21,7 +21,7 @@ from tensorboard.plugins.hparams import api as hparams
 from ieg_jax import metrics
 from ieg_jax.data.splits import UNKNOWN, Split
 
-# The columns of HParams; what a run was given is there for all keys, and its tab Table adds others.
+# The columns of HParams: the keys in which experiments usually differ. config.json has all.
 HYPERPARAMETERS = (
     "method.name", "model.name", "data.name", "noise.kind", "noise.rate", "trusted.per_class", "seed", "batch_size",
     "schedule.base_lr", "method.unlabeled_weight", "method.consistency_weight", "method.threshold",
