@@ -8,7 +8,7 @@ STAMP := $(VENV)/installed
 # One process of tests per core; a file stays together, for the fixtures that its tests share.
 WORKERS := -n auto --maxprocesses=8 --dist=loadfile
 
-.PHONY: quickstart quickstart-seeds test test-all test-matrix kill-matrix lint format bench clean
+.PHONY: quickstart quickstart-seeds test test-all test-matrix kill-matrix lint format docs bench clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m ieg_jax.quickstart --workdir=runs/quickstart --seeds=0
@@ -36,6 +36,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	$(BIN)/python -m ieg_jax.methods > docs/methods.md
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench

@@ -25,8 +25,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import default
-from ieg_jax import audit
-from ieg_jax.data import corruption, sources
+from ieg_jax.audit import quality as label_quality
+from ieg_jax.audit.files import to_cleanlab
+from ieg_jax.data.noise import kinds
+from ieg_jax.data.sources.small import fashion_mnist
 
 TRAIN, TRUSTED = 10_000, 10  # images; checked images per class
 NOISE = ("uniform", "asymmetric")
@@ -48,7 +50,7 @@ def write_images(fashion: pathlib.Path, folder: pathlib.Path) -> None:
     """Every image as a PNG file, and test.csv."""
     data = default.get_config().data
     data.name, data.dir = "fashion_mnist", str(fashion)
-    source = sources.fashion_mnist(data)
+    source = fashion_mnist(data)
     for part in ("train", "test"):
         split = getattr(source, part)
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -63,12 +65,12 @@ def write_lists(fashion: pathlib.Path, folder: pathlib.Path, noise: str, seed: i
     config = default.get_config()
     config.data.name, config.data.dir = "fashion_mnist", str(fashion)
     config.noise = ConfigDict(config.noise.to_dict() | {"kind": noise, "rate": RATE, "seed": seed})
-    source = sources.fashion_mnist(config.data)
+    source = fashion_mnist(config.data)
     names, images = source.class_names, folder.parent / "images" / "train"
     order = np.random.default_rng(seed).permutation(len(source.train))
     train, rest = np.sort(order[:TRAIN]), order[TRAIN:]
     trusted = np.concatenate([rest[source.train.labels[rest] == c][:TRUSTED] for c in range(source.num_classes)])
-    noisy = corruption.corrupt(source, config.noise)
+    noisy = kinds.corrupt(source, config.noise)
     path = {number: str(images / f"{number:05d}.png") for number in (*train, *trusted)}
     given = [(path[i], names[noisy.labels[i]], names[noisy.clean_labels[i]]) for i in train]
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,12 +140,12 @@ def measure(folder: pathlib.Path) -> dict:
     with (folder / "labels.csv").open(newline="") as opened:
         true = np.array([number[row["clean_label"]] for row in csv.DictReader(opened)])
     for name, part in (("out of fold, supervised", "audit_folds"), ("in sample, ieg", "audit")):
-        content = audit.to_cleanlab(str(folder / part))
+        content = to_cleanlab(str(folder / part))
         given, probabilities = content["labels"], content["pred_probs"]
         suggested = np.where(np.arange(len(number)) == given[:, None], -1, probabilities).argmax(1)
         for score in ("self_confidence", "normalized_margin"):
             quality = get_label_quality_scores(given, probabilities, method=score)
-            found[f"cleanlab {score}, {name}"] = audit.judge(quality, suggested, given, true)
+            found[f"cleanlab {score}, {name}"] = label_quality.judge(quality, suggested, given, true)
     return found
 
 

@@ -21,9 +21,12 @@ from rich.table import Table
 from sklearn.datasets import load_sample_image
 
 from configs import default
-from ieg_jax import methods, models, optimizers, steps
-from ieg_jax.data import doctor, pipeline
+from ieg_jax import methods, models
+from ieg_jax.data import examination
+from ieg_jax.data.load import load_data
 from ieg_jax.methods import base
+from ieg_jax.methods.parts import optimizers
+from ieg_jax.train.step import create_state, train_step
 
 LEAST = {"supervised": 3 / 3, "trusted_only": 3 / 3, "l2r": 10 / 3, "ieg": 22 / 3}
 ROUNDS = 5
@@ -36,14 +39,14 @@ def compiled_step(method_name: str, size: int, width: float, batch: int = 64, mo
     config.model.name = model
     network = models.create(config.model, 10)
     context = base.Context(FrozenConfigDict(config), network, optimizers.create(config.optimizer), 10)
-    method = base.bind(methods.REGISTRY[method_name], context)
-    state = steps.create_state(context, method, jax.random.key(0), (size, size, 3), 1)
+    method = methods.get(method_name).bind(context)
+    state = create_state(context, method, jax.random.key(0), (size, size, 3), 1)
     rng = np.random.default_rng(0)
     images = {"image": (batch,), "views": (batch, 1), "probe_image": (batch,)}
     data = {k: jnp.asarray(rng.uniform(-1, 1, (*n, size, size, 3)), jnp.float32) for k, n in images.items()}
     labels = ("label", "clean_label", "id", "probe_label")
     data |= {k: jnp.asarray(rng.integers(0, 10, batch), jnp.int32) for k in labels}
-    step = functools.partial(steps.train_step, context=context, method=method, schedule=optax.constant_schedule(0.01))
+    step = functools.partial(train_step, context=context, method=method, schedule=optax.constant_schedule(0.01))
     run = jax.jit(step).lower(state, data, jax.random.key(0)).compile()
     return run, (state, data, jax.random.key(0))
 
@@ -128,7 +131,9 @@ def bench_data(console: Console, folder: pathlib.Path) -> None:
             config.trusted.source = "separate"
             config.batch_size, config.method.name = batch, method
             config.augment.standard, config.augment.strong = standard, strong
-            speed = doctor.throughput(config, pipeline.load(config), seconds=6.0)
+            speed = examination.throughput(
+                config, load_data(config), methods.get(config.method.name).streams, seconds=6.0
+            )
             cost = 1 / speed["images_per_cpu_second"]
             plain = plain or cost
             step = steps_of.get(method)

@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import default
-from ieg_jax import hlo, program, sharding
+from ieg_jax.plan import hlo
+from ieg_jax.runtime import mesh
+from ieg_jax.train import durations, program
 
-SHAPE = program.DataShape((32, 32, 3), (32, 32, 3), num_classes=10, num_examples=1000, num_ids=1000)
+SHAPE = program.DataShape((32, 32, 3), (32, 32, 3), 10, num_examples=1000, num_ids=1000, num_trusted=100)
 
 
 def compiled_step(method_name: str, microbatches: int) -> jax.stages.Compiled:
@@ -20,7 +22,7 @@ def compiled_step(method_name: str, microbatches: int) -> jax.stages.Compiled:
     config.method.name, config.microbatches, config.mesh.data = method_name, microbatches, 1
     config.batch_size = config.trusted.batch_size = 128
     config.batch_groups = 8
-    run = program.build(config, sharding.create(config), SHAPE, first_cycle=100, num_steps=1000, log_every=10)
+    run = program.build(config, mesh.create(config), SHAPE, durations.in_steps(config, SHAPE.num_examples))
     return run.train_step.lower(run.state, run.window, run.batch, run.rng).compile()
 
 

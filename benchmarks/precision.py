@@ -14,9 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import quickstart
-from ieg_jax import methods, models, optimizers, program, sharding, train
-from ieg_jax.data import pipeline
-from ieg_jax.methods import base
+from ieg_jax import config as config_lib
+from ieg_jax import models
+from ieg_jax.data.batches import train_batches
+from ieg_jax.data.load import load_data
+from ieg_jax.methods import base, ieg
+from ieg_jax.methods.parts import optimizers
+from ieg_jax.runtime import mesh
+from ieg_jax.train import durations, program
 
 STEPS = (0, 100, 400)  # updates made before the comparison
 BATCHES = 10
@@ -33,16 +38,18 @@ def supervise_with(config, overrides, num_classes):
     config.update_from_flattened_dict(overrides)
     network = models.create(config.model, num_classes, config.batch_groups)
     context = base.Context(FrozenConfigDict(config), network, optimizers.create(config.optimizer), num_classes)
-    return jax.jit(functools.partial(methods.ieg.supervise, context))
+    return jax.jit(functools.partial(ieg.supervise, context))
 
 
 def compare(console: Console) -> None:
     """Trains, compares, and prints one table."""
     config = quickstart.get_config()
-    config.trusted.batch_size = config.batch_size
     config.mesh.data = 1
-    data, layout = pipeline.load(config), sharding.create(config)
-    run = program.build(config, layout, train.data_shape(config, data), 100, 1000, 50)
+    config = config_lib.resolve(config)
+    data, shardings = load_data(config), mesh.create(config)
+    steps = durations.in_steps(config, len(data.train))
+    run = program.build(config, shardings, program.data_shape(config, data), steps)
+    streams = run.method.streams
     variants = {name: supervise_with(config, keys, data.num_classes) for name, keys in VARIANTS.items()}
     table = Table(
         title=f"{BATCHES} batches of {config.batch_size}, {config.model.name} on digits, against float32",
@@ -51,15 +58,15 @@ def compare(console: Console) -> None:
     for heading in ("after steps", "computed in", "λ changed", "ω moved", "ω correlation", "pseudo label"):
         table.add_column(heading, justify="left" if heading == "computed in" else "right")
     state, window, rng = run.init(jax.random.key(0)), run.empty_window(), jax.random.key(1)
-    batches = pipeline.train_batches(config, data, 0, STEPS[-1] + 1, layout.batch)
+    batches = train_batches(config, data, streams, 0, STEPS[-1] + 1, shardings.batch)
     for step, batch in enumerate(batches):
         if step in STEPS:
-            seen = list(pipeline.train_batches(config, data, step, step + BATCHES, layout.batch))
+            seen = list(train_batches(config, data, streams, step, step + BATCHES, shardings.batch))
             found = {name: [run_one(state, b, rng) for b in seen] for name, run_one in variants.items()}
             for name in list(VARIANTS)[1:]:
                 table.add_row(str(step), name, *differences(found["float32"], found[name]))
         state, window = run.train_step(state, window, batch, rng)
-        if (step + 1) % 50 == 0:
+        if (step + 1) % steps.log_every == 0:
             window = run.empty_window()
     console.print(table)
 

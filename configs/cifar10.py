@@ -47,7 +47,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.noise.rate = 0.0 if args.noise in WITHOUT_RATE else args.noise_rate
     config.trusted.per_class = args.trusted_per_class
     config.model.name, config.model.width = MODELS[args.model]
-    config.model.depth = 28
+    if config.model.name == "wide_resnet":
+        config.model.depth = 28
 
     config.batch_size = 100
     config.eval_batch_size = 500

@@ -10,6 +10,7 @@ one optimiser update on one global batch; one epoch is as many steps as show eac
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
+from ieg_jax import methods
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -28,7 +29,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.microbatches = 1
     config.eval_batch_size = 256  # test examples per forward pass, over all devices
     config.num_train_steps = 0
-    config.num_train_epochs = 10.0  # this key and those marked with † may be -1: from the data (pipeline.fit_to_data)
+    config.num_train_epochs = 10.0  # this key and those marked with † may be -1: from the data (config.resolve)
     config.log_every_steps = 50  # training metrics are averages over this many steps
     config.log_every_epochs = 0.0
     config.eval_every_steps = 0
@@ -62,7 +63,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.noise = noise = ConfigDict()
     # none | uniform | symmetric_flip | asymmetric | asymmetric_contiguous | transition_matrix |
-    # instance_dependent | open_set | file | human; ieg_jax/data/corruption.py defines each.
+    # instance_dependent | open_set | file | human; ieg_jax/data/noise/kinds.py defines each.
     noise.kind = "none"
     noise.rate = 0.0  # nominal share of examples that are corrupted, in [0, 1]
     noise.selection = "bernoulli"  # which: bernoulli (each by itself) | exact (that many) | exact_per_class
@@ -106,35 +107,17 @@ def get_config(arguments: str = "") -> ConfigDict:
     model.dtype = "float32"
     model.remat = False  # keep only the inputs of each block, and compute it once more in the backward pass
     # .safetensors or .npz file of the weights at step 0: of another run (ieg_jax.export) or, for resnet50, as published
-    # for torchvision, timm and others; docs/operation.md. A later start does without it. "" = random weights
+    # for torchvision, timm and others; docs/running.md. A later start does without it. "" = random weights
     model.pretrained = ""
     # resnet50, what published weights expect: own = images in [-1, 1] as they are | torch = each colour less ImageNet's
     # mean, by its deviation (torchvision, timm, transformers) | flax = the same, and SAME padding (Flax's example)
     model.conventions = "own"
 
-    config.method = method = ConfigDict()
-    method.name = "ieg"  # ieg | eg | l2r | mixmatch | supervised | trusted_only
-    # The rest of this group is read by ieg and, where ω and λ have no part in it, by eg; mixmatch reads temperature,
-    # unlabeled_weight and the keys of mixup.
-    method.temperature = 0.5  # τ, sharpens the pseudo labels; > 0
-    method.unlabeled_weight = 5.0  # p, of the mixup loss of noisy examples; mixmatch: λ_U; >= 0
-    method.unlabeled_ramp_steps = 0  # mixmatch: λ_U grows linearly from 0 over this many steps; 0 = there at once
-    method.consistency_weight = 20.0  # k, of the KL between views; >= 0
-    method.threshold = 1.0  # T: below this ω an example counts as possibly mislabelled in mixup
-    method.label_trust_init = 0.9  # λ⁰, in [0, 1]
-    method.relabel = True  # ieg: λ; False = labels are reweighted, never replaced: λ⁰ = 1 and no L_λ
-    method.mixup = True  # ieg: the mixup losses of trusted and noisy images; False = trusted images only guide ω and λ
-    method.normalize_logits = True  # divide logits by their root mean square in pseudo labels and mixup losses
-    method.supervised_scale = 0.5  # factor of (L_ω + L_λ)
-    method.mixup_coefficient = "approximate"  # of Beta(α, α): approximate (U²/2, for α = 1/2 alone) | exact
-    method.mixup_alpha = 0.5  # α > 0, the smaller, the less is mixed
-
-    config.meta = meta = ConfigDict()  # the lookahead step of ieg and l2r
-    meta.learning_rate = 0.1  # step size of the lookahead, whatever the schedule says; > 0
-    meta.momentum = True  # the lookahead starts from the optimiser's momentum (l2r: never)
-    meta.layers = ".*"  # regular expression: parameters (paths such as 'head/kernel') that the lookahead moves
-    meta.pseudo_label_gradient = False  # True: the meta-gradient also flows through the pseudo labels
-    meta.weight_decay = True  # the trusted loss after the lookahead includes the weight decay term
+    # The keys of methods live in their modules, ieg_jax/methods; docs/methods.md has each with its default, what is
+    # allowed, and which methods read it. One that is set and that the method does not read is an error.
+    config.method = ConfigDict({"name": "ieg"})  # a name in ieg_jax/methods/__init__.py
+    config.meta = ConfigDict()  # the lookahead step
+    config.update_from_flattened_dict(methods.defaults())
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "sgd"  # sgd | adam | adamw
@@ -177,7 +160,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     audit.epochs = 5.0  # ω and λ of each example are averaged over this many last epochs (examples.npz); 0 = not
     audit.suspects = 16  # examples with the most doubtful labels, drawn for TensorBoard at evaluations; 0 = none
 
-    config.profile = profile = ConfigDict()  # traces for TensorBoard's profiler; see also docs/operation.md
+    config.profile = profile = ConfigDict()  # traces for TensorBoard's profiler; see also docs/running.md
     profile.start_step = 0  # the first step that is traced; 0 = none
     profile.num_steps = 5
     # Without a finished step for this long, the stacks of all threads are written down; 0 = never.

@@ -4,7 +4,7 @@
     python -m ieg_jax.main --config=configs/digits.py:method=ieg,noise_rate=0.8 --workdir=runs/digits
 
 As configs/quickstart.py with three trusted images per class, with which one image says less about the outcome.
-Accuracy: README.md. Arguments: method, noise_rate, trusted_per_class, seed (of everything), reference.
+Accuracy: docs/results.md. Arguments: method, noise_rate, trusted_per_class, seed (of everything), reference.
 """
 
 from ml_collections import ConfigDict

@@ -8,13 +8,14 @@ The folder holds the four published IDX files (Debian: package dataset-fashion-m
 them. Not an experiment of the paper. 10,000 of the training images at half resolution, 14×14, a wide ResNet of 75,002
 parameters; accuracy on all 10,000 test images. Arguments: method, noise (uniform or asymmetric: T-shirt/top ↔ shirt,
 pullover ↔ coat, sneaker ↔ ankle boot), noise_rate, trusted_per_class, seed (of everything), reference. Accuracy:
-README.md; how the settings were chosen: docs/fashion.md.
+docs/results.md; how the settings were chosen: docs/fashion.md.
 """
 
 from ml_collections import ConfigDict
 
 from configs import default
 from ieg_jax import config as config_lib
+from ieg_jax import methods
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -40,7 +41,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.batch_size = 100
     config.eval_batch_size = 500
     config.augment.standard = "crop(pad=1)|flip"
-    config.method.unlabeled_weight, config.method.consistency_weight = 1.0, 2.0
+    methods.tune(config, unlabeled_weight=1.0, consistency_weight=2.0)
     config.schedule.base_lr = 0.05
     # Four cycles of 150, 225, 337 and 507 steps.
     config.schedule.first_cycle_epochs, config.schedule.first_cycle_steps = 0.0, 150

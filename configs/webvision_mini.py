@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from ieg_jax import config as config_lib
+from ieg_jax import methods
 from ieg_jax.errors import check_choice
 
 SIZES = {"resnet50": 224, "inception_resnet_v2": 299}  # pixels of a side
@@ -31,8 +32,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config = default.get_config(f"reference={args.reference}")
     config.seed = config.trusted.seed = args.seed
     config.method.name = args.method
-    config.method.unlabeled_weight = 4.0
-    config.method.consistency_weight = 8.0
+    methods.tune(config, unlabeled_weight=4.0, consistency_weight=8.0)
     config.data.name, config.data.variant = "webvision", "mini"
     config.data.test = config.data.trusted = args.imagenet
     config.data.unreadable = "skip"

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import numbers
 import pathlib
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,12 +26,18 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
-from ieg_jax import cli, inference, label_quality, methods, models, train
+from ieg_jax import cli, inference, methods, models
 from ieg_jax import config as config_lib
-from ieg_jax.data import pipeline, sources
+from ieg_jax.audit import quality as label_quality
+from ieg_jax.data.load import load_data
+from ieg_jax.data.sources import load as sources
+from ieg_jax.data.sources.arrays import feature_statistics, standardised
 from ieg_jax.data.splits import UNKNOWN, Split, check_images_and_labels, make_split
-from ieg_jax.errors import UserError, check_choice
-from ieg_jax.workdir import WorkFolder
+from ieg_jax.errors import Interrupted, UserError, check_choice
+from ieg_jax.models import own
+from ieg_jax.runtime.workdir import WorkFolder
+from ieg_jax.train import check
+from ieg_jax.train.loop import train_and_evaluate
 
 FEATURES_AUGMENT = ("gaussian(0.1)", "gaussian(0.3)")  # of configs/features.py
 FEATURES_RATE = 0.05  # likewise, the learning rate
@@ -38,14 +45,16 @@ FEATURES_RATE = 0.05  # likewise, the learning rate
 FIXED = ("data.", "noise.", "trusted.source", "trusted.ids", "trusted.per_class", "trusted.fraction")
 NEVER = 1_000_000_000  # steps
 DATA_FILE = "dataset.npz"  # of the work folder
+# Classifiers that were pickled when these modules had other names can still be loaded.
+sys.modules |= {"ieg_jax.label_quality": label_quality, "ieg_jax.program": own}
 
 
 class IEGClassifier(ClassifierMixin, BaseEstimator):
     """Classifier of images or features that is trained on noisy labels with a small trusted set.
 
     Args:
-      method: `ieg`, `eg`, `l2r`, `mixmatch`, `supervised` or `trusted_only`; only `supervised` does without a trusted
-        set.
+      method: a name in `methods.REGISTRY`, such as `ieg` or `supervised`; those that learn from given labels alone
+        (docs/methods.md) do without a trusted set.
       network: a name in `models.REGISTRY`, or any flax.linen module, called as `network(x, train=...)` with float32
         `[n, H, W, C]` in [-1, 1], features as `[n, 1, 1, D]`, that returns logits `[n, K]`. None = a wide ResNet for
         images, its size from the data, and `mlp` for features.
@@ -112,7 +121,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
     def fit(self, X, y, X_trusted=None, y_trusted=None, trusted=None) -> "IEGClassifier":
         """Trains, and estimates which labels are right.
 
-        The trusted set comes either as arrays of its own or as rows of X; `method="supervised"` does without.
+        The trusted set comes either as arrays of its own or as rows of X; some methods, such as supervised, do without.
 
         Args:
           X: images `[N, H, W]` or `[N, H, W, C]`, C 1 or 3, integers 0 to 255 or floats in [0, 1]; or features
@@ -140,7 +149,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         names, labels = np.unique(given, return_inverse=True)
         if len(names) < 2:
             raise UserError(f"y has 1 class ({names[0]!r}), expected at least two classes")
-        stand_in = trusted is None and X_trusted is None and y_trusted is None and self.method == "supervised"
+        needs_trusted = methods.get(self.method).needs_trusted
+        stand_in = trusted is None and X_trusted is None and y_trusted is None and not needs_trusted
         if trusted is not None:
             trusted_examples, y_trusted = examples[in_x], given[in_x]
         elif stand_in:
@@ -166,19 +176,19 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         with self._folder() as folder:
             config.data.train = str(_save(folder, arrays))
             try:
-                result = train.train_and_evaluate(config, str(folder), network, quiet=not self.verbose)
-            except train.Interrupted as error:
+                result = train_and_evaluate(config, str(folder), network, quiet=not self.verbose)
+            except Interrupted as error:
                 raise KeyboardInterrupt(str(error)) from error
             trained = inference.load(folder, network=network)
-            data = pipeline.load(ConfigDict(trained.config.to_dict()))
+            data = load_data(ConfigDict(trained.config.to_dict()))
             history = WorkFolder(folder, writes=False).rows()
         if self.workdir is None:
             trained.config.data.train = ""  # it was in the temporary folder
 
-        params, batch_stats = jax.device_get((trained.params, trained.batch_stats))
-        trained = dataclasses.replace(trained, params=params, batch_stats=batch_stats)
+        params, batch_stats, memory = jax.device_get(trained.arrays)
+        trained = dataclasses.replace(trained, params=params, batch_stats=batch_stats, memory=memory)
         self._predictor = inference.predictor(trained)
-        self._statistics = sources.feature_statistics(arrays[what]) if what == "features" else None
+        self._statistics = feature_statistics(arrays[what]) if what == "features" else None
         held_out = data.held_out
         quality = label_quality.estimate(
             self._predictor(data.train),
@@ -267,6 +277,15 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         """Without the compiled function."""
         return {name: value for name, value in super().__getstate__().items() if name != "_predictor"}
 
+    def __setstate__(self, state):
+        """Of a classifier that was pickled before a network knew the shape of its images, it follows from `fit`."""
+        super().__setstate__(state)
+        trained = self.__dict__.get("_trained")
+        if trained is not None and "image_shape" not in vars(trained):
+            known = {name: value for name, value in vars(trained).items() if name != "exported_image_shape"}
+            shape = self.image_shape_ if self._statistics is None else (1, 1, self.n_features_in_)
+            self._trained = inference.Trained(**known, image_shape=shape)
+
     def _predict(self, split: Split) -> np.ndarray:
         if "_predictor" not in self.__dict__:  # after unpickling
             self._predictor = inference.predictor(self._trained)
@@ -306,9 +325,10 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         """Trusted examples that are not rows of X, and their labels."""
         if X is None or y is None:
             lacks = "X_trusted and y_trusted" if X is None and y is None else "X_trusted" if X is None else "y_trusted"
+            without = ", ".join(name for name in methods.REGISTRY if not methods.get(name).needs_trusted)
             raise UserError(
                 f"fit needs {lacks}: method={self.method!r} learns from a few examples whose labels are right. Give "
-                f"X_trusted and y_trusted, or trusted=rows of X; method='supervised' does without"
+                f"X_trusted and y_trusted, or trusted=rows of X; {without} do without"
             )
         if examples.ndim == 4 and not _is_images(X):
             raise UserError(f"X_trusted: shape {np.shape(X)}, expected [M, H, W] or [M, H, W, C], images as X")
@@ -334,15 +354,15 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
 
     def _split(self, examples: np.ndarray) -> Split:
         if self._statistics is not None:
-            examples = sources.standardised(examples, *self._statistics)
+            examples = standardised(examples, *self._statistics)
         split = make_split(examples, np.full(len(examples), UNKNOWN))
-        return sources.open_images(split, self.config_.data)[0]
+        return sources.resize(split, self.config_.data.image_size)
 
     # ---- The run.
 
     def _configure(self, what: str, num_classes: int, holdout: float) -> ConfigDict:
         """The configuration; `data.train` is missing still."""
-        config, is_features = _defaults(), what == "features"
+        config, is_features = cli.load_config("configs/default.py"), what == "features"
         config.seed = config.trusted.seed = _seed(self.random_state)
         config.method.name = self.method
         config.data.name, config.data.num_classes = ("features" if is_features else "arrays"), num_classes
@@ -388,9 +408,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
                 raise UserError(f"config: {key!r} follows from the arguments of the classifier and of fit; omit it")
             _set(config, key, value)
         # Here already, so that nothing is written for a configuration that is refused; with these resolved.
-        resolved = ConfigDict(config.to_dict())
-        resolved.trusted.batch_size = resolved.trusted.batch_size or resolved.batch_size
-        config_lib.validate(resolved)
+        check.validate(config_lib.resolve(config))
         return config
 
     def _policies(self, is_features: bool) -> tuple[str, str]:
@@ -485,16 +503,6 @@ def _number(name: str, value: Any, default: Any, kind: type) -> Any:
         what = "a whole number" if kind is int else "a number"
         raise UserError(f"{name}: got {value!r}, expected {what}{'' if default is None else ' or None'}")
     return kind(value)
-
-
-def _defaults() -> ConfigDict:
-    """What configs/default.py says: in an installed package it is beside this file, else in the repository."""
-    here = pathlib.Path(__file__).resolve().parent
-    files = [folder / "configs" / "default.py" for folder in (here, here.parent)]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"neither {files[0]} nor {files[1]} exists; install ieg_jax anew")
-    return cli.load_config(str(found))
 
 
 def _set(config: ConfigDict, key: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: flags with a configuration file, and errors as one clear line."""
+"""Holds what the commands share: the flag of the configuration file, and errors that are printed as one clear line."""
 
 import functools
 import os
@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from ieg_jax import config as config_lib
 from ieg_jax.errors import NonFiniteError, StorageError, UserError, check_choice
 
 CONFIG_HELP = (
@@ -30,14 +31,14 @@ def define_config_flag() -> flags.FlagHolder:
 def run(main: Callable[[list[str]], None], interrupted: str = "", positional: int | None = 0) -> None:
     """Parses the flags and calls `main`.
 
-    A UserError, NonFiniteError or StorageError, Ctrl-C, and whatever is wrong with the flags, ends the program with one
-    message and status 1; --help and its like with status 0. Logs of libraries are shown from warnings up unless
-    --verbosity says otherwise.
+    A UserError, a NonFiniteError, a StorageError, Ctrl-C and any mistake in the flags end the program with one message
+    and status 1. --help and similar flags end it with status 0. Libraries show warnings and errors of their logs,
+    unless --verbosity says otherwise.
 
     Args:
-      main: takes what is left of the command line.
-      interrupted: what to say after Ctrl-C besides that it was stopped.
-      positional: how many arguments that are no options `main` takes at most; None = any number.
+      main: the command; it gets the command line without the flags.
+      interrupted: is added to the message after Ctrl-C, to say how to go on.
+      positional: how many arguments besides flags `main` takes at most; None = any number.
     """
     try:
         app.run(main, flags_parser=functools.partial(_parse, positional=positional))
@@ -50,10 +51,11 @@ def run(main: Callable[[list[str]], None], interrupted: str = "", positional: in
 
 
 def end_at_once(error: Exception) -> NoReturn:
-    """Ends this process with status 1 and one message, for what is the program's mistake with its traceback.
+    """Ends this process at once, with status 1 and one message.
 
-    An orderly exit would report whatever the writers left behind after the message, and wait for other processes,
-    which may be waiting for this one.
+    An error of the program itself is shown with its traceback. An orderly exit would let threads that still write
+    report their failures after the message, and it would wait for the other processes, which may be waiting for this
+    one.
     """
     if isinstance(error, UserError | NonFiniteError | StorageError):
         print(f"error: {error}", file=sys.stderr)
@@ -65,21 +67,21 @@ def end_at_once(error: Exception) -> NoReturn:
 
 
 def load_config(specification: str) -> ConfigDict:
-    """Loads `path` or `path:arguments`.
+    """Loads a configuration from `path` or `path:arguments`.
 
     Raises:
-      UserError: where there is no such file or it does not take the arguments.
+      UserError: where there is no such file, or where it does not take the arguments.
     """
     path, _, arguments = specification.partition(":")
     try:
-        get_config = runpy.run_path(path)["get_config"]
+        get_config = runpy.run_path(config_lib.find_file(path))["get_config"]
     except (OSError, KeyError) as error:
         raise UserError(f"--config={specification}: cannot be loaded ({error}); expected a file of configs/") from None
     return get_config(arguments) if arguments else get_config()
 
 
 def check_new_folder(flag: str, folder: epath.Path) -> None:
-    """Raises UserError unless `folder` can be made, or is there and empty: nothing is to be overwritten."""
+    """Raises UserError unless `folder` can be made or is empty, so that nothing is overwritten."""
     for place in (folder, *folder.parents):
         if place.exists():
             if not place.is_dir():
@@ -89,16 +91,28 @@ def check_new_folder(flag: str, folder: epath.Path) -> None:
         raise UserError(f"{flag}={folder} is not empty; name a new folder")
 
 
+def _with_found_config(argv: list[str]) -> list[str]:
+    """The command line with the path of the configuration file as `config.find_file` has it."""
+    found = []
+    for argument in argv:
+        if argument.startswith("--config="):
+            path, colon, arguments = argument.removeprefix("--config=").partition(":")
+            argument = f"--config={config_lib.find_file(path)}{colon}{arguments}"
+        found.append(argument)
+    return found
+
+
 def _parse(argv: list[str], positional: int | None) -> list[str]:
+    argv = _with_found_config(argv)
     if not any(argument.startswith(("--verbosity", "-v")) for argument in argv):
         logging.set_verbosity(logging.WARNING)
     try:
         arguments = flags.FLAGS(argv)
     except SystemExit as stop:
-        # absl exits with 1 after help that was asked for.
+        # absl exits with status 1 even after help that was asked for.
         sys.exit(0 if any(argument.lstrip("-").startswith(("help", "?")) for argument in argv[1:]) else stop.code)
     except Exception as error:
-        # The libraries report some mistakes as tracebacks of their own: look for the mistake first.
+        # The libraries' own message about a mistake in --config can be obscure, so this looks for such a mistake first.
         _check_overrides(argv)
         raise UserError(str(error)) from None
     _check_overrides(argv)
@@ -108,7 +122,7 @@ def _parse(argv: list[str], positional: int | None) -> list[str]:
 
 
 def _check_overrides(argv: list[str]) -> None:
-    """Raises UserError for a configuration that does not load and for the first --config.key that is unknown."""
+    """Raises UserError for a configuration that does not load, and for the first --config.key that does not exist."""
     values = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
     if not values:
         return

@@ -1,11 +1,13 @@
 """Configurations: typed arguments, the paper/authors switch, validation, durations, comparison."""
 
+import dataclasses
 import math
-import re
-from types import SimpleNamespace
+import pathlib
+import sys
+import types
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from ieg_jax.errors import UserError, check_choice
@@ -33,7 +35,7 @@ AUGMENT_PRESETS = {
     "symbols": ("crop(pad=2)", "affine(shear=0.1,zoom=0.1,translate=0.1)|intensity(0.2)|cutout(0.3)"),
 }
 
-# Keys that may be AUTO: what suits the data, which `pipeline.load` puts in their place (`pipeline.fit_to_data`).
+# Keys that may be AUTO: `resolve` puts what suits the data in its place.
 AUTO = -1
 AUTOMATIC = (
     "data.image_size",
@@ -60,7 +62,28 @@ FREE = (
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def parse_arguments(text: str, **defaults: Any) -> SimpleNamespace:
+def find_file(path: str) -> str:
+    """The file that `--config` names, without the arguments behind the colon.
+
+    A path `configs/...` that does not exist from here is that of the repository or of the installed package. Their
+    files import one another as `configs.default`, which is made possible where it is not.
+
+    Args:
+      path: as given.
+    """
+    here = pathlib.Path(__file__).resolve().parent
+    if path.startswith("configs/") and not pathlib.Path(path).exists():
+        found = next((folder / path for folder in (here.parent, here) if (folder / path).is_file()), None)
+        path = str(found) if found else path
+    folder = pathlib.Path(path).resolve().parent
+    if (folder / "default.py").is_file() and "configs" not in sys.modules:
+        module = types.ModuleType("configs")
+        module.__path__ = [str(folder)]
+        sys.modules["configs"] = module
+    return path
+
+
+def parse_arguments(text: str, **defaults: Any) -> types.SimpleNamespace:
     """Parses the part behind the colon of `--config=configs/x.py:noise_rate=0.4,method=l2r`.
 
     Args:
@@ -90,7 +113,7 @@ def parse_arguments(text: str, **defaults: Any) -> SimpleNamespace:
             values[name] = _BOOLEANS[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise UserError(f"config argument {name}: got {value!r}, expected {kind.__name__}") from None
-    return SimpleNamespace(**values)
+    return types.SimpleNamespace(**values)
 
 
 def apply_reference(config: ConfigDict, reference: str) -> None:
@@ -110,140 +133,174 @@ def apply_reference(config: ConfigDict, reference: str) -> None:
         )
 
 
-def validate(config: ConfigDict) -> None:
-    """Checks every value that can be judged without the data.
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What a value must be.
 
-    Raises:
-      UserError: naming the key, the value and what is allowed.
+    Attributes:
+      holds: value -> whether it is allowed.
+      expected: completes the sentence "got 3, expected ...".
+      choices: the allowed values where they are names, for a hint at a mistyped one.
     """
-    from ieg_jax import methods, models, optimizers, schedules  # they import this module's errors
-    from ieg_jax.data import augment, corruption, probe, sources
-    from ieg_jax.models import pretrained
 
-    choices = {
-        "data.name": sources.REGISTRY,
-        "data.unreadable": ("refuse", "skip"),
-        "noise.kind": corruption.KINDS,
-        "noise.selection": corruption.SELECTIONS,
-        "trusted.source": ("train", "separate"),
-        "model.name": models.REGISTRY,
-        "model.variant": ("authors", "standard"),
-        "model.dtype": ("float32", "bfloat16", "float64"),
-        "model.conventions": ("own", "torch", "flax"),
-        "method.name": methods.REGISTRY,
-        "method.mixup_coefficient": ("approximate", "exact"),
-        "augment.views_of": ("standard", "original"),
-        "optimizer.name": optimizers.NAMES,
-        "optimizer.weight_decay_on": ("all", "kernels"),
-        "schedule.name": schedules.NAMES,
-        "checkpoint.best_mode": ("max", "min"),
-    }
-    for key, allowed in choices.items():
-        check_choice(key, _get(config, key), allowed)
+    holds: Callable[[Any], bool]
+    expected: str
+    choices: tuple[str, ...] = ()
 
-    bounds = {  # key: (test, what is expected)
-        "batch_size": (lambda v: v >= 1, "at least 1"),
-        "batch_groups": (lambda v: v >= 1, "at least 1"),
-        "microbatches": (lambda v: v >= 1, "at least 1"),
-        "eval_batch_size": (lambda v: v >= 1, "at least 1"),
-        "data.image_size": (lambda v: v >= 0, "0 or a number of pixels"),
-        "data.num_classes": (lambda v: v == 0 or v >= 2, "0 (from the data) or at least 2"),
-        "data.validation_size": (lambda v: v >= 0, "0 or a number of examples"),
-        "data.train_size": (lambda v: v >= 0, "0 (all) or a number of examples"),
-        "noise.rate": (lambda v: 0 <= v <= 1, "a share in [0, 1]"),
-        "noise.seed": (lambda v: v >= 0, "at least 0"),
-        "seed": (lambda v: v >= 0, "at least 0"),
-        "trusted.seed": (lambda v: v >= 0, "at least 0"),
-        "trusted.per_class": (lambda v: v >= 1, "at least 1: every method is judged with a trusted set"),
-        "data.folds": (lambda v: v == 0 or v >= 2, "0 or at least 2"),
-        "data.fold": (lambda v: 0 <= v < max(1, config.data.folds), "0 to data.folds - 1"),
-        "trusted.holdout": (lambda v: 0 <= v < 1, "in [0, 1)"),
-        "trusted.batch_size": (lambda v: v >= 0, "0 (as batch_size) or a number of images"),
-        "model.depth": (lambda v: v >= 1, "at least 1"),
-        "model.width": (lambda v: v > 0, "above 0"),
-        "method.temperature": (lambda v: v > 0, "above 0"),
-        "method.unlabeled_weight": (lambda v: v >= 0, "at least 0"),
-        "method.unlabeled_ramp_steps": (lambda v: v >= 0, "0 (none) or a number of steps"),
-        "method.consistency_weight": (lambda v: v >= 0, "at least 0"),
-        "method.threshold": (lambda v: v >= 0, "at least 0"),
-        "method.label_trust_init": (lambda v: 0 <= v <= 1, "in [0, 1]"),
-        "method.supervised_scale": (lambda v: v > 0, "above 0"),
-        "method.mixup_alpha": (lambda v: v > 0, "above 0"),
-        "meta.learning_rate": (lambda v: v > 0, "above 0"),
-        "optimizer.momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
-        "optimizer.weight_decay": (lambda v: v >= 0, "at least 0"),
-        "schedule.base_lr": (lambda v: v > 0, "above 0"),
-        "schedule.cycle_mult": (lambda v: v >= 1, "at least 1"),
-        "schedule.peak_mult": (lambda v: 0 < v <= 1, "in (0, 1]"),
-        "schedule.step_factor": (lambda v: 0 < v < 1, "in (0, 1)"),
-        "ema.decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
-        "mesh.data": (lambda v: v == -1 or v >= 1, "-1 (all devices) or at least 1"),
-        "mesh.fsdp": (lambda v: v >= 1, "at least 1"),
-        "checkpoint.keep": (lambda v: v >= 1, "at least 1"),
-        "checkpoint.keep_every_steps": (lambda v: v >= 0, "0 or a number of steps"),
-        "checkpoint.keep_best": (lambda v: v >= 0, "0 or a number of checkpoints"),
-        "audit.epochs": (lambda v: v >= 0, "at least 0"),
-        "audit.suspects": (lambda v: v >= 0, "0 (none) or a number of examples"),
-        "profile.start_step": (lambda v: v >= 0, "0 or a step, counted from 1"),
-        "profile.num_steps": (lambda v: v >= 1, "at least 1"),
-        "stall_minutes": (lambda v: v >= 0, "0 or a number of minutes"),
-    }
-    for key, (test, expected) in bounds.items():
-        value = _get(config, key)
-        automatic = key in AUTOMATIC and value == AUTO
-        if not (isinstance(value, int | float) and math.isfinite(value) and (test(value) or automatic)):
-            besides = f", or {AUTO} (from the data)" if key in AUTOMATIC else ""
-            raise UserError(f"{key}: got {value!r}, expected {expected}{besides}")
 
-    for name in DURATIONS:
-        _check_duration(config, name)
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of the configuration that belongs to the module which reads it.
 
-    for key in ("batch_size", "trusted.batch_size"):
-        if _get(config, key) % config.batch_groups:
-            raise UserError(
-                f"{key}={_get(config, key)} is not a multiple of batch_groups={config.batch_groups}; change one of them"
-            )
+    Attributes:
+      default: its value in configs/default.py.
+      check: what is allowed.
+      comment: what it means, with its unit; a sentence for the docs.
+    """
 
-    boundaries = tuple(config.schedule.step_boundaries)
-    if not all(isinstance(b, int) and b > 0 for b in boundaries) or list(boundaries) != sorted(set(boundaries)):
-        raise UserError(f"schedule.step_boundaries: got {boundaries}, expected increasing whole numbers above 0")
+    default: Any
+    check: Check
+    comment: str
 
-    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
-        raise UserError("model.dtype=float64: set the environment variable JAX_ENABLE_X64=1, without it jax has none")
-    if config.batch_groups % config.microbatches:
+
+def at_least(lowest: float, instead: str = "") -> Check:
+    """A number of this size or more; `instead` replaces the words of the message."""
+    return _number(lambda value: value >= lowest, instead or f"at least {lowest:g}")
+
+
+def above(bound: float) -> Check:
+    """A number greater than `bound`."""
+    return _number(lambda value: value > bound, f"above {bound:g}")
+
+
+def within(low: float, high: float, open_end: bool = False) -> Check:
+    """A number in [low, high], or in [low, high) with `open_end`."""
+    if open_end:
+        return _number(lambda value: low <= value < high, f"in [{low:g}, {high:g})")
+    return _number(lambda value: low <= value <= high, f"in [{low:g}, {high:g}]")
+
+
+def number(holds: Callable[[Any], bool], expected: str) -> Check:
+    """A finite number with a condition of its own."""
+    return _number(holds, expected)
+
+
+def one_of(*choices: str) -> Check:
+    """One of these names."""
+    return Check(lambda value: value in choices, f"one of {', '.join(choices)}", choices)
+
+
+boolean = Check(lambda value: isinstance(value, bool), "True or False")
+
+
+def _number(holds: Callable[[Any], bool], expected: str) -> Check:
+    def test(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value) and bool(holds(value))
+
+    return Check(test, expected)
+
+
+def check_values(group: ConfigDict, checks: Mapping[str, Check], prefix: str = "") -> None:
+    """Raises UserError for the first value that its check does not allow.
+
+    Args:
+      group: the configuration, or a group of it.
+      checks: by the flat keys of the group.
+      prefix: of these keys in the whole configuration, such as `data.`.
+    """
+    for key, check in checks.items():
+        name, value = f"{prefix}{key}", get(group, key)
+        automatic = name in AUTOMATIC and value == AUTO
+        if check.holds(value) or automatic:
+            continue
+        if check.choices:
+            check_choice(name, value, check.choices)
+        besides = f", or {AUTO} (from the data)" if name in AUTOMATIC else ""
+        raise UserError(f"{name}: got {value!r}, expected {check.expected}{besides}")
+
+
+def check_unread(
+    group: ConfigDict,
+    unset: Mapping[str, Any],
+    reads: Mapping[str, Collection[str]],
+    chooser: str,
+    prefix: str = "",
+) -> None:
+    """Raises UserError for a key that is set and that nothing reads.
+
+    Args:
+      group: the configuration, or a group of it.
+      unset: flat key of the group -> the value that it has where nobody sets it.
+      reads: each choice of `chooser` -> the keys that it reads.
+      chooser: the key of the group that decides who reads, such as `method.name`.
+      prefix: of these keys in the whole configuration.
+    """
+    choice = get(group, chooser)
+    for key, usual in unset.items():
+        name, value = f"{prefix}{key}", get(group, key)
+        # The argument `reference` sets its keys whatever the method and the network are.
+        allowed = (usual, *REFERENCE.get(name, ()), *((AUTO,) if name in AUTOMATIC else ()))
+        if key in reads[choice] or value in allowed:
+            continue
+        readers = ", ".join(name for name, keys in reads.items() if key in keys)
         raise UserError(
-            f"microbatches={config.microbatches} does not divide batch_groups={config.batch_groups}: batch norm and "
-            f"mixup work inside a group, so a part of the batch must be a whole number of groups; change one of them"
+            f"{name}={value!r}, but {prefix}{chooser}={choice} does not read it: set it to {usual!r}, or set "
+            f"{prefix}{chooser} to one that reads it ({readers})"
         )
 
-    if config.method.name in ("eg", "mixmatch") and not config.method.mixup:
-        raise UserError(
-            f"method.mixup: got False, but method.name={config.method.name} has no use of the trusted images besides "
-            f"mixup"
-        )
-    if config.method.mixup_coefficient == "approximate" and config.method.mixup_alpha != 0.5:
-        raise UserError(
-            f"method.mixup_alpha: got {config.method.mixup_alpha!r}, but method.mixup_coefficient=approximate stands "
-            f"for Beta(1/2, 1/2) alone; set method.mixup_coefficient=exact"
-        )
 
-    pretrained.validate(config.model)
-    corruption.validate(config.noise)
-    probe.validate(config.trusted)
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the data say about themselves, from which AUTO keys follow.
 
-    for key in ("augment.standard", "augment.strong", "augment.evaluation"):
-        augment.parse_policy(_get(config, key), key)
-    if config.augment.num_views < 1:
-        raise UserError(f"augment.num_views: got {config.augment.num_views}, expected at least 1")
-    if "views" in methods.REGISTRY[config.method.name].NEEDS and config.augment.num_views < 2:
-        raise UserError(
-            f"augment.num_views: got {config.augment.num_views}, but method.name={config.method.name} "
-            f"needs at least 2 (the standard view and a strong one)"
-        )
-    try:
-        re.compile(config.meta.layers)
-    except re.error as error:
-        raise UserError(f"meta.layers: {config.meta.layers!r} is no regular expression: {error}") from None
+    Attributes:
+      num_examples: N, of the noisy training set.
+      image_size: pixels of a side to which images were resized while they were loaded; 0 = they are as they came.
+      smallest_side: pixels of the shorter side of the images in memory; None where each image has a size of its own.
+    """
+
+    num_examples: int
+    image_size: int
+    smallest_side: int | None
+
+
+USUAL_EPOCHS, FEWEST_STEPS, MOST_STEPS = 40.0, 2_000, 20_000
+SMALL = 24  # pixels; images below it get the small network
+
+
+def resolve(config: ConfigDict, facts: Facts | None = None) -> ConfigDict:
+    """A copy of the configuration in which values stand that follow from others, or from the data.
+
+    `trusted.batch_size` 0 becomes `batch_size`. With facts, keys that are AUTO become what suits the data. The
+    training: 40 epochs, but no fewer than 2,000 and no more than 20,000 steps; evaluated 20 times, saved 10 times. The
+    network: depth 10 and width 1 for images below 24 pixels, depth 16 and width 2 from there on.
+
+    Args:
+      config: is not changed.
+      facts: of the data; None = they are not loaded yet, and AUTO stays.
+    """
+    config = ConfigDict(config.copy_and_resolve_references())
+    config.trusted.batch_size = config.trusted.batch_size or config.batch_size
+    if facts is None:
+        return config
+    if config.data.image_size == AUTO:
+        config.data.image_size = facts.image_size
+    steps_per_epoch = facts.num_examples / config.batch_size
+    if config.num_train_epochs == AUTO:
+        steps = min(max(USUAL_EPOCHS * steps_per_epoch, FEWEST_STEPS), MOST_STEPS)
+        config.num_train_epochs = steps / steps_per_epoch
+    epochs = duration(config, "num_train", steps_per_epoch) / steps_per_epoch
+    if config.eval_every_epochs == AUTO:
+        config.eval_every_epochs = epochs / 20
+    if config.checkpoint_every_epochs == AUTO:
+        config.checkpoint_every_epochs = epochs / 10
+    small = facts.smallest_side is not None and facts.smallest_side < SMALL
+    if config.model.depth == AUTO:
+        config.model.depth = 10 if small else 16
+    if config.model.width == AUTO:
+        config.model.width = 1.0 if small else 2.0
+    return config
 
 
 def duration(config: ConfigDict, name: str, steps_per_epoch: float) -> int:
@@ -257,10 +314,10 @@ def duration(config: ConfigDict, name: str, steps_per_epoch: float) -> int:
     Raises:
       UserError: for a duration that is AUTO still.
     """
-    _check_duration(config, name)
-    if _get(config, f"{name}_epochs") == AUTO:
+    check_duration(config, name)
+    if get(config, f"{name}_epochs") == AUTO:
         raise UserError(f"{name}_epochs={AUTO} is for data that are loaded first; set a number of epochs")
-    steps = _get(config, f"{name}_steps") or _get(config, f"{name}_epochs") * steps_per_epoch
+    steps = get(config, f"{name}_steps") or get(config, f"{name}_epochs") * steps_per_epoch
     return max(1, round(steps))
 
 
@@ -269,7 +326,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
     Nor is a key named that is AUTO in `new`: from the same data it will be what it is in `old`.
     """
-    old, new = _flatten(old), _flatten(new)
+    old, new = flatten(old), flatten(new)
     old = {key: AUTO if key in AUTOMATIC and new.get(key) == AUTO else value for key, value in old.items()}
     missing = "(no such key)"
     return [
@@ -279,19 +336,21 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
-def _get(config: ConfigDict, key: str) -> Any:
+def get(config: ConfigDict, key: str) -> Any:
+    """The value of a flat key such as `data.name`."""
     for part in key.split("."):
         config = config[part]
     return config
 
 
-def _check_duration(config: ConfigDict, name: str) -> None:
+def check_duration(config: ConfigDict, name: str) -> None:
+    """Raises UserError unless exactly one of `<name>_steps` and `<name>_epochs` is above 0."""
     for unit in ("steps", "epochs"):
-        value = _get(config, f"{name}_{unit}")
+        value = get(config, f"{name}_{unit}")
         automatic = f"{name}_{unit}" in AUTOMATIC and value == AUTO
         if not (math.isfinite(value) and (value >= 0 or automatic)):
             raise UserError(f"{name}_{unit}: got {value!r}, expected a number above 0, or 0 for not set")
-    steps, epochs = _get(config, f"{name}_steps"), _get(config, f"{name}_epochs")
+    steps, epochs = get(config, f"{name}_steps"), get(config, f"{name}_epochs")
     if bool(steps) == bool(epochs):
         raise UserError(
             f"exactly one of {name}_steps and {name}_epochs must be above 0, got {steps!r} and {epochs!r}; "
@@ -299,11 +358,12 @@ def _check_duration(config: ConfigDict, name: str) -> None:
         )
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict:
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested dicts as one dict with flat keys such as `data.name`."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -1,4 +1,4 @@
-"""The error that means: the input is wrong, not the program."""
+"""Defines the errors that commands report in one line, and helpers for their messages."""
 
 import difflib
 import errno
@@ -7,14 +7,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input: the message says what was got, what was expected and what to change.
+    """The input is wrong, not the program. The message says what was got, what was expected and what to change.
 
-    Commands print the message alone and exit with status 1; any other exception keeps its traceback.
+    Commands print the message alone and exit with status 1. An exception of a kind that is not defined here keeps its
+    traceback.
     """
 
 
 class StorageError(RuntimeError):
-    """Something cannot be written: a full disk, a bucket that is gone. What was saved before is intact."""
+    """Something cannot be written, for instance because the disk is full. What was saved before is intact."""
 
 
 class NonFiniteError(RuntimeError):
@@ -22,9 +23,12 @@ class NonFiniteError(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an exception and the first line of its message, at most 300 characters; a full disk by its name."""
+    """Returns the kind of an exception and the first line of its message, at most 300 characters.
+
+    Where the cause is a full disk, it returns "No space left on device" alone.
+    """
     text, cause = str(error).strip(), error
-    while cause:  # libraries bury it in a page of their own state, or in what they raise it from
+    while cause:  # libraries mention a full disk late in a long message, or only in the exception behind theirs
         if os.strerror(errno.ENOSPC) in str(cause):
             return os.strerror(errno.ENOSPC)
         cause = cause.__cause__ or cause.__context__
@@ -32,9 +36,13 @@ def first_line(error: BaseException) -> str:
 
 
 def check_choice(key: str, got: str, allowed: Iterable[str]) -> None:
-    """Raises UserError naming the alternatives when `got`, the value of the config key `key`, is not allowed."""
+    """Raises UserError, naming the alternatives, when `got`, the value of the key or flag `key`, is not allowed."""
     allowed = list(allowed)
     if got not in allowed:
         close = difflib.get_close_matches(str(got), allowed, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UserError(f"{key}: got {got!r}, expected one of {', '.join(allowed)}.{hint}")
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT) and has saved its state."""

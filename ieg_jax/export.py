@@ -1,17 +1,18 @@
-"""A trained network for serving: its weights alone, or a function that needs no code of this package.
+"""Exports a trained network for serving: its weights alone, or a function that needs no code of this package.
 
     python -m ieg_jax.export --workdir=runs/quickstart --out=model
 
-writes `weights.npz`, which numpy reads, and `model.json` (configuration, classes, step); `inference.load` and
-`ieg_jax.predict` take the folder like a work folder. With --format=stablehlo the folder gets `model.stablehlo`, a
-program with its weights for `jax.export.deserialize`, and with --format=saved_model a TensorFlow SavedModel. Both take
-images [n,H,W,C], any n, and give probabilities [n,K]; `signature.json` says which images, and names the classes. They
-run on CPU, TPU and CUDA.
+This writes `weights.npz`, which numpy reads, and `model.json` (configuration, classes, step). `inference.load` and
+`ieg_jax.predict` take this folder like a work folder. With --format=stablehlo the folder gets `model.stablehlo`
+instead, a program with its weights for `jax.export.deserialize`; with --format=saved_model it gets a TensorFlow
+SavedModel. Both turn images [n,H,W,C], for any n, into probabilities [n,K], and run on CPU, TPU and CUDA.
+`signature.json` says which images they take, and names the classes.
 """
 
 import numpy as np
 from absl import flags
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from ieg_jax import cli
 
@@ -19,7 +20,7 @@ FORMATS = ("weights", "stablehlo", "saved_model")
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    """Defines the flags. This does not happen at import because other commands have flags of the same names."""
     flags.DEFINE_string("workdir", None, "Work folder of the run, local or on a bucket.", required=True)
     flags.DEFINE_string("out", None, "New folder for what is written, local or on a bucket.", required=True)
     flags.DEFINE_string(
@@ -31,37 +32,36 @@ def define_flags() -> None:
         "format",
         "weights",
         FORMATS,
-        "What is written, see above. saved_model needs a TensorFlow about as old as jax: 2.21.0 runs what jax 0.10.2 "
+        "What is written. saved_model needs a TensorFlow about as old as jax: 2.21.0 runs what jax 0.10.2 "
         "makes for it, and not what 0.12.0.1 does, whose operations it does not know.",
     )
     flags.DEFINE_enum(
         "input",
         "uint8",
         ["uint8", "float32"],
-        "Pixels that a function takes: uint8 from 0 to 255, or float32 from 0 to 1. Where augment.evaluation resizes, "
-        "only the latter do not have to be rounded. For stablehlo and saved_model.",
+        "For stablehlo and saved_model, the pixels that the function takes: uint8 from 0 to 255, or float32 from 0 to "
+        "1. Where augment.evaluation resizes images, its results must be rounded for uint8.",
     )
 
 
 def main(argv: list[str]) -> None:
-    """Writes it, reads it again and compares, and says what it is."""
+    """Writes the files, reads them again, compares, and says what they are."""
     del argv
     values = flags.FLAGS
-    import jax
-
+    # This imports jax, which takes seconds, so it happens only after the flags have been checked.
     from ieg_jax import inference
 
     out = epath.Path(values.out)
     cli.check_new_folder("--out", out)
     trained = inference.load(values.workdir, values.step)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves((trained.params, trained.batch_stats)))
+    arrays = flatten_dict({"params": trained.params, "batch_stats": trained.batch_stats})
+    size = sum(array.nbytes for array in arrays.values())
     what = f"{trained.config.model.name} of step {trained.step}, {trained.num_classes} classes, "
     if values.format == "weights":
         inference.export(trained, out)
         again = inference.load(out)
-        jax.tree.map(
-            np.testing.assert_array_equal, (trained.params, trained.batch_stats), (again.params, again.batch_stats)
-        )
+        for path, array in flatten_dict({"params": again.params, "batch_stats": again.batch_stats}).items():
+            np.testing.assert_array_equal(arrays[path], array)
         print(f"{what}{size:,} bytes, in {out}")
         return
     if values.format == "stablehlo":

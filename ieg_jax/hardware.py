@@ -1,8 +1,8 @@
-"""What accelerators can do at best, as their makers publish it: the yardstick of `plan` and of the logged utilisation.
+"""Lists what accelerators can do at best, according to their makers. `plan` and the logged utilisation compare with it.
 
-Sources: the pages of Google Cloud's documentation on each TPU version (read as of 2026-11), NVIDIA's data sheets.
-Peak compute is that of bfloat16 matrix products without sparsity. float32 convolutions and products run at
-the same peak on a TPU, because jax's default precision multiplies in bfloat16 there.
+The sources are the pages of Google Cloud's documentation on each TPU version (as of 2026-11) and NVIDIA's data sheets.
+Peak compute is that of bfloat16 matrix products without sparsity. On a TPU float32 convolutions and products have the
+same peak, because jax's default precision multiplies in bfloat16 there.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ class Chip:
 
     Attributes:
       name: as in the names of topologies.
-      peak_flops: floating-point operations per second, bfloat16.
-      memory_bytes: of high-bandwidth memory (HBM).
-      usable_bytes: what of it a program can have: the limit that the TPU compiler names when it refuses one (libtpu
-        0.0.42.1); 0 = not known.
+      peak_flops: floating-point operations per second in bfloat16.
+      memory_bytes: bytes of high-bandwidth memory (HBM).
       memory_bandwidth: bytes per second between HBM and the cores.
-      link_bandwidth: bytes per second that a chip can send to its neighbours, all links together; 0 = not known.
+      link_bandwidth: bytes per second that a chip can send to its neighbours over all links together; 0 = not known.
+      usable_bytes: bytes of HBM that a program can have. It is the limit that the TPU compiler names when it refuses a
+        program (libtpu 0.0.42.1); 0 = not known.
     """
 
     name: str
@@ -42,7 +42,7 @@ GPUS = {
     "H100": Chip("H100", 989e12, 80 * GIB, 3350e9, 450e9),
     "H200": Chip("H200", 989e12, 141 * GIB, 4800e9, 450e9),
 }
-# jax's `device_kind` -> chip. A v4 or v5p chip is one device (its two cores work as one).
+# jax's `device_kind` -> chip. The two cores of a v4 or v5p chip are one device for jax.
 _KINDS = {
     "TPU v4": TPUS["v4"],
     "TPU v5 lite": TPUS["v5e"],
@@ -59,5 +59,5 @@ _KINDS = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`, None for one that is not listed, such as a processor."""
+    """Returns the chip of a `jax.Device.device_kind`; None for one that is not listed, such as a processor."""
     return _KINDS.get(device_kind)

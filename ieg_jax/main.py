@@ -1,4 +1,4 @@
-"""The command: `python -m ieg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`."""
+"""Trains a network: `python -m ieg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`."""
 
 import json
 import sys
@@ -6,10 +6,11 @@ import sys
 from absl import flags
 
 from ieg_jax import cli
+from ieg_jax.errors import Interrupted
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    """Defines the flags. This does not happen at import because other commands have flags of the same names."""
     cli.define_config_flag()
     flags.DEFINE_string(
         "workdir",
@@ -36,19 +37,21 @@ def main(argv: list[str]) -> None:
     """Trains, and prints the result as one line of JSON."""
     del argv
     values = flags.FLAGS
-    import jax  # after the flags have been checked: it takes seconds
+    import jax
 
-    from ieg_jax import distributed, observability, train
+    # These import TensorFlow, which takes seconds, so it happens only after the flags have been checked.
+    from ieg_jax.runtime import processes, watch
+    from ieg_jax.train.loop import train_and_evaluate
 
-    observability.enable_compilation_cache(values.compilation_cache)
-    distributed.initialize(values.coordinator, values.num_processes, values.process_id)
+    watch.enable_compilation_cache(values.compilation_cache)
+    processes.initialize(values.coordinator, values.num_processes, values.process_id)
     try:
-        result = train.train_and_evaluate(values.config, values.workdir)
-    except train.Interrupted as interrupted:
+        result = train_and_evaluate(values.config, values.workdir)
+    except Interrupted as interrupted:
         sys.exit(f"{interrupted}; the same command goes on from there")
     except Exception as error:
         if jax.process_count() > 1:
-            cli.end_at_once(error)  # the others would wait
+            cli.end_at_once(error)  # an orderly exit would wait for the other processes, and they for this one
         raise
     if jax.process_index() == 0:
         print(json.dumps(result))

@@ -1,144 +1,43 @@
-"""The quickstart: IEG and what it is meant to beat, on digits of which four labels in five are drawn at random.
+"""Compares IEG with other methods on digits, where four labels in five are replaced by random ones.
 
     python -m ieg_jax.quickstart --workdir=runs/quickstart --seeds=0
 
-trains each method for each seed (what is finished already is not trained again), prints one table and writes
-quickstart.png and results.json into the work folder.
+This trains each method with each seed, except what is finished already, prints one table, and writes quickstart.png and
+results.json into the folder.
 """
 
-import json
 import pathlib
-import platform
-import statistics
 import sys
 
-import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.table import Table
 
 from ieg_jax import cli
-from ieg_jax.errors import UserError
-from ieg_jax.workdir import WorkFolder
-
-# name -> (arguments of the configuration, what it stands for)
-RUNS = {
-    "supervised": ("method=supervised", "plain training on the noisy labels"),
-    "trusted_only": ("method=trusted_only", "plain training on the trusted images alone"),
-    "l2r": ("method=l2r", "learning to reweight"),
-    "ieg": ("method=ieg", "this project"),
-    "clean": ("method=supervised,noise_rate=0.0", "upper bound: plain training on true labels"),
-}
-COLORS = {"supervised": "tab:gray", "trusted_only": "tab:orange", "l2r": "tab:blue", "ieg": "tab:green"}
+from ieg_jax.errors import Interrupted, UserError
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    """Defines the flags. This does not happen at import because other commands have flags of the same names."""
     flags.DEFINE_string("workdir", "runs/quickstart", "Folder for the runs, the table and the picture.")
-    flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas: of noise, trusted set and training.")
+    flags.DEFINE_list("seeds", ["0"], "Seeds of noise, trusted set and training, separated by commas.")
     flags.DEFINE_string("config_file", "configs/quickstart.py", "The configuration that is run.")
 
 
 def main(argv: list[str]) -> None:
-    """Runs everything and shows it."""
+    """Trains everything and shows the results."""
     del argv
     values = flags.FLAGS
-    from ieg_jax import train
-
     try:
         seeds = [int(seed) for seed in values.seeds]
     except ValueError:
         raise UserError(f"--seeds: got {values.seeds}, expected whole numbers separated by commas") from None
-    folder = pathlib.Path(values.workdir)
-    results = {name: [] for name in RUNS}
+    # This imports jax, which takes seconds, so it happens only after the flags have been checked.
+    from ieg_jax.reproduce import quickstart
+
     try:
-        for seed in seeds:
-            for name, (arguments, _) in RUNS.items():
-                config = cli.load_config(f"{values.config_file}:{arguments},seed={seed}")
-                results[name].append(train.train_and_evaluate(config, str(folder / f"{name}-{seed}")))
-    except train.Interrupted as interrupted:
+        quickstart.run(pathlib.Path(values.workdir), seeds, values.config_file, Console())
+    except Interrupted as interrupted:
         sys.exit(f"{interrupted}; the same command goes on from there")
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    show_table(results, Console())
-    picture = folder / "quickstart.png"
-    draw_picture(folder, seeds[0], picture)
-    print(f"picture: {picture}   runs: {folder}   TensorBoard: tensorboard --logdir {folder}")
-
-
-def show_table(results: dict[str, list[dict]], console: Console) -> None:
-    """Prints test accuracies, mean ± standard deviation over the seeds.
-
-    Args:
-      results: run name -> its result.json contents, one for each seed.
-      console: where to.
-    """
-    first = results["ieg"][0]
-    seeds = ", ".join(str(result["seed"]) for result in results["ieg"])
-    table = Table(
-        title=f"{first['dataset']}: {first['noise_rate']:.0%} {first['noise']} noise "
-        f"({first['noise_rate_effective']:.0%} of the labels wrong), {first['trusted_per_class']} trusted image(s) "
-        f"per class",
-        caption=f"test accuracy in %, averaged weights at the last step, seeds {seeds}; "
-        f"{platform.machine()}, {first['num_devices']} {first['device_kind']} device(s), "
-        f"jax {first['versions']['jax']}",
-    )
-    for heading in ("method", "test accuracy", "seconds", "what it is"):
-        table.add_column(heading, justify="left" if heading in ("method", "what it is") else "right")
-    table.add_row("chance", f"{100 / 10:.1f}", "", "guessing one of ten classes", style="dim")
-    for name, (_, meaning) in RUNS.items():
-        accuracies = [100 * result["test_accuracy"] for result in results[name]]
-        spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
-        seconds = statistics.mean(result["wall_seconds"] for result in results[name])
-        style = {"ieg": "bold green", "clean": "dim"}.get(name)
-        table.add_row(name, f"{statistics.mean(accuracies):.1f}{spread}", f"{seconds:.0f}", meaning, style=style)
-    console.print(table)
-
-
-def draw_picture(folder: pathlib.Path, seed: int, path: pathlib.Path) -> None:
-    """Draws test accuracy against step for the four methods, and ω of clean and noisy examples.
-
-    Args:
-      folder: of the runs.
-      seed: which runs to draw.
-      path: of the PNG file.
-    """
-    import matplotlib  # plots
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = {name: WorkFolder(folder / f"{name}-{seed}", writes=False).rows() for name in RUNS}
-    config = json.loads((folder / f"ieg-{seed}" / "config.json").read_text())
-
-    def series(name, key):
-        points = [(row["step"], row[key]) for row in rows[name] if key in row]
-        return np.array(points).T
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, color in COLORS.items():
-        steps, accuracy = series(name, "test/accuracy")
-        label = f"{name} ({100 * accuracy[-1]:.0f})"
-        left.plot(steps, 100 * accuracy, color=color, lw=2.4 if name == "ieg" else 1.6, label=label)
-    clean = 100 * series("clean", "test/accuracy")[1][-1]
-    left.axhline(clean, color="black", lw=1, ls="--", label=f"trained on true labels ({clean:.0f})")
-    left.axhline(10, color="black", lw=1, ls=":", label="chance (10)")
-    left.set(xlabel="step", ylabel="test accuracy, %", ylim=(0, 102), title="Test accuracy")
-    left.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.1))
-    for key, color, label in (
-        ("weight/clean", "tab:green", "label is true"), ("weight/noisy", "tab:red", "label is wrong"),
-    ):  # fmt: skip
-        for name, style in (("ieg", "-"), ("l2r", "--")):
-            steps, weight = series(name, key)
-            right.plot(steps, weight * config["batch_size"], style, color=color, label=f"{name}, {label}")
-    right.axhline(1, color="black", lw=1, ls=":", label="uniform")
-    right.set(xlabel="step", ylabel="mean ω, relative to uniform", ylim=(0, None), title="Example weights ω")
-    right.legend(frameon=False, fontsize=9, loc="lower right", ncols=2)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    rate = config["noise"]["rate"]
-    figure.suptitle(f"digits, {rate:.0%} uniform label noise, {config['trusted']['per_class']} trusted image per class")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -143,3 +143,8 @@ def _batches(name, content):
 def _planes(images):
     """`[n, 3072]`: all red, then all green, then all blue."""
     return np.concatenate([images[..., channel].reshape(len(images), 1024) for channel in range(3)], 1)
+
+
+def idx(array):
+    array = np.asarray(array, np.uint8)
+    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()

@@ -7,8 +7,8 @@ import sys
 import jax
 from etils import epath
 
-from ieg_jax import distributed
 from ieg_jax.errors import UserError
+from ieg_jax.runtime import processes
 
 
 def message(function, *arguments):
@@ -20,7 +20,7 @@ def message(function, *arguments):
 
 
 def fail_on_one(where):
-    with distributed.together():
+    with processes.together():
         if jax.process_index() == where:
             raise UserError(f"no such file on {where}")
 
@@ -28,7 +28,7 @@ def fail_on_one(where):
 def main():
     base = pathlib.Path(sys.argv[1])
     flags = dict(argument.removeprefix("--").split("=") for argument in sys.argv[2:])
-    distributed.initialize(flags["coordinator"], int(flags["num_processes"]), int(flags["process_id"]))
+    processes.initialize(flags["coordinator"], int(flags["num_processes"]), int(flags["process_id"]))
     process = jax.process_index()
     print(
         "RESULT"
@@ -36,20 +36,20 @@ def main():
             {
                 "processes": jax.process_count(),
                 "devices": len(jax.devices()),
-                "exchanged": distributed.exchange("ωλ" * process),
-                "from_first": distributed.from_first(f"I am {process}"),
-                "empty": distributed.from_first(""),
+                "exchanged": processes.exchange("ωλ" * process),
+                "from_first": processes.from_first(f"I am {process}"),
+                "empty": processes.from_first(""),
                 "together": message(fail_on_one, 1),
                 "nobody fails": message(fail_on_one, 7),
-                "same": message(distributed.check_same, "the data", "equal"),
-                "not the same": message(distributed.check_same, "the data", f"of {process}"),
-                "shared": message(distributed.check_shared, epath.Path(base / "shared"), "--workdir"),
-                "not shared": message(distributed.check_shared, epath.Path(base / str(process)), "--workdir"),
+                "same": message(processes.check_same, "the data", "equal"),
+                "not the same": message(processes.check_same, "the data", f"of {process}"),
+                "shared": message(processes.check_shared, epath.Path(base / "shared"), "--workdir"),
+                "not shared": message(processes.check_shared, epath.Path(base / str(process)), "--workdir"),
             }
         )
     )
 
 
 if __name__ == "__main__":
-    distributed.VISIBLE_WITHIN = 1.0
+    processes.VISIBLE_WITHIN = 1.0
     main()

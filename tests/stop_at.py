@@ -2,9 +2,10 @@
 
 import sys
 
-from ieg_jax import cli, distributed, main
+from ieg_jax import cli, main
+from ieg_jax.runtime import processes
 
 if __name__ == "__main__":
     step = int(sys.argv.pop(1))
-    distributed.StopRequest.requested = lambda self, now: now >= step
+    processes.StopRequest.requested = lambda self, now: now >= step
     cli.run(main.main)

@@ -1,13 +1,12 @@
 import ast
-import pathlib
 
 import pytest
+from runs import ROOT
 
 from configs import default, quickstart
 from ieg_jax import config as config_lib
 from ieg_jax.errors import UserError
-
-ROOT = pathlib.Path(__file__).parents[1]
+from ieg_jax.train import check
 
 
 def test_arguments_have_the_type_of_their_default():
@@ -32,7 +31,7 @@ def test_bad_arguments(text, message):
 
 def test_reference_sets_every_key_on_which_paper_and_authors_differ():
     plain, authors, paper = (default.get_config(f"reference={r}") for r in ("default", "authors", "paper"))
-    get = config_lib._get
+    get = config_lib.get
     for key, (authors_value, paper_value) in config_lib.REFERENCE.items():
         assert authors_value != paper_value
         assert get(authors, key) == authors_value
@@ -72,7 +71,7 @@ def test_the_readme_names_every_key_of_the_reference_switch():
         ("augment.standard", "crop(fil=4)", "crop takes numbers for pad, fill"),
         ("augment.standard", "crop(pad='x')", "crop takes numbers"),
         ("augment.num_views", 1, "needs at least 2"),
-        ("meta.layers", "(", "no regular expression"),
+        ("meta.layers", "(", "expected a regular expression"),
         ("optimizer.momentum", 1.0, "optimizer.momentum"),
     ],
 )
@@ -80,7 +79,7 @@ def test_impossible_values(key, value, message):
     config = default.get_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
-        config_lib.validate(config)
+        check.validate(config)
 
 
 def test_durations():
@@ -122,7 +121,7 @@ def test_every_key_is_read_by_the_package():
     for path in (ROOT / "ieg_jax").rglob("*.py"):
         if path.name != "config.py":
             read |= set(chains(ast.parse(path.read_text())))
-    flat = config_lib._flatten(default.get_config().to_dict())
+    flat = config_lib.flatten(default.get_config().to_dict())
     durations = {f"{name}_{unit}" for name in config_lib.DURATIONS for unit in ("steps", "epochs")}
     for key in flat.keys() - durations:
         # Read as config.group.key, or as group.key where a function is given the group.

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -12,12 +11,16 @@ import archives
 import image_trees
 import numpy as np
 import pytest
-from test_sources import idx
+from archives import idx
+from runs import ROOT
 
-from ieg_jax import cells, cli, experiments, train
-from ieg_jax.data import cifar, prepare
+from configs import default
+from ieg_jax import cli, models
+from ieg_jax.data import shards
+from ieg_jax.data.sources import cifar
+from ieg_jax.reproduce import experiments, results
+from ieg_jax.train.loop import train_and_evaluate
 
-ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
 
 
@@ -59,6 +62,12 @@ def use_fixture_data(config, folder):
         )
 
 
+def make_tiny(config):
+    """The network of two convolutions, which reads no other key of the group but the width."""
+    config.model.update(default.get_config().model)
+    config.model.name = "tiny"
+
+
 PUBLISHED = {"cifar10.py", "cifar100.py", "webvision_mini.py", "webvision.py"}  # by the command, see below
 IN_PROCESS = [name for name in FILES if name not in PUBLISHED]
 
@@ -71,10 +80,10 @@ def test_one_step(name, arguments, tmp_path, monkeypatch):
     config = cli.load_config(f"configs/{name}:{arguments}")
     use_fixture_data(config, tmp_path)
     if name != "quickstart.py":  # which has the network of the others, and the compiler takes its time for it
-        config.model.name = "tiny"
+        make_tiny(config)
     config.model.width, config.mesh.data = 0.25, 1
     config.num_train_steps, config.num_train_epochs = 1, 0.0
-    result = train.train_and_evaluate(config, str(tmp_path / "run"))
+    result = train_and_evaluate(config, str(tmp_path / "run"))
     assert result["steps"] == 1
     assert 0 <= result["trusted_accuracy"] <= 1
 
@@ -95,7 +104,7 @@ def test_one_step_of_every_experiment(signature, tmp_path, monkeypatch):
     """With its own network, but narrow, on files in the published format."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cifar, "SIZES", archives.SMALL)
-    config = cells.load_config(structures()[signature], 0)
+    config = results.load_config(structures()[signature], 0)
     use_fixture_data(config, tmp_path)
     if config.data.name.startswith("cifar"):
         archives.cifar_tfds(tmp_path, config.data.name, archives.SMALL)
@@ -113,18 +122,21 @@ def test_one_step_of_every_experiment(signature, tmp_path, monkeypatch):
             image_trees.imagenet(tmp_path / "imagenet" / split, content["wnids"], per_class, 700)
         config.data.dir, config.data.test = str(tmp_path / "webvision"), str(tmp_path / "imagenet")
         config.data.trusted, config.trusted.per_class = config.data.test, 2
-    config.model.width, config.mesh.data = 1 / 16, 1
+    config.mesh.data = 1
+    if "width" in models.REGISTRY[config.model.name].READS:
+        config.model.width = 1 / 16
     config.model.depth = 10 if config.model.name == "wide_resnet" else config.model.depth
     config.batch_size, config.num_train_steps, config.num_train_epochs = 8, 1, 0.0
     config.eval_batch_size = 8
-    result = train.train_and_evaluate(config, str(tmp_path / "run"))
+    result = train_and_evaluate(config, str(tmp_path / "run"))
     assert result["steps"] == 1 and 0 <= result["trusted_accuracy"] <= 1
 
 
 def one_step(config, folder):
-    config.model.name, config.model.width, config.mesh.data = "tiny", 0.25, 1
+    make_tiny(config)
+    config.model.width, config.mesh.data = 0.25, 1
     config.batch_size, config.num_train_steps, config.num_train_epochs = 8, 1, 0.0
-    result = train.train_and_evaluate(config, str(folder / "run"))
+    result = train_and_evaluate(config, str(folder / "run"))
     assert result["steps"] == 1 and 0 <= result["test_accuracy"] <= 1
     return result
 
@@ -139,7 +151,7 @@ def test_one_step_on_records(tmp_path, monkeypatch):
         image_trees.save(tmp_path / part / "ab"[number % 2] / f"{number}.jpg", picture)
     config = cli.load_config("configs/own_data.py:source=image_folder,size=0")
     config.data.update({part: str(tmp_path / part) for part in ("train", "test", "trusted")})
-    prepare.prepare(config, tmp_path / "records", examples_per_shard=7)
+    shards.prepare(config, tmp_path / "records", examples_per_shard=7)
     config.data.update(name="records", dir=str(tmp_path / "records"), train="", test="", trusted="")
     config.augment.standard, config.augment.evaluation = "random_resized_crop(16)|flip", "resize(16)|center_crop(16)"
     assert one_step(config, tmp_path)["trusted_per_class"] == 2

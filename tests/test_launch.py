@@ -4,7 +4,6 @@ Nothing here reaches a cloud: `gcloud`, `kubectl` and the others are small scrip
 """
 
 import os
-import pathlib
 import re
 import shlex
 import shutil
@@ -15,8 +14,8 @@ import time
 
 import pytest
 import yaml
+from runs import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 EXECUTABLE = [path for path in SCRIPTS if path.name != "common.sh"]

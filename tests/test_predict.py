@@ -1,5 +1,4 @@
 import csv
-import dataclasses
 import subprocess
 import sys
 
@@ -13,10 +12,12 @@ from runs import ROOT, SMALL
 from sklearn.datasets import load_digits
 
 from configs import default
-from ieg_jax import inference, train
+from ieg_jax import inference
 from ieg_jax.data import images
 from ieg_jax.errors import StorageError, UserError
-from ieg_jax.predict import predict
+from ieg_jax.inference.predictions import PredictionFile, predict
+from ieg_jax.runtime.workdir import best_step
+from ieg_jax.train.loop import train_and_evaluate
 
 CLASSES = ("Süße, Äpfel", 'a "b"', "c\nd")
 ODD_NAMES = ("a, b.png", 'say "x".png', "Übermut/ß.png", "two\nlines.png", "carriage\rreturn.png")
@@ -38,7 +39,7 @@ def run(tmp_path_factory):
     config.update_from_flattened_dict(SMALL | {f"{name}_steps": steps for name, steps in every.items()})
     config.log_every_epochs = 0.0
     config.method.name, config.trusted.per_class, config.mesh.data = "supervised", 2, 1
-    train.train_and_evaluate(config, str(folder))
+    train_and_evaluate(config, str(folder))
     return folder
 
 
@@ -74,7 +75,7 @@ def save(path, pixels):
 
 
 def test_files_folders_lists_and_arrays(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("ieg_jax.predict.AT_ONCE", 60)  # several parts, and no multiple of the devices
+    monkeypatch.setattr("ieg_jax.inference.predictions.AT_ONCE", 60)  # several parts, and no multiple of the devices
     pixels = digits(250)
     for name, image in zip(ODD_NAMES, pixels, strict=False):
         save(tmp_path / "in" / "deep" / name, image)
@@ -237,7 +238,7 @@ def test_which_checkpoint(run, tmp_path):
         line = predict(str(run), [str(tmp_path / "in.npy")], str(tmp_path / f"{checkpoint}.csv"), checkpoint)
         found[checkpoint] = line.split("step ")[1], (tmp_path / f"{checkpoint}.csv").read_text()
     assert found["2"][0] == "2" and found["4"][0] == "4" and found["2"][1] != found["4"][1]
-    assert found["best"] == found[str(inference.best_step(run))]
+    assert found["best"] == found[str(best_step(run))]
 
 
 @pytest.mark.parametrize(
@@ -296,13 +297,12 @@ def test_where_the_table_goes(run, tmp_path):
 
 
 def test_a_full_disk_is_said(run, tmp_path, monkeypatch):
-    from ieg_jax.predict import Table
 
-    def write(self, columns):
+    def write(columns):
         raise OSError(28, "No space left on device")
 
-    original = Table._open
-    monkeypatch.setattr(Table, "_open", lambda self: (original(self), setattr(self, "_write", write.__get__(self)))[0])
+    original = PredictionFile._open
+    monkeypatch.setattr(PredictionFile, "_open", lambda *arguments: (original(*arguments), write)[1])
     np.save(tmp_path / "in.npy", digits(1))
     with pytest.raises(StorageError, match="No space left"):
         predict(str(run), [str(tmp_path / "in.npy")], str(tmp_path / "out.csv"))
@@ -312,11 +312,9 @@ def test_a_full_disk_is_said(run, tmp_path, monkeypatch):
 def test_image_files_for_a_network_of_arrays_that_are_not_square(tmp_path):
     trained = untrained.trained((8, 6, 1), "ab", data__name="arrays", data__train="gone.npz")
     save(tmp_path / "0.png", digits(1)[0])
-    for shape, message in (((8, 6, 1), "arrays of 8×6 pixels"), (None, "a size that is not known any more")):
-        folder = tmp_path / message.split()[-2]
-        inference.export(dataclasses.replace(trained, exported_image_shape=shape), folder)
-        with pytest.raises(UserError, match=message):
-            predict(str(folder), [str(tmp_path / "0.png")], str(tmp_path / "out.csv"))
+    inference.export(trained, tmp_path / "model")
+    with pytest.raises(UserError, match="arrays of 8×6 pixels"):
+        predict(str(tmp_path / "model"), [str(tmp_path / "0.png")], str(tmp_path / "out.csv"))
 
 
 def test_the_command(run, tmp_path):

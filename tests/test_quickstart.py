@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ieg_jax import quickstart
+from ieg_jax.reproduce import quickstart as quickstart_runs
 
 
 def test_table_says_mean_and_spread():
@@ -18,9 +18,9 @@ def test_table_says_mean_and_spread():
             "device_kind": "cpu", "versions": {"jax": "1.2.3"},
         }  # fmt: skip
 
-    results = {name: [result(0.9, 0), result(0.96, 1)] for name in quickstart.RUNS}
+    results = {name: [result(0.9, 0), result(0.96, 1)] for name in quickstart_runs.RUNS}
     console = Console(file=io.StringIO(), width=200)
-    quickstart.show_table(results, console)
+    quickstart_runs.show_table(results, console)
     text = console.file.getvalue()
     assert "93.0 ± 4.2" in text  # the standard deviation of 90 and 96 is 3·√2
     for words in ("chance", "upper bound", "72% of the labels wrong", "seeds 0, 1"):
@@ -30,14 +30,14 @@ def test_table_says_mean_and_spread():
 def test_picture(tmp_path):
     from PIL import Image
 
-    for name in quickstart.RUNS:
+    for name in quickstart_runs.RUNS:
         folder = tmp_path / f"{name}-0"
         folder.mkdir()
         config = {"batch_size": 64, "noise": {"rate": 0.8}, "trusted": {"per_class": 1}}
         (folder / "config.json").write_text(json.dumps(config))
         rows = [{"step": s, "test/accuracy": s / 20, "weight/clean": 0.02, "weight/noisy": 0.01} for s in (5, 10)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    quickstart.draw_picture(tmp_path, 0, tmp_path / "p.png")
+    quickstart_runs.draw_picture(tmp_path, 0, tmp_path / "p.png")
     pixels = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"))
     assert pixels.shape[1] > 1000
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
@@ -62,7 +62,7 @@ def test_the_command_from_end_to_end(tmp_path):
     assert "upper bound" in done.stdout
     assert (tmp_path / "q" / "quickstart.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "q" / "results.json").read_text())
-    assert {name: len(runs) for name, runs in results.items()} == dict.fromkeys(quickstart.RUNS, 1)
+    assert {name: len(runs) for name, runs in results.items()} == dict.fromkeys(quickstart_runs.RUNS, 1)
     assert results["clean"][0]["noise_rate_effective"] == 0
     again = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert "compiled" not in again.stdout, "what is finished is not trained again"

@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 
-FILE = pathlib.Path(__file__).parent / "data" / "torch_networks.npz"
+FILE = pathlib.Path(__file__).parent / "fixtures" / "torch_networks.npz"
 SIZES = {"resnet50": (65, 50), "inception_resnet_v2": (75, 90), "densenet": (16, 12)}
 NARROW = 16  # the first two have 1/16 of their channels
 CLASSES = 7

@@ -22,7 +22,7 @@ def trained(shape, class_names, seed=0, **keys):
         ),
         (variables["params"], variables["batch_stats"]),
     )
-    return inference.Trained(config, network, params, batch_stats, len(class_names), 7, tuple(class_names))
+    return inference.Trained(config, network, params, batch_stats, len(class_names), 7, tuple(class_names), shape)
 
 
 def by_hand(trained, images):

@@ -1,9 +1,9 @@
 """Augmentation: stateless TensorFlow operations on one image, and policies made of them.
 
-An operation is a function (image, seed, parameters) -> image. An image is float32 `[H, W, C]` in [-1, 1], black
-is -1 and grey 0, or features `[1, 1, D]` (`sources.features`); a seed is int64 `[2]`, and the same seed gives the same
-result on every machine. A policy is written as operations joined by `|`, such as `crop(pad=4)|flip|cutout(0.5)`.
-Another operation joins by one entry in OPERATIONS.
+An operation is a function (image, seed, parameters) -> image. An image is float32 `[H, W, C]` in [-1, 1], where black
+is -1 and grey 0, or it is a row of features `[1, 1, D]` (`sources.arrays.features`). A seed is int64 `[2]`, and the
+same seed gives the same result on every machine. A policy is written as operations joined by `|`, such as
+`crop(pad=4)|flip|cutout(0.5)`. A new operation is a function with an entry in OPERATIONS.
 """
 
 import ast
@@ -13,7 +13,10 @@ import math
 from collections.abc import Callable
 
 import tensorflow as tf
+from ml_collections import ConfigDict
 
+from ieg_jax import config as config_lib
+from ieg_jax.config import at_least, one_of
 from ieg_jax.data import autoaugment
 from ieg_jax.data.images import ChooseWindow, Encoded, to_float
 from ieg_jax.errors import UserError, check_choice
@@ -31,7 +34,7 @@ def crop(image: tf.Tensor, seed: tf.Tensor, pad: int = 4, fill: float = BLACK) -
 
 
 def flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Mirrors left and right with probability 1/2. Not for digits and letters."""
+    """Mirrors left and right with probability 1/2. It does not suit digits and letters."""
     return tf.cond(tf.random.stateless_uniform([], seed) < 0.5, lambda: image, lambda: tf.reverse(image, [1]))
 
 
@@ -44,22 +47,22 @@ def affine(
     translate: float = 0.0,
     fill: float = BLACK,
 ) -> tf.Tensor:
-    """A random affine map about the centre, bilinear.
+    """Applies a random affine map about the centre, with bilinear interpolation.
 
     Args:
       image: `[H, W, C]`.
       seed: `[2]`.
-      rotate: angle in ±`rotate` degrees.
-      shear: horizontal shear in ±`shear` pixels per pixel.
-      zoom: factor in [1 − zoom, 1 + zoom].
-      translate: shift in ±`translate` of the side, in each direction.
-      fill: value of pixels from outside.
+      rotate: the angle is drawn from ±`rotate`, in degrees.
+      shear: the horizontal shear is drawn from ±`shear`, in pixels per pixel.
+      zoom: the factor is drawn from [1 − zoom, 1 + zoom].
+      translate: the shift in each direction is drawn from ±`translate`, as a share of the side.
+      fill: value of pixels that come from outside the image.
     """
     height, width = image.shape[0], image.shape[1]
     u = tf.random.stateless_uniform([5], seed, -1.0, 1.0)
     angle, slant, scale = u[0] * math.radians(rotate), u[1] * shear, 1.0 + u[2] * zoom
     cos, sin = tf.cos(angle) / scale, tf.sin(angle) / scale
-    # Where an output pixel (x, y) comes from: M (x − c) + c − shift.
+    # The output pixel p = (x, y) shows the input at M (p − c) + c − shift, with M = [[a, b], [d, e]] and the centre c.
     a, b = cos, slant * cos - sin
     d, e = sin, slant * sin + cos
     cx, cy = (width - 1) / 2, (height - 1) / 2
@@ -76,7 +79,10 @@ def affine(
 
 
 def intensity(image: tf.Tensor, seed: tf.Tensor, strength: float = 0.2) -> tf.Tensor:
-    """Contrast factor in [1 − strength, 1 + strength], brightness shift in ±strength, clipped to [-1, 1]."""
+    """Multiplies by a factor in [1 − strength, 1 + strength], adds a shift in ±strength, and clips to [-1, 1].
+
+    The factor changes the contrast, the shift the brightness.
+    """
     u = tf.random.stateless_uniform([2], seed, -strength, strength)
     return tf.clip_by_value(image * (1.0 + u[0]) + u[1], -1.0, 1.0)
 
@@ -84,7 +90,7 @@ def intensity(image: tf.Tensor, seed: tf.Tensor, strength: float = 0.2) -> tf.Te
 def cutout(image: tf.Tensor, seed: tf.Tensor, size: float = 0.5, fill: float = GREY) -> tf.Tensor:
     """Fills a square of `size` times the height, centred on a random pixel and clipped at the border.
 
-    DeVries and Taylor 2017.
+    This is Cutout (DeVries and Taylor 2017).
     """
     height, width = image.shape[0], image.shape[1]
     side = max(1, round(size * height))
@@ -97,9 +103,9 @@ def cutout(image: tf.Tensor, seed: tf.Tensor, size: float = 0.5, fill: float = G
 
 
 def gaussian(image: tf.Tensor, seed: tf.Tensor, sigma: float = 0.1) -> tf.Tensor:
-    """Adds a draw from N(0, sigma²) to each number: a view of features, whose deviations are 1.
+    """Adds a draw from N(0, sigma²) to each number: it makes views of features, whose standard deviations are 1.
 
-    Pixels of an image stay in [-1, 1].
+    Images are clipped to [-1, 1].
     """
     noisy = image + tf.random.stateless_normal(image.shape, seed, 0.0, sigma)
     return noisy if image.shape[:2] == (1, 1) else tf.clip_by_value(noisy, -1.0, 1.0)
@@ -108,10 +114,11 @@ def gaussian(image: tf.Tensor, seed: tf.Tensor, sigma: float = 0.1) -> tf.Tensor
 def random_resized_crop(
     image: tf.Tensor | Encoded, seed: tf.Tensor, size: int = 224, smallest: float = 0.08, stretch: float = 4 / 3
 ) -> tf.Tensor:
-    """A random window, resized (bilinear, antialiased) to `size` × `size` (Szegedy et al. 2015).
+    """Takes a random window, resized (bilinear, antialiased) to `size` × `size` pixels (Szegedy et al. 2015).
 
-    Its area is a share of the image's in [smallest, 1], its ratio of width to height in [1/stretch, stretch]; of
-    a JPEG file no more than the window is decoded. Where ten draws do not fit the image, all of it is taken.
+    The area of the window is a share in [smallest, 1] of the image's, and its ratio of width to height is in
+    [1/stretch, stretch]. If none of ten draws fits into the image, the whole image is taken. Of a JPEG file only the
+    window is decoded.
     """
 
     def choose(shape):
@@ -131,7 +138,7 @@ def random_resized_crop(
 
 
 def resize(image: tf.Tensor | Encoded, seed: tf.Tensor, size: int = 256) -> tf.Tensor:
-    """Resizes (bilinear, antialiased) the shorter side to `size` pixels."""
+    """Resizes (bilinear, antialiased) so that the shorter side has `size` pixels; the ratio of the sides stays."""
     del seed
     image = _window(image, lambda shape: tf.concat([[0, 0], shape], 0))
     shape = tf.cast(tf.shape(image)[:2], tf.float32)
@@ -139,7 +146,7 @@ def resize(image: tf.Tensor | Encoded, seed: tf.Tensor, size: int = 256) -> tf.T
 
 
 def center_crop(image: tf.Tensor | Encoded, seed: tf.Tensor, size: int = 224) -> tf.Tensor:
-    """The middle `size` × `size` pixels; of an image that is smaller, the middle square, made larger."""
+    """Takes the middle `size` × `size` pixels; of a smaller image, the middle square, enlarged to this size."""
     del seed
 
     def choose(shape):
@@ -166,7 +173,7 @@ def _resized(image: tf.Tensor, shape) -> tf.Tensor:
     return tf.image.resize(image, shape, antialias=True)
 
 
-# These take an encoded image too, and decode what they need of it.
+# These accept an encoded image too, and decode only what they need of it.
 WINDOW_OPERATIONS = (random_resized_crop, resize, center_crop)
 OPERATIONS = {
     "crop": crop,
@@ -183,8 +190,7 @@ OPERATIONS = {
     "randaugment": autoaugment.randaugment,
 }
 
-
-# Parameters that not every number fits: name -> (test, what is expected).
+# The parameters that may not be every finite number: name -> (test, what is expected).
 BOUNDS = {
     "pad": (lambda v: v >= 0, "at least 0"),
     "size": (lambda v: v > 0, "above 0"),
@@ -197,15 +203,28 @@ BOUNDS = {
 }
 
 
+def validate(augment: ConfigDict) -> None:
+    """Checks the group `augment` of the configuration.
+
+    Raises:
+      UserError: for a text that is no policy, and for values that are not allowed.
+    """
+    checks = {"views_of": one_of("standard", "original"), "num_views": at_least(1)}
+    config_lib.check_values(augment, checks, "augment.")
+    for name in ("standard", "strong", "evaluation"):
+        parse_policy(augment[name], f"augment.{name}")
+
+
 def parse_policy(text: str, key: str) -> Policy:
-    """Makes a policy of its text, such as `crop(pad=4)|flip`.
+    """Makes a policy from its text, such as `crop(pad=4)|flip`.
 
     Args:
       text: operations with numbers as arguments, joined by `|`; empty for none.
       key: config key, for error messages.
 
     Returns:
-      A function (image, seed) -> image; the image may still be encoded.
+      A function (image, seed) -> image; the image may still be encoded. The function raises UserError for an operation
+      that needs images of one size where each has its own.
 
     Raises:
       UserError: for text that is no policy, an unknown operation or an argument that it does not take.

@@ -1,9 +1,10 @@
 """AutoAugment and RandAugment: the primitive operations, what a level means to each, and how policies draw them.
 
-The primitives work on uint8 `[H, W, C]`, C = 1 or 3, and are those of Pillow, pixel for pixel; `augment.py` says
-what an image and a seed of the three policies at the end are. A policy rounds the image to 256 grey levels,
-which changes nothing in an image that came as uint8, draws everything from one vector of uniform numbers, and
-looks its operations up in a table; so its graph has as many branches as there are primitives, not sub-policies.
+The primitives work on uint8 `[H, W, C]`, C = 1 or 3, and give the same pixels as Pillow. The three policies at the end
+take an image and a seed as `augment.py` describes them. A policy first rounds the image to 256 grey levels, which
+changes nothing in an image that came as uint8. It then draws all it needs as one vector of uniform numbers, and looks
+up its operations in a table. So its graph has one branch for each primitive, rather than one for each sub-policy, which
+would be many more.
 
     Cubuk et al., AutoAugment: Learning Augmentation Strategies from Data, CVPR 2019.
     Cubuk et al., RandAugment: Practical Automated Data Augmentation with a Reduced Search Space, 2020.
@@ -27,7 +28,7 @@ GREY = 128
 
 
 def invert(image: tf.Tensor) -> tf.Tensor:
-    """255 − v."""
+    """255 − v for each grey level v."""
     return 255 - image
 
 
@@ -60,8 +61,8 @@ def brightness(image: tf.Tensor, factor: float | tf.Tensor) -> tf.Tensor:
 def autocontrast(image: tf.Tensor) -> tf.Tensor:
     """Stretches each channel linearly to 0 … 255; a constant channel stays.
 
-    s · v − s · low with s = 255 / (high − low), in float64, rounded down and clipped. Rounding may make 254 of
-    what is 255 on paper, as it does in Pillow.
+    The result is s · v − s · low with s = 255 / (high − low), in float64, rounded down and clipped. Rounding errors may
+    turn 255 into 254, as they do in Pillow.
     """
     values = tf.cast(image, tf.float64)
     low, high = tf.reduce_min(values, [0, 1]), tf.reduce_max(values, [0, 1])
@@ -91,7 +92,7 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
 
 
 def contrast(image: tf.Tensor, factor: float | tf.Tensor) -> tf.Tensor:
-    """Blend of a constant, the mean luminance rounded to a whole number, and the image."""
+    """Blend of the image with a constant, which is its mean luminance rounded to a whole number."""
     total = tf.cast(tf.reduce_sum(_luminance(image)), tf.float64)
     mean = tf.floor(total / (image.shape[0] * image.shape[1]) + 0.5)
     return _blend(tf.cast(mean, tf.float32), tf.cast(image, tf.float32), factor)
@@ -122,12 +123,12 @@ def sharpness(image: tf.Tensor, factor: float | tf.Tensor) -> tf.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Places
+# Geometry: pixels that come from outside the image get the value `fill`
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def rotate(image: tf.Tensor, degrees: float | tf.Tensor, fill: int = 0) -> tf.Tensor:
-    """Turns counterclockwise about the centre; places from outside become `fill`, as in all of this section."""
+    """Turns the image counterclockwise about its centre."""
     angle = tf.cast(degrees, tf.float64) * (math.pi / 180)
     x, y = image.shape[1] / 2, image.shape[0] / 2
     cos = tf.cos(angle) * np.array([[1.0, 0.0, 0.5 - x], [0.0, 1.0, 0.5 - y]])
@@ -136,38 +137,38 @@ def rotate(image: tf.Tensor, degrees: float | tf.Tensor, fill: int = 0) -> tf.Te
 
 
 def shear_x(image: tf.Tensor, shear: float | tf.Tensor, fill: int = 0) -> tf.Tensor:
-    """What is y below the upper edge comes from `shear` · y further right."""
-    return _nearest(image, _STAY + tf.cast(shear, tf.float64) * np.array([[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]), fill)
+    """Takes each pixel at y below the upper edge from `shear` · y further right."""
+    return _nearest(image, _IDENTITY + tf.cast(shear, tf.float64) * np.array([[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]), fill)
 
 
 def shear_y(image: tf.Tensor, shear: float | tf.Tensor, fill: int = 0) -> tf.Tensor:
-    """What is x from the left edge comes from `shear` · x further down."""
-    return _nearest(image, _STAY + tf.cast(shear, tf.float64) * np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.5]]), fill)
+    """Takes each pixel at x from the left edge from `shear` · x further down."""
+    return _nearest(image, _IDENTITY + tf.cast(shear, tf.float64) * np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.5]]), fill)
 
 
 def translate_x(image: tf.Tensor, pixels: float | tf.Tensor, fill: int = 0) -> tf.Tensor:
     """Moves the image to the left by `pixels`."""
-    return _nearest(image, _STAY + tf.cast(pixels, tf.float64) * np.array([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), fill)
+    return _nearest(image, _IDENTITY + tf.cast(pixels, tf.float64) * np.array([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), fill)
 
 
 def translate_y(image: tf.Tensor, pixels: float | tf.Tensor, fill: int = 0) -> tf.Tensor:
     """Moves the image up by `pixels`."""
-    return _nearest(image, _STAY + tf.cast(pixels, tf.float64) * np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), fill)
+    return _nearest(image, _IDENTITY + tf.cast(pixels, tf.float64) * np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), fill)
 
 
 def cutout(image: tf.Tensor, reach: float | tf.Tensor, centre: tf.Tensor, fill: int = 0) -> tf.Tensor:
-    """Fills the rows and columns from c − `reach` to c + `reach` − 1 about `centre`, which is (row, column)."""
+    """Fills a square about `centre` = (row, column): from c − `reach` to c + `reach` − 1 in each direction."""
     from_centre = [tf.cast(tf.range(side) - centre[axis], tf.float32) for axis, side in enumerate(image.shape[:2])]
     rows, columns = ((offset >= -reach) & (offset < reach) for offset in from_centre)
     return tf.where((rows[:, None] & columns[None])[..., None], tf.cast(fill, tf.uint8), image)
 
 
-# The middle of the pixel in column x and row y is the point (x + ½, y + ½).
-_STAY = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
+# The matrix that leaves every pixel where it is: the middle of that in column x and row y is the point (x + ½, y + ½).
+_IDENTITY = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
 
 
 def _nearest(image: tf.Tensor, matrix: tf.Tensor, fill: int) -> tf.Tensor:
-    """The affine map of `PIL.Image.transform` with the nearest pixel, and its 16.16 fixed-point arithmetic.
+    """Applies an affine map as `PIL.Image.transform` does with the nearest pixel, in its 16.16 fixed-point arithmetic.
 
     Args:
       image: `[H, W, C]` uint8.
@@ -177,12 +178,12 @@ def _nearest(image: tf.Tensor, matrix: tf.Tensor, fill: int) -> tf.Tensor:
     """
     height, width, channels = image.shape
     grid = np.stack([*np.indices([height, width])[::-1], np.ones([height, width])]).reshape(3, -1)
-    # Whole numbers far below 2⁵³ over 2¹⁶: float64 is exact here.
+    # All values are whole numbers far below 2⁵³, divided by 2¹⁶, so that float64 makes no rounding error.
     point = tf.floor(matrix * 65536.0 + 0.5) @ (grid / 65536.0)
     place = tf.cast(tf.floor(point), tf.int32)
     inside = tf.reduce_all((place >= 0) & (place < np.array([[width], [height]], np.int32)), axis=0)
     column, row = tf.unstack(place)
-    outside = height * width  # the place of one more pixel, of the fill
+    outside = height * width  # the index of an extra pixel, which has the value `fill`
     pixels = tf.pad(tf.reshape(image, [-1, channels]), [[0, 1], [0, 0]], constant_values=tf.cast(fill, tf.uint8))
     return tf.reshape(tf.gather(pixels, tf.where(inside, row * width + column, outside)), image.shape)
 
@@ -193,7 +194,7 @@ def _blend(low: float | tf.Tensor, high: tf.Tensor, factor: float | tf.Tensor) -
 
 
 def _luminance(image: tf.Tensor) -> tf.Tensor:
-    """0.299 R + 0.587 G + 0.114 B in 16-bit fixed point, `[H, W, 1]` int32; a grey image is its own."""
+    """0.299 R + 0.587 G + 0.114 B in 16-bit fixed point, `[H, W, 1]` int32; for a grey image, its values."""
     values = tf.cast(image, tf.int32)
     if image.shape[2] == 1:
         return values
@@ -211,14 +212,19 @@ def _to_uint8(values: tf.Tensor) -> tf.Tensor:
 
 
 class Parameter(NamedTuple):
-    """Of one operation at one level: its value, and whether its sign is drawn, + or − with probability ½ each."""
+    """The parameter of one operation at one level.
+
+    Attributes:
+      value: in the unit of the operation; 0 for an operation without a parameter.
+      signed: whether the sign of the value is drawn, + or − with probability ½ each.
+    """
 
     value: float = 0.0
     signed: bool = False
 
 
 def cifar_parameters(level: float) -> dict[str, Parameter]:
-    """Operation → parameter at `level`, 0 … 10, in the policy for CIFAR: as AutoAugment's authors released it."""
+    """Operation → parameter at `level`, 0 … 10, in the policy for CIFAR that AutoAugment's authors released."""
     return {
         "Invert": Parameter(),
         "AutoContrast": Parameter(),
@@ -239,10 +245,11 @@ def cifar_parameters(level: float) -> dict[str, Parameter]:
 
 
 def imagenet_parameters(level: float, translate_pixels: float = 250.0) -> dict[str, Parameter]:
-    """Operation → parameter at `level`, 0 … 10, in the policy `imagenet_v0`: as EfficientNet was trained on TPUs.
+    """Operation → parameter at `level`, 0 … 10, in the policy `imagenet_v0`.
 
-    Solarize and posterize grow weaker with the level here. `translate_pixels` is the shift at level 10. EfficientNet's
-    own operations differ from Pillow's by roundings, and its shears by a shift of half the shear, in pixels.
+    With this policy EfficientNet was trained on TPUs. Solarize and posterize grow weaker with the level here.
+    `translate_pixels` is the shift at level 10. EfficientNet's own operations round in other places than Pillow's, and
+    its shears also shift the image by half the shear, in pixels.
     """
     return {
         "Invert": Parameter(),
@@ -254,17 +261,18 @@ def imagenet_parameters(level: float, translate_pixels: float = 250.0) -> dict[s
         "TranslateY": Parameter(translate_pixels * level / 10, signed=True),  # pixels
         "Solarize": Parameter(256 * level // 10),  # threshold: 0 at level 0, 256 at level 10
         "SolarizeAdd": Parameter(110 * level // 10),  # grey levels
-        # Bits. Levels 0 to 2 ask for none, by a shift of 8, which TensorFlow cuts to 7: one stays.
+        # The number of bits that are kept. At levels 0 to 2 the formula gives 0, for which EfficientNet shifts the
+        # pixels by 8 bits. TensorFlow shifts uint8 by 7 bits at most, so one bit is kept in fact.
         "Posterize": Parameter(max(1, 4 * level // 10)),
         "Color": Parameter(0.1 + 0.18 * level),  # factor
     }
 
 
 def randaugment_parameters(magnitude: float, height: int, width: int) -> dict[str, Parameter]:
-    """Operation → parameter at `magnitude`, 0 … 10: the 14 of the paper, over the ranges of AutoAugment's Table 6.
+    """Operation → parameter at `magnitude`, 0 … 10: the paper's 14 operations, with the ranges of AutoAugment, Table 6.
 
-    The table gives no direction; here solarize and posterize grow stronger with the magnitude. Its 150 pixels of
-    translation are of images of 331: 0.45 of the side.
+    The table does not say at which end of its range an operation is strongest; here solarize and posterize grow
+    stronger with the magnitude. Its largest translation is 150 pixels, in images of 331 pixels: 0.45 of the side.
     """
     return {
         "Identity": Parameter(),
@@ -284,7 +292,7 @@ def randaugment_parameters(magnitude: float, height: int, width: int) -> dict[st
     }
 
 
-# name → function of (image, value, centre, fill); fill is for places outside the image.
+# name → function of (image, value, centre, fill); pixels that come from outside the image get the value `fill`.
 PRIMITIVES: dict[str, Callable[..., tf.Tensor]] = {
     "Identity": lambda image, value, centre, fill: image,
     "Invert": lambda image, value, centre, fill: invert(image),
@@ -317,9 +325,9 @@ class Drawn(NamedTuple):
     """What a policy does to one image: L operations, one after the other.
 
     Attributes:
-      operations: `[L]` int32, places in the table of parameters; its length = nothing is done.
-      values: `[L]` float32, their parameters with sign.
-      centres: `[L, 2]` float32 in [0, 1): where `Cutout` cuts, in shares of height and width.
+      operations: `[L]` int32, indices in the policy's list of operations; its length means that nothing is done.
+      values: `[L]` float32, the parameters of the operations, with their signs.
+      centres: `[L, 2]` float32 in [0, 1): the centre of `Cutout`, as shares of height and width.
     """
 
     operations: tf.Tensor
@@ -328,21 +336,21 @@ class Drawn(NamedTuple):
 
 
 def autoaugment_cifar(image: tf.Tensor, seed: tf.Tensor, fill: float = -1.0) -> tf.Tensor:
-    """One of the 95 sub-policies for CIFAR, drawn anew for each image.
+    """Applies one of the 95 sub-policies for CIFAR, drawn anew for each image.
 
-    Places from outside become `fill`, black. The authors of the policy paint them black and transparent too, and
-    what is still transparent at the end grey: `fill=0` gives that, but where `Invert`, `AutoContrast`, `Equalize`,
-    `Solarize` or `Posterize` come after and make it opaque.
+    Pixels that come from outside the image get the value `fill`, by default black. In the authors' code they become
+    black and transparent, and what is still transparent at the end becomes grey. `fill=0` gives the same, except where
+    `Invert`, `AutoContrast`, `Equalize`, `Solarize` or `Posterize` comes later: those make the pixels opaque there.
     """
     drawn = draw_sub_policy(seed, SUB_POLICIES["cifar"], cifar_parameters)
     return _apply(image, drawn, list(cifar_parameters(0)), round((fill + 1) * 127.5))
 
 
 def autoaugment_imagenet(image: tf.Tensor, seed: tf.Tensor, translate_pixels: float = 250.0) -> tf.Tensor:
-    """One of the 25 sub-policies for ImageNet, drawn anew for each image; places from outside become grey.
+    """Applies one of the 25 sub-policies for ImageNet, drawn anew for each image; pixels from outside become grey.
 
-    One of them moves the image by nine tenths of `translate_pixels`. The 250 that EfficientNet was trained with leave
-    nothing of an image of 224 pixels or less: lower it for those.
+    One sub-policy moves the image by nine tenths of `translate_pixels`. With the 250 pixels of EfficientNet nothing of
+    an image of 224 pixels or less is left, so set a lower value for such images.
     """
     parameters = functools.partial(imagenet_parameters, translate_pixels=translate_pixels)
     drawn = draw_sub_policy(seed, SUB_POLICIES["imagenet_v0"], parameters)
@@ -350,13 +358,16 @@ def autoaugment_imagenet(image: tf.Tensor, seed: tf.Tensor, translate_pixels: fl
 
 
 def randaugment(image: tf.Tensor, seed: tf.Tensor, layers: int = 2, magnitude: float = 10.0) -> tf.Tensor:
-    """`layers` operations, each any of 14 with the same probability, all at `magnitude`, 0 … 10; grey from outside."""
+    """Applies `layers` operations, each one of 14 with the same probability, all at `magnitude`, 0 … 10.
+
+    Pixels that come from outside the image become grey.
+    """
     parameters = randaugment_parameters(magnitude, *image.shape[:2])
     return _apply(image, draw_operations(seed, layers, parameters), list(parameters), GREY)
 
 
 def draw_sub_policy(seed: tf.Tensor, sub_policies: list, parameters: Callable[[float], dict]) -> Drawn:
-    """Draws a sub-policy, which of its operations are applied, and their signs.
+    """Draws a sub-policy, then which of its operations are applied, and their signs.
 
     Args:
       seed: `[2]` int64.
@@ -365,7 +376,7 @@ def draw_sub_policy(seed: tf.Tensor, sub_policies: list, parameters: Callable[[f
     """
     names = list(parameters(0))
     rows = [[(names.index(n), p, *parameters(level)[n]) for n, p, level in sub_policy] for sub_policy in sub_policies]
-    table = np.array(rows, np.float32).swapaxes(1, 2)
+    table = np.array(rows, np.float32).swapaxes(1, 2)  # [S, 4, L]: index, probability, value and signed
     which, apply, sign, *centre = tf.unstack(tf.random.stateless_uniform([5, table.shape[2]], seed))
     place, probability, value, signed = tf.unstack(tf.gather(table, tf.cast(which[0] * len(table), tf.int32)))
     operations = tf.cast(tf.where(apply < probability, place, len(names)), tf.int32)
@@ -373,7 +384,7 @@ def draw_sub_policy(seed: tf.Tensor, sub_policies: list, parameters: Callable[[f
 
 
 def draw_operations(seed: tf.Tensor, layers: int, parameters: dict[str, Parameter]) -> Drawn:
-    """Draws each of `layers` operations from all of `parameters`, and their signs."""
+    """Draws `layers` operations from those in `parameters`, any of them more than once, and their signs."""
     which, sign, *centre = tf.unstack(tf.random.stateless_uniform([4, layers], seed))
     operations = tf.cast(which * len(parameters), tf.int32)
     table = np.array(list(parameters.values()), np.float32)
@@ -386,13 +397,13 @@ def _with_sign(value: tf.Tensor, signed: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
 
 
 def _apply(image: tf.Tensor, drawn: Drawn, names: list[str], fill: int) -> tf.Tensor:
-    """Does what was drawn, on 256 grey levels, and goes back to float32 in [-1, 1]."""
+    """Applies the drawn operations, out of those in `names`, in 256 grey levels; the result is float32 in [-1, 1]."""
     pixels = tf.cast(tf.round((image + 1.0) * 127.5), tf.uint8)
     centres = tf.cast(drawn.centres * np.array(image.shape[:2], np.float32), tf.int32)
     branches = [_branch(name, tuple(image.shape), fill) for name in [*names, "Identity"]]
     for operation, *inputs in zip(*map(tf.unstack, (drawn.operations, drawn.values, centres)), strict=True):
-        # One kernel that calls one function. Of tf.switch_case the executor visits every node of every branch, which
-        # takes longer than the operations do.
+        # This is one kernel, which calls one function. With tf.switch_case the executor visits every node of every
+        # branch, which takes longer than the operations themselves.
         [pixels] = tf.raw_ops.StatelessCase(
             branch_index=operation, input=[pixels, *inputs], Tout=[tf.uint8], branches=branches
         )

@@ -1,8 +1,8 @@
 """Images that stay encoded, in files or in records, until a tf.data pipeline needs them.
 
-Plain images (8-bit grey or RGB JPEG and PNG, upright) are decoded by TensorFlow, of a JPEG only the window that is
-asked for. All others (CMYK, 16 bits, palettes, transparency, EXIF orientation, other formats) go through
-Pillow, which is slower and knows them all; both give the same pixels where both can read a file.
+TensorFlow decodes plain images (8-bit grey or RGB JPEG and PNG, upright), and of a JPEG only the window that is needed.
+Pillow decodes all others (CMYK, 16 bits, palettes, transparency, EXIF orientation, other formats); it is slower and
+knows them all. Where both can read a file, both give the same pixels.
 """
 
 import concurrent.futures
@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from etils import epath
 from PIL import Image, ImageOps
 from rich.progress import track
 
+from ieg_jax import files
 from ieg_jax.errors import UserError
 
 JPEG_START = b"\xff\xd8\xff"
 JPEG_QUALITY = 95
-CHECKED_AT_ONCE = 5000  # files whose outcome is kept together
+CHECKED_AT_ONCE = 5000  # image files whose outcome is kept in one file of the cache
 ORIENTATION = 0x0112  # EXIF tag; 1 = upright
 # (height, width) int32 [2] -> (top, left, height, width) int32 [4]
 ChooseWindow = Callable[[tf.Tensor], tf.Tensor]
@@ -38,7 +38,7 @@ class Encoded:
 
     Attributes:
       content: scalar string, the bytes of the file.
-      plain: scalar bool, whether TensorFlow's decoders read it as it is meant.
+      plain: scalar bool, whether TensorFlow's decoders read it as it is meant; else Pillow decodes it.
     """
 
     content: tf.Tensor
@@ -49,7 +49,7 @@ class Encoded:
         return self.window(lambda size: tf.concat([[0, 0], size], 0))
 
     def window(self, choose: ChooseWindow) -> tf.Tensor:
-        """A window of the image, uint8 `[h, w, 3]`; of a plain JPEG no more than it is decoded."""
+        """A window of the image, uint8 `[h, w, 3]`; of a plain JPEG nothing else is decoded."""
 
         def of_jpeg():
             box = choose(tf.image.extract_jpeg_shape(self.content)[:2])
@@ -70,7 +70,7 @@ class Encoded:
 
 
 class StoredImages:
-    """Encoded images by row: has a length, takes an array of rows as index, and makes a reader for tf.data."""
+    """Encoded images by row: they have a length, take an array of rows as index, and make a reader for tf.data."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -80,7 +80,7 @@ class StoredImages:
         raise NotImplementedError
 
     def reader(self) -> Callable[[tf.Tensor], Encoded]:
-        """A function row -> Encoded whose tables are tensors already: make it once, not for each image."""
+        """Makes a function row -> Encoded. It copies tables into tensors, so call it once and not for each image."""
         raise NotImplementedError
 
 
@@ -90,8 +90,8 @@ class FileImages(StoredImages):
 
     Attributes:
       paths: `[n]` str objects.
-      plain: `[n]` bool, see `Encoded`; None = the files have not been looked at and cannot be read yet.
-      sizes: `[n, 2]` int32, height and width in pixels, upright; None likewise.
+      plain: `[n]` bool, see `Encoded`; None = the files have not been checked, and `reader` cannot be used yet.
+      sizes: `[n, 2]` int32, height and width in pixels of the upright image; None likewise.
     """
 
     paths: np.ndarray
@@ -117,7 +117,7 @@ class Checked:
 
     Attributes:
       plain: see `Encoded`.
-      height, width: pixels, upright.
+      height, width: in pixels, of the upright image.
       error: what is wrong with it, "" = nothing.
     """
 
@@ -130,8 +130,8 @@ class Checked:
 def decode_any(content: bytes) -> np.ndarray:
     """Decodes any image that Pillow can read.
 
-    Upright as EXIF says; transparent parts over white; 16 bits scaled to 8; CMYK and palettes to RGB; of
-    an animation the first picture.
+    The image is turned upright as EXIF says, transparent parts are put over white, 16 bits are scaled to 8, and CMYK
+    and palettes become RGB. Of an animation the first picture is taken.
 
     Args:
       content: the bytes of a file.
@@ -156,7 +156,7 @@ def decode_any(content: bytes) -> np.ndarray:
 
 
 def check_image(content: bytes) -> Checked:
-    """Decodes an image as the pipeline will, and says what there is to know."""
+    """Decodes an image as the pipeline will, and returns what was found; an image that is damaged raises nothing."""
     if not content:
         return Checked(error="zero bytes")
     try:
@@ -182,7 +182,7 @@ def check(paths: np.ndarray) -> list[Checked]:
     """Decodes every file once and remembers the outcome.
 
     Results are kept in the user's cache folder, for some thousand files at a time, under a hash of their paths, sizes
-    and times of change; so the next start on the same data decodes nothing, and one that was stopped goes on.
+    and times of change. So the next start on the same data decodes nothing, and a check that was stopped goes on.
 
     Args:
       paths: `[n]` str objects.
@@ -206,8 +206,8 @@ def _check_part(paths: np.ndarray, pool: concurrent.futures.Executor) -> list[Ch
                 columns = [table[field.name].tolist() for field in dataclasses.fields(Checked)]
             return [Checked(*row) for row in zip(*columns, strict=True)]
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            pass  # damaged: look again
-    passing = []  # trouble that may be over at the next start, whatever size and time say
+            pass  # the file in the cache is damaged: check again
+    unread = []  # files that the system could not read; as that may be over at the next start, it is not remembered
 
     def check_file(path: str) -> Checked:
         try:
@@ -215,24 +215,15 @@ def _check_part(paths: np.ndarray, pool: concurrent.futures.Executor) -> list[Ch
         except (FileNotFoundError, ValueError):
             return Checked(error="no such file")
         except OSError as error:
-            passing.append(path)
+            unread.append(path)
             return Checked(error=f"cannot be read: {error.strerror}")
 
     results = list(pool.map(check_file, paths))
-    if not passing:
+    if not unread:
         table = {field.name: [getattr(r, field.name) for r in results] for field in dataclasses.fields(Checked)}
-        write_table(cached, table)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        files.write_arrays(cached, table)
     return results
-
-
-def write_table(path: epath.Path | pathlib.Path, table: dict[str, np.ndarray]) -> None:
-    """Writes arrays as .npz, whole or not at all."""
-    content = io.BytesIO()
-    np.savez_compressed(content, **table)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
-    temporary.write_bytes(content.getvalue())
-    temporary.replace(path)
 
 
 def storable(content: bytes, resize: int = 0) -> tuple[bytes, str]:
@@ -240,11 +231,11 @@ def storable(content: bytes, resize: int = 0) -> tuple[bytes, str]:
 
     Args:
       content: the bytes of a file.
-      resize: an image whose shorter side is longer is made that small and stored as JPEG; 0 = none is.
+      resize: pixels; an image whose shorter side is longer is made that small and stored as JPEG. 0 = none is.
 
     Returns:
-      The bytes, those of the file where nothing speaks against it and a PNG otherwise; and what is wrong with the
-      image, "" = nothing.
+      The bytes to store and what is wrong with the image, "" = nothing. A plain image keeps the bytes of its file, any
+      other becomes a PNG; for a damaged one the bytes are empty.
     """
     checked = check_image(content)
     if checked.error:
@@ -263,7 +254,7 @@ def storable(content: bytes, resize: int = 0) -> tuple[bytes, str]:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where results that can be computed again are kept: `$XDG_CACHE_HOME/ieg_jax` or `~/.cache/ieg_jax`."""
+    """The folder for results that can be computed again: `$XDG_CACHE_HOME/ieg_jax` or `~/.cache/ieg_jax`."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ieg_jax"
 
 
@@ -272,7 +263,7 @@ def load_resized(images: StoredImages, size: int, names: np.ndarray) -> np.ndarr
 
     Args:
       images: n of them.
-      size: the shorter side is resized (area) to this many pixels and the centre square is taken.
+      size: pixels of a side; the centre square of each image is resized (area) to it.
       names: `[n]`, for messages.
 
     Returns:
@@ -293,14 +284,15 @@ def load_resized(images: StoredImages, size: int, names: np.ndarray) -> np.ndarr
         for batch in batches:
             decoded.append(np.round(batch.numpy()).astype(np.uint8))
     except tf.errors.OpError as error:
-        for row in range(256 * len(decoded), len(images)):  # the batches come in order: which one is it?
+        # The batches come in order, so the image is one of those behind the last batch: find out which, to name it.
+        for row in range(256 * len(decoded), len(images)):
             readable(load, row, names[row])
         raise UserError(f"an image cannot be decoded: {reason(error)}") from None
     return np.concatenate(decoded)
 
 
 def readable(read: Callable[[tf.Tensor], Any], row: int, name: str) -> Any:
-    """What `read` makes of a row.
+    """What `read` returns for a row.
 
     Raises:
       UserError: naming the image, where it cannot be read or decoded.
@@ -327,24 +319,26 @@ def square(image: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def to_float(image: tf.Tensor) -> tf.Tensor:
-    """uint8, or floats in [0, 1] -> float32 in [-1, 1]."""
+    """Scales uint8 pixels, or floats in [0, 1], to float32 in [-1, 1]."""
     return tf.cast(image, tf.float32) / 127.5 - 1.0 if image.dtype == tf.uint8 else image * 2.0 - 1.0
 
 
 def _decode_any(content: bytes | np.ndarray) -> np.ndarray:
-    return decode_any(content if isinstance(content, bytes) else content.item())  # outside a graph it is an array
+    # TensorFlow hands over bytes inside a graph, and outside one an array that holds them.
+    return decode_any(content if isinstance(content, bytes) else content.item())
 
 
 def _is_plain(image: Image.Image, content: bytes) -> bool:
+    """Whether TensorFlow's decoders read an image as it is meant."""
     upright = image.getexif().get(ORIENTATION, 1) in (0, 1)
     if image.format == "PNG":
-        bits = content[24]  # of the header chunk, which comes first
+        bits = content[24]  # the bit depth, in the header chunk at the beginning of each PNG
         return upright and bits == 8 and image.mode in ("L", "RGB") and not image.has_transparency_data
     return upright and image.format == "JPEG" and image.mode in ("L", "RGB")
 
 
 def stat(path: str) -> tuple[int, int]:
-    """Bytes, and time of the last change in nanoseconds; (-1, -1) where there is no such file."""
+    """The bytes of a file and the time of its last change in nanoseconds; (-1, -1) where there is no such file."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):  # a path with a zero byte is a ValueError

@@ -1,11 +1,11 @@
-"""Random numbers that belong to examples, and what is made of them: who is corrupted, which class is drawn."""
+"""Random numbers that belong to examples, and what they decide: who is corrupted, and which class is drawn."""
 
 import numpy as np
 from ml_collections import ConfigDict
 
 SELECTIONS = ("bernoulli", "exact", "exact_per_class")
 
-# What each stream of a seed is for.
+# The streams of random numbers that a seed gives, each for one purpose.
 SELECT, DRAW, TRUSTED, VALIDATION, FLIP_RATE, SUBSET, HOLDOUT, FOLD = range(8)
 TABLES = 16  # and up: one for each class or each foreign source
 
@@ -13,12 +13,12 @@ TABLES = 16  # and up: one for each class or each foreign source
 def uniforms(seed: int, stream: int, ids: np.ndarray) -> np.ndarray:
     """Uniform numbers in [0, 1), one per id, that depend on (seed, stream, id) alone.
 
-    The n-th output of Philox, a counter-based generator (Salmon et al. 2011), whose raw stream numpy keeps
-    stable; so any host can draw for any ids.
+    The number of id n is the n-th output of Philox, a counter-based generator (Salmon et al. 2011) whose raw output is
+    the same in all versions of numpy. So every host can draw the numbers of any ids.
 
     Args:
       seed: at least 0.
-      stream: number of the purpose, so that two uses of one seed do not see the same numbers.
+      stream: number of the purpose, so that two uses of one seed do not get the same numbers.
       ids: `[n]`, at least 0.
 
     Returns:
@@ -30,11 +30,12 @@ def uniforms(seed: int, stream: int, ids: np.ndarray) -> np.ndarray:
 
 
 def select(noise: ConfigDict, ids: np.ndarray, true_labels: np.ndarray) -> np.ndarray:
-    """Which examples are corrupted, by the numbers u of the first stream; only those whose true class is known.
+    """Chooses the examples that are corrupted, by the numbers u of the stream SELECT.
 
-    `bernoulli`: u < rate, each by itself. `exact`: the round(rate · N) with the smallest u, N = all whose class
-    is known. `exact_per_class`: the round(rate · n) with the smallest u of the n of each true class. A half is
-    rounded to the even number. Whoever is selected at one rate is selected at every higher one.
+    Only the N examples whose true class is known can be chosen. With the selection `bernoulli` those with u < rate are,
+    each by itself; with `exact` the round(rate · N) with the smallest u; with `exact_per_class`, of the n examples of
+    each true class, the round(rate · n) with the smallest u. A half is rounded to the even number. An example that is
+    chosen at one rate is chosen at every higher rate.
 
     Args:
       noise: the group `noise` of the configuration.
@@ -60,15 +61,15 @@ def select(noise: ConfigDict, ids: np.ndarray, true_labels: np.ndarray) -> np.nd
 
 
 def draw(probabilities: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """One class for each number: the first whose cumulative probability is above it.
+    """Draws one class for each number: the first class whose cumulative probability is above the number.
 
     Args:
-      probabilities: `[n, K]`, or `[1, K]` for all alike; rows are normalised here.
+      probabilities: `[n, K]`, or `[1, K]` where they are the same for all numbers; rows are normalised here.
       u: `[n]` in [0, 1).
 
     Returns:
       `[n]` int32; never a class of probability 0.
     """
     cumulative = np.cumsum(probabilities, axis=1)
-    # Divided by its own end, which rounding leaves beside 1, so that no u lies above it.
+    # Rounding errors may leave the last sum a little off 1. Divided by itself it is exactly 1, so above every u.
     return (u[:, None] >= cumulative / cumulative[:, -1:]).sum(1).astype(np.int32)

@@ -1,7 +1,8 @@
 """What a data set is made of: splits of images with labels, and the checks that every source makes."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from ieg_jax.data.images import StoredImages, readable
 from ieg_jax.errors import UserError
 
 UNKNOWN = -1  # as a clean label: the true class is not known
-NO_CLASS = -2  # as a clean label: known to be none of the classes, or known not to be the given one
+NO_CLASS = -2  # as a clean label: the true class is known to be none of the classes, or only not to be the given one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Split:
         when they are needed, each of its own size. Both have a length and take an array of rows as index.
       labels: `[n]` int32, as given, possibly wrong.
       clean_labels: `[n]` int32, true labels, or UNKNOWN or NO_CLASS.
-      ids: `[n]` int64, the same for an example in every run.
-      names: `[n]` str objects, what a person finds the image by: its path, or its place in an archive.
+      ids: `[n]` int64; an example has the same id in every run.
+      names: `[n]` str objects, by which a person finds the image: its path, or its place in an archive.
     """
 
     images: np.ndarray | StoredImages
@@ -40,7 +41,7 @@ class Split:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the images are an array."""
+        """Whether the images are a decoded array."""
         return isinstance(self.images, np.ndarray)
 
     @property
@@ -65,7 +66,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set as it comes: before noise, the trusted split and a validation split.
+    """A data set as it comes: without noise, and before trusted and validation examples are taken out.
 
     Attributes:
       name: of the data set.
@@ -75,10 +76,10 @@ class Source:
       trusted: a separate trusted set, or None where it is to be taken out of the training set.
       class_names: `[K]`, in the order of the labels; numbers where the classes have no names.
       trusted_is_pool: True where `trusted` is a large set to choose from, False where all of it is to be used.
-      left_out: name -> what is wrong with it, of images that are listed and not used.
-      skip_unreadable: whether images of a pool that cannot be decoded are to be replaced when some are drawn from it.
-      num_listed: training images that are listed, those left out too, where ids are places in the list; 0 where they
-        are not.
+      left_out: name -> what is wrong with it, for each image that is listed and not used.
+      skip_unreadable: whether others are drawn in place of images of a pool that cannot be decoded.
+      num_listed: how many training images are listed, with those left out, if ids are places in the list; else 0.
+      image_size: pixels of a side to which the images were resized; 0 = they are as they came.
     """
 
     name: str
@@ -91,10 +92,11 @@ class Source:
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
     skip_unreadable: bool = False
     num_listed: int = 0
+    image_size: int = 0
 
 
 def in_lines(things: Iterable[str], shown: int = 10) -> str:
-    """The first of many things, indented, each in a line of its own, and how many more there are."""
+    """Lists the first of many things, each in an indented line of its own, and says how many more there are."""
     things = list(things)
     more = [f"... and {len(things) - shown} more"] if len(things) > shown else []
     return "\n".join(f"  {thing}" for thing in things[:shown] + more)
@@ -106,7 +108,7 @@ def make_split(
     clean_labels: np.ndarray | None = None,
     names: np.ndarray | None = None,
 ) -> Split:
-    """A split whose ids are its places; without `clean_labels` they are UNKNOWN, without `names` the ids."""
+    """Makes a split with the ids 0, 1, 2, ...; clean labels that are not given are UNKNOWN, names are the ids."""
     labels = np.asarray(labels, np.int32)
     clean = np.full_like(labels, UNKNOWN) if clean_labels is None else np.asarray(clean_labels, np.int32)
     if isinstance(images, np.ndarray) and images.dtype != np.uint8:
@@ -160,3 +162,13 @@ def check_labels(labels: np.ndarray, length: int, where: str, num_classes: int, 
     if len(bad):
         expected = f"{lowest} to {highest}" + ("" if num_classes else " (set data.num_classes to narrow it)")
         raise UserError(f"{where}: {int(labels[bad[0]])} at place {bad[0]}, expected {expected}")
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Class names for tables: where several classes share a name, each gets its number before it."""
+    # Python reads bytes that are no UTF-8, as in the name of a folder, as surrogates, which cannot be written as text.
+    shown = [re.sub("[\ud800-\udfff]", "\ufffd", name) for name in names]
+    seen: dict[str, int] = {}
+    for name in shown:
+        seen[name] = seen.get(name, 0) + 1
+    return [f"{number} {name}" if seen[name] > 1 else name for number, name in enumerate(shown)]

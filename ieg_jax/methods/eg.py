@@ -8,22 +8,37 @@ import jax
 
 from ieg_jax.methods import ieg
 from ieg_jax.methods.base import Aux, Context, Supervision, total
+from ieg_jax.methods.parts import mixup
+from ieg_jax.methods.parts.pseudo_labels import NORMALIZE_LOGITS, TEMPERATURE
 
-NEEDS = frozenset({"views", "probe"})
-TRAINS_ON = "noisy"
+TITLE = "EG"
+KEYS = {
+    "temperature": TEMPERATURE,
+    "unlabeled_weight": ieg.UNLABELED_WEIGHT,
+    "consistency_weight": ieg.CONSISTENCY_WEIGHT,
+    "normalize_logits": NORMALIZE_LOGITS,
+    **mixup.KEYS,
+}
+STREAMS = ieg.STREAMS
+check = mixup.check
 
 
-def supervise(context: Context, state, batch, rng) -> Supervision:
+def passes(config) -> float:
+    """The views forward, the mixed pool forward and backward, and the views backward where they are compared."""
+    views = config.augment.num_views - 1
+    return 1 + views + 3 * (2 + views) + 2 * views * (config.method.consistency_weight > 0)
+
+
+def supervise(ctx: Context, state, batch, rng) -> Supervision:
     """Pseudo labels and the mixed pool (Algorithm 1, lines 1, 2 and 5)."""
-    _, pseudo_label = ieg.predict(context, state.params, state, batch)
-    mixed_image, mixed_target = ieg.mixed_pool(context, batch, pseudo_label, rng)
-    return Supervision(pseudo_label=pseudo_label, mixed_image=mixed_image, mixed_target=mixed_target)
+    _, pseudo_label = ieg.predict_views(ctx, state.params, state, batch)
+    return Supervision(pseudo_label=pseudo_label, prepared=ieg.mixed_pool(ctx, batch, pseudo_label, rng))
 
 
-def loss(context: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
+def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
     """L_p̂ + p·L_u + k·L_KL + weight decay."""
     del rng
-    logits, batch_stats = context.forward(params, state.batch_stats, batch["image"])
-    terms = ieg.guidance(context, params, state, batch, supervision, logits)
-    terms["weight_decay"] = context.weight_decay(params)
+    logits, batch_stats = ctx.forward(params, state.batch_stats, batch["image"])
+    terms = ieg.guidance(ctx, params, state, batch, supervision, logits)
+    terms["weight_decay"] = ctx.weight_decay(params)
     return total(terms), Aux(terms, logits, batch_stats)

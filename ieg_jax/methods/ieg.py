@@ -1,71 +1,104 @@
 """IEG: isolation, escalation, guidance. Algorithm 1 of the paper, in its order and with its symbols.
 
 `supervise` is lines 1 to 5: everything that no gradient flows through. `loss` is line 6. Line 7, the update,
-is `steps.train_step`. Three keys take a component out, for the ablation of Table 7: `method.relabel` (λ),
+is `train.step.train_step`. Three keys take a component out, for the ablation of Table 7: `method.relabel` (λ),
 `method.mixup` (MC), `method.consistency_weight=0` (UC); augmentation (AA, cutout) is `augment.strong`.
 """
 
 import jax
 import jax.numpy as jnp
 
-from ieg_jax import losses, meta, mixup
-from ieg_jax.methods.base import Aux, Context, Supervision, total, trusted_loss
-from ieg_jax.pseudo_labels import normalize_logits, pseudo_labels
+from ieg_jax.config import Key, above, at_least, boolean, within
+from ieg_jax.methods.base import ALL_VIEWS, PROBE, Aux, Context, Stream, Supervision, total, trusted_loss
+from ieg_jax.methods.parts import lookahead, losses, mixup
+from ieg_jax.methods.parts.pseudo_labels import NORMALIZE_LOGITS, TEMPERATURE, normalize_logits, pseudo_labels
 
-NEEDS = frozenset({"views", "probe"})
-TRAINS_ON = "noisy"
+TITLE = "IEG"
+UNLABELED_WEIGHT = Key(5.0, at_least(0), "p, of the mixup loss of noisy examples; of MixMatch λ_U.")
+CONSISTENCY_WEIGHT = Key(20.0, at_least(0), "k, of the KL divergence between views.")
+KEYS = {
+    "temperature": TEMPERATURE,
+    "unlabeled_weight": UNLABELED_WEIGHT,
+    "consistency_weight": CONSISTENCY_WEIGHT,
+    "threshold": Key(1.0, at_least(0), "T: below this ω an example counts as possibly mislabelled in mixup."),
+    "label_trust_init": Key(0.9, within(0, 1), "λ⁰, where the meta-gradient of λ is taken."),
+    "relabel": Key(True, boolean, "λ; False = labels are reweighted and never replaced: λ⁰ = 1 and no L_λ."),
+    "mixup": Key(True, boolean, "The mixup losses; False = trusted images only guide ω and λ."),
+    "normalize_logits": NORMALIZE_LOGITS,
+    "supervised_scale": Key(0.5, above(0), "Factor of (L_ω + L_λ)."),
+    **mixup.KEYS,
+    **lookahead.KEYS,
+    "meta.momentum": Key(True, boolean, "Whether the lookahead starts from the optimiser's momentum."),
+    "meta.pseudo_label_gradient": Key(
+        False, boolean, "Whether the meta-gradient also flows through the pseudo labels."
+    ),
+}
+STREAMS = {"main": Stream(views=ALL_VIEWS), **PROBE}
+check = mixup.check
 
 
-def supervise(context: Context, state, batch, rng) -> Supervision:
+def passes(config) -> float:
+    """13 + 6 v + 3 r for v strong views and r trusted images to each noisy one: 22 for the usual v = r = 1.
+
+    Forward are the image, the views, and the mixed pool of 2 + v images; the lookahead's gradient costs 2, the trusted
+    loss with its gradient 3 r, the derivative along the lookahead 2, and the last gradient two for each forward pass.
+    """
+    method, views = config.method, config.augment.num_views - 1
+    trusted = (config.trusted.batch_size or config.batch_size) / config.batch_size
+    consistency = method.consistency_weight > 0
+    pool = 3 * (2 + views) if method.mixup else 0
+    return 1 + views + 2 + 3 * trusted + 2 + 2 + 2 * views * consistency + pool
+
+
+def supervise(ctx: Context, state, batch, rng) -> Supervision:
     """Pseudo labels, example weights ω*, label trust λ* and the mixed pool (lines 1–5)."""
-    config, method = context.config, context.config.method
-    label = context.one_hot(batch["label"])
+    config, method = ctx.config, ctx.config.method
+    label = ctx.one_hot(batch["label"])
 
     # Line 2: pseudo labels g from the mean prediction over the views.
-    _, pseudo_label = jax.lax.stop_gradient(predict(context, state.params, state, batch))
+    _, pseudo_label = jax.lax.stop_gradient(predict_views(ctx, state.params, state, batch))
 
     # Line 3: ω* and λ* from the trusted loss one step ahead.
     def noisy_loss(params, variables):
         weights, trust = variables
-        logits, g = predict(context, params, state, batch)
+        logits, g = predict_views(ctx, params, state, batch)
         if not config.meta.pseudo_label_gradient:
             g = pseudo_label
         cross_entropy = losses.cross_entropy(logits, _blend(trust, label, g))
-        return jnp.sum(weights * cross_entropy) + context.weight_decay(params)
+        return jnp.sum(weights * cross_entropy) + ctx.weight_decay(params)
 
     size = label.shape[0]
-    opt_state = state.opt_state if config.meta.momentum else context.optimizer.init(state.params)
-    probe_loss_after, (weights_gradient, trust_gradient) = meta.meta_gradient(
+    opt_state = state.opt_state if config.meta.momentum else ctx.optimizer.init(state.params)
+    trusted_loss_after, (weights_gradient, trust_gradient) = lookahead.meta_gradient(
         noisy_loss,
-        lambda params: trusted_loss(context, params, state, batch),
+        lambda params: trusted_loss(ctx, params, state, batch),
         (jnp.full(size, 1 / size, label.dtype), _initial_trust(method, label)),
         state.params,
         opt_state,
-        context.optimizer,
+        ctx.optimizer,
         config.meta.learning_rate,
         config.meta.layers,
     )
-    weights = meta.example_weights(weights_gradient)
+    weights = lookahead.example_weights(weights_gradient)
 
     # Lines 4 and 5: examples below the threshold T take their pseudo label into the pool, then mixup.
     target = jnp.where((weights < method.threshold)[:, None], pseudo_label, label)
-    mixed_image, mixed_target = mixed_pool(context, batch, target, rng) if method.mixup else (None, None)
+    pool = mixed_pool(ctx, batch, target, rng) if method.mixup else None
     return Supervision(
         pseudo_label=pseudo_label,
         example_weights=weights,
-        label_trust=meta.label_trust(trust_gradient) if method.relabel else None,
-        mixed_image=mixed_image,
-        mixed_target=mixed_target,
-        probe_loss=probe_loss_after,
+        label_trust=lookahead.label_trust(trust_gradient) if method.relabel else None,
+        prepared=pool,
+        observed={"loss/trusted_after_lookahead": trusted_loss_after},
     )
 
 
-def loss(context: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
+def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
     """L = L_ω + L_λ + L_p̂ + p·L_u + k·L_KL + weight decay (line 6)."""
     del rng  # all random choices are in the supervision
-    method = context.config.method
-    label, pseudo_label = context.one_hot(batch["label"]), supervision.pseudo_label
-    logits, batch_stats = context.forward(params, state.batch_stats, batch["image"])
+    method = ctx.config.method
+    label, pseudo_label = ctx.one_hot(batch["label"]), supervision.pseudo_label
+    logits, batch_stats = ctx.forward(params, state.batch_stats, batch["image"])
 
     # Section 2.1: reweighted with ω*, relabelled with λ*.
     initial_target = _blend(_initial_trust(method, label), label, pseudo_label)
@@ -76,23 +109,23 @@ def loss(context: Context, params, state, batch, supervision: Supervision, rng) 
         relabelled = jnp.mean(losses.cross_entropy(logits, relabelled_target))
         terms["relabelled"] = method.supervised_scale * relabelled
 
-    terms |= guidance(context, params, state, batch, supervision, logits)
-    terms["weight_decay"] = context.weight_decay(params)
+    terms |= guidance(ctx, params, state, batch, supervision, logits)
+    terms["weight_decay"] = ctx.weight_decay(params)
     return total(terms), Aux(terms, logits, batch_stats)
 
 
-def predict(context: Context, params, state, batch) -> tuple[jax.Array, jax.Array]:
+def predict_views(ctx: Context, params, state, batch) -> tuple[jax.Array, jax.Array]:
     """Logits `[B, K]` of the standard view, and pseudo labels g `[B, K]` from all views (section 2.2.1)."""
-    method, groups = context.config.method, context.config.batch_groups
-    logits = [context.forward(params, state.batch_stats, x)[0] for x in (batch["image"], *_views(batch))]
+    method, groups = ctx.config.method, ctx.config.batch_groups
+    logits = [ctx.forward(params, state.batch_stats, x)[0] for x in (batch["image"], *_views(batch))]
     return logits[0], pseudo_labels(logits, method.temperature, method.normalize_logits, groups)
 
 
-def mixed_pool(context: Context, batch, target: jax.Array, rng) -> tuple[jax.Array, jax.Array]:
+def mixed_pool(ctx: Context, batch, target: jax.Array, rng) -> tuple[jax.Array, jax.Array]:
     """Mixes trusted images, noisy images and their strong views (section 2.2.2).
 
     Args:
-      context: static parts of the run.
+      ctx: static parts of the run.
       batch: of the step.
       target: `[B, K]`, of a noisy image and of its views.
       rng: key.
@@ -100,41 +133,40 @@ def mixed_pool(context: Context, batch, target: jax.Array, rng) -> tuple[jax.Arr
     Returns:
       Images `[(1 + V) B, H, W, C]` and targets `[(1 + V) B, K]`, as `mixup.mix` lays them out.
     """
-    groups, views = context.config.batch_groups, _views(batch)
+    groups, views = ctx.config.batch_groups, _views(batch)
     draw = mixup.draw(
         rng,
         groups,
         target.shape[0] // groups,
         batch["probe_label"].shape[0] // groups,
         blocks=2 + len(views),
-        coefficient=context.config.method.mixup_coefficient,
-        alpha=context.config.method.mixup_alpha,
+        coefficient=ctx.config.method.mixup_coefficient,
+        alpha=ctx.config.method.mixup_alpha,
     )
     probe_image = mixup.resample(draw, batch["probe_image"])
-    probe_target = context.one_hot(mixup.resample(draw, batch["probe_label"]))
+    probe_target = ctx.one_hot(mixup.resample(draw, batch["probe_label"]))
     image = mixup.mix(draw, [probe_image, batch["image"], *views])
     return image, mixup.mix(draw, [probe_target, target, *[target] * len(views)])
 
 
-def guidance(
-    context: Context, params, state, batch, supervision: Supervision, logits: jax.Array
-) -> dict[str, jax.Array]:
+def guidance(ctx: Context, params, state, batch, supervision: Supervision, logits: jax.Array) -> dict[str, jax.Array]:
     """The terms that take no noisy label: L_p̂, p·L_u and k·L_KL, each with its factor.
 
     Args:
-      context: static parts of the run.
+      ctx: static parts of the run.
       params: Θ.
       state: of the training.
       batch: of the step.
       supervision: with the mixed pool.
       logits: `[B, K]`, of the standard view.
     """
-    method, groups = context.config.method, context.config.batch_groups
+    method, groups = ctx.config.method, ctx.config.batch_groups
     views, terms = _views(batch), {}
 
     # Section 2.2.2: the block of the pool that began as trusted images, and the blocks that began as noisy ones.
-    if method.mixup:
-        mixed_logits, _ = context.forward(params, state.batch_stats, supervision.mixed_image)
+    if supervision.prepared is not None:
+        mixed_image, mixed_target = supervision.prepared
+        mixed_logits, _ = ctx.forward(params, state.batch_stats, mixed_image)
         blocks = 2 + len(views)
         mixed_loss = [
             jnp.mean(
@@ -145,7 +177,7 @@ def guidance(
             )
             for block_logits, block_target in zip(
                 mixup.split(mixed_logits, groups, blocks),
-                mixup.split(supervision.mixed_target, groups, blocks),
+                mixup.split(mixed_target, groups, blocks),
                 strict=True,
             )
         ]
@@ -154,7 +186,7 @@ def guidance(
 
     # Section 2.2.3: pseudo labels need consistent predictions.
     if method.consistency_weight:
-        view_logits = [context.forward(params, state.batch_stats, view)[0] for view in views]
+        view_logits = [ctx.forward(params, state.batch_stats, view)[0] for view in views]
         consistency = sum(jnp.mean(losses.consistency(logits, view)) for view in view_logits) / len(views)
         terms["consistency"] = method.consistency_weight * consistency
     return terms

@@ -7,42 +7,51 @@ no λ, no pseudo labels, and Σ_i ω*_i CE(y_i, Φ(x_i)) on the given labels as 
 import jax
 import jax.numpy as jnp
 
-from ieg_jax import losses, meta
-from ieg_jax.methods.base import Aux, Context, Supervision, total, trusted_loss
+from ieg_jax.methods.base import PROBE, Aux, Context, Stream, Supervision, total, trusted_loss
+from ieg_jax.methods.parts import lookahead, losses
 
-NEEDS = frozenset({"probe"})
-TRAINS_ON = "noisy"
+TITLE = "L2R"
+KEYS = lookahead.KEYS
+STREAMS = {"main": Stream(), **PROBE}
 
 
-def supervise(context: Context, state, batch, rng) -> Supervision:
+def passes(config) -> float:
+    """7 + 3 r for r trusted images to each noisy one: lookahead 3, trusted loss 3 r, derivative along it 2, loss 2."""
+    return 7 + 3 * (config.trusted.batch_size or config.batch_size) / config.batch_size
+
+
+def supervise(ctx: Context, state, batch, rng) -> Supervision:
     """Example weights ω* from the trusted loss one step ahead (paper, equation 2)."""
     del rng
-    label = context.one_hot(batch["label"])
+    label = ctx.one_hot(batch["label"])
 
     def noisy_loss(params, weights):
-        logits, _ = context.forward(params, state.batch_stats, batch["image"])
-        return jnp.sum(weights * losses.cross_entropy(logits, label)) + context.weight_decay(params)
+        logits, _ = ctx.forward(params, state.batch_stats, batch["image"])
+        return jnp.sum(weights * losses.cross_entropy(logits, label)) + ctx.weight_decay(params)
 
-    probe_loss_after, gradient = meta.meta_gradient(
+    trusted_loss_after, gradient = lookahead.meta_gradient(
         noisy_loss,
-        lambda params: trusted_loss(context, params, state, batch),
+        lambda params: trusted_loss(ctx, params, state, batch),
         jnp.zeros(label.shape[0], label.dtype),
         state.params,
-        context.optimizer.init(state.params),
-        context.optimizer,
-        context.config.meta.learning_rate,
-        context.config.meta.layers,
+        ctx.optimizer.init(state.params),
+        ctx.optimizer,
+        ctx.config.meta.learning_rate,
+        ctx.config.meta.layers,
     )
-    return Supervision(example_weights=meta.example_weights(gradient), probe_loss=probe_loss_after)
+    return Supervision(
+        example_weights=lookahead.example_weights(gradient),
+        observed={"loss/trusted_after_lookahead": trusted_loss_after},
+    )
 
 
-def loss(context: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
+def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
     """Σ_i ω*_i CE(y_i, Φ(x_i)) + weight decay."""
     del rng
-    logits, batch_stats = context.forward(params, state.batch_stats, batch["image"])
-    cross_entropy = losses.cross_entropy(logits, context.one_hot(batch["label"]))
+    logits, batch_stats = ctx.forward(params, state.batch_stats, batch["image"])
+    cross_entropy = losses.cross_entropy(logits, ctx.one_hot(batch["label"]))
     terms = {
         "weighted": jnp.sum(supervision.example_weights * cross_entropy),
-        "weight_decay": context.weight_decay(params),
+        "weight_decay": ctx.weight_decay(params),
     }
     return total(terms), Aux(terms, logits, batch_stats)

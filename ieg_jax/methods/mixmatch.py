@@ -23,41 +23,57 @@ Both views of MixMatch are weak and made from the image itself: `augment.strong`
 import jax
 import jax.numpy as jnp
 
-from ieg_jax import losses, mixup
+from ieg_jax.config import Key, at_least
 from ieg_jax.methods import ieg
 from ieg_jax.methods.base import Aux, Context, Supervision, total
-from ieg_jax.pseudo_labels import pseudo_labels
+from ieg_jax.methods.parts import losses, mixup
+from ieg_jax.methods.parts.pseudo_labels import TEMPERATURE, pseudo_labels
 
-NEEDS = frozenset({"views", "probe"})
-TRAINS_ON = "noisy"
+TITLE = "MixMatch"
+KEYS = {
+    "temperature": TEMPERATURE,
+    "unlabeled_weight": ieg.UNLABELED_WEIGHT,
+    "unlabeled_ramp_steps": Key(
+        0, at_least(0, "0 (none) or a number of steps"), "λ_U grows linearly from 0 over this many steps; 0 = at once."
+    ),
+    **mixup.KEYS,
+}
+STREAMS = ieg.STREAMS
+check = mixup.check
 
 
-def supervise(context: Context, state, batch, rng) -> Supervision:
+def passes(config) -> float:
+    """The views forward, and the mixed pool forward and backward."""
+    views = config.augment.num_views - 1
+    return 1 + views + 3 * (2 + views)
+
+
+def supervise(ctx: Context, state, batch, rng) -> Supervision:
     """Guesses q of the noisy images `[B, K]`, and the mixed pool X′ ∪ U′."""
     views = (batch["image"], *jnp.moveaxis(batch["views"], 1, 0))
-    logits = [context.forward(state.params, state.batch_stats, view)[0] for view in views]
-    guess = pseudo_labels(logits, context.config.method.temperature, normalize=False)
-    mixed_image, mixed_target = ieg.mixed_pool(context, batch, guess, rng)
-    return Supervision(pseudo_label=guess, mixed_image=mixed_image, mixed_target=mixed_target)
+    logits = [ctx.forward(state.params, state.batch_stats, view)[0] for view in views]
+    guess = pseudo_labels(logits, ctx.config.method.temperature, normalize=False)
+    return Supervision(pseudo_label=guess, prepared=ieg.mixed_pool(ctx, batch, guess, rng))
 
 
-def loss(context: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
+def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
     """Cross-entropy of X′ + λ_U(step) · squared error of U′ + weight decay."""
     del rng  # all random choices are in the supervision
-    method, groups = context.config.method, context.config.batch_groups
-    mixed_logits, batch_stats = context.forward(params, state.batch_stats, supervision.mixed_image)
+    method, groups = ctx.config.method, ctx.config.batch_groups
+    mixed_image, mixed_target = supervision.prepared
+    mixed_logits, batch_stats = ctx.forward(params, state.batch_stats, mixed_image)
     blocks = 2 + batch["views"].shape[1]
     trusted, *noisy = zip(
-        mixup.split(mixed_logits, groups, blocks), mixup.split(supervision.mixed_target, groups, blocks), strict=True
+        mixup.split(mixed_logits, groups, blocks), mixup.split(mixed_target, groups, blocks), strict=True
     )
     squared_error = sum(jnp.mean(losses.squared_error(*block)) for block in noisy) / len(noisy)
     terms = {
         "mixup_trusted": jnp.mean(losses.cross_entropy(*trusted)),
         "mixup_noisy": method.unlabeled_weight * ramp(state.step, method.unlabeled_ramp_steps) * squared_error,
-        "weight_decay": context.weight_decay(params),
+        "weight_decay": ctx.weight_decay(params),
     }
     # For the metrics alone, and the same computation as that of the guesses: the compiler makes one of the two.
-    logits, _ = context.forward(jax.lax.stop_gradient(params), state.batch_stats, batch["image"])
+    logits, _ = ctx.forward(jax.lax.stop_gradient(params), state.batch_stats, batch["image"])
     return total(terms), Aux(terms, logits, batch_stats)
 
 

@@ -2,16 +2,14 @@
 
 import jax
 
-from ieg_jax.methods.base import Aux, Context, Supervision
-from ieg_jax.methods.supervised import cross_entropy_loss, supervise
+from ieg_jax.methods.base import ALL_VIEWS, TRUSTED, Aux, Context, Stream, Supervision
+from ieg_jax.methods.supervised import cross_entropy_loss
 
-__all__ = ["NEEDS", "TRAINS_ON", "loss", "supervise"]
-
-NEEDS = frozenset({"views"})
-TRAINS_ON = "trusted"
+TITLE = "trusted only"
+STREAMS = {"main": Stream(TRUSTED, views=ALL_VIEWS)}
 
 
-def loss(context: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
+def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
     """Mean CE(y, Φ(x̂)) over the first strong views of trusted images + weight decay."""
     del supervision, rng
-    return cross_entropy_loss(context, params, state, batch["views"][:, 0], batch["label"])
+    return cross_entropy_loss(ctx, params, state, batch["views"][:, 0], batch["label"])

@@ -1,45 +1,42 @@
-"""Networks: one file per family, one registry.
+"""Networks: one file for each family, and one line in the registry. `layers.Network` says what a network is.
 
-Every network is a Flax linen module with the attributes `num_classes`, `batch_groups`, `dtype` and `remat`, called as
-`network(images, train)`: float32 images `[n, H, W, C]` in, float32 logits `[n, K]` out. Its last layer is a dense
-layer named `head`. With `remat` the backward pass computes each block anew from its input (`layers.block`).
+`own` makes a network of any other Flax module. `pretrained` reads the weights that a run starts from.
 """
 
-import flax.linen as nn
-import jax.numpy as jnp
+import jax
 from ml_collections import ConfigDict
 
-from ieg_jax.models import densenet, inception_resnet_v2, mlp, resnet29, resnet50, tiny, vgg, wide_resnet
+from ieg_jax.config import above, at_least, boolean, check_unread, check_values, one_of
+from ieg_jax.errors import UserError
+from ieg_jax.models import pretrained
+from ieg_jax.models.registry import REGISTRY, create
 
-# name -> function(model config, **attributes common to all networks) -> module
-REGISTRY = {
-    "wide_resnet": wide_resnet.from_config,
-    "resnet29_v2": resnet29.from_config,
-    "resnet50": resnet50.from_config,
-    "vgg13": vgg.from_config,
-    "densenet100": densenet.from_config,
-    "inception_resnet_v2": inception_resnet_v2.from_config,
-    "mlp": mlp.from_config,
-    "tiny": tiny.from_config,
+__all__ = ["REGISTRY", "UNSET", "create", "validate"]
+
+CHECKS = {
+    "name": one_of(*REGISTRY),
+    "depth": at_least(1),
+    "width": above(0),
+    "variant": one_of("authors", "standard"),
+    "dtype": one_of("float32", "bfloat16", "float64"),
+    "remat": boolean,
+    "conventions": one_of("own", "torch", "flax"),
 }
 
+# The values in configs/default.py of the keys that only some networks read.
+UNSET = {"depth": 10, "width": 1.0, "variant": "authors", "conventions": "own"}
 
-def create(model: ConfigDict, num_classes: int, batch_groups: int = 1) -> nn.Module:
-    """Builds the network that `config.model` names.
 
-    Args:
-      model: the group `model` of the configuration.
-      num_classes: K.
-      batch_groups: groups over which batch norm computes its statistics; must divide every training batch.
+def validate(model: ConfigDict) -> None:
+    """Checks the group `model` of the configuration, as far as it can be judged without building the network.
 
-    Returns:
-      A linen module, computing in `model.dtype`, with parameters in float32 or better.
+    Raises:
+      UserError: for a network that does not exist, for a value that is not allowed, for a key that is set and that the
+        network does not read, for float64 where jax has none, and for a file of weights that is not read.
     """
-    return REGISTRY[model.name](
-        model,
-        num_classes=num_classes,
-        batch_groups=batch_groups,
-        dtype=jnp.dtype(model.dtype),
-        param_dtype=jnp.promote_types(model.dtype, jnp.float32),
-        remat=model.remat,
-    )
+    check_values(model, CHECKS, "model.")
+    reads = {name: family.READS for name, family in REGISTRY.items()}
+    check_unread(model, UNSET, reads, "name", "model.")
+    if model.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UserError("model.dtype=float64: set the environment variable JAX_ENABLE_X64=1, without it jax has none")
+    pretrained.validate(model)

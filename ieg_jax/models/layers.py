@@ -1,39 +1,155 @@
-"""Layers that the networks share."""
+"""What the networks share: their base class, batch norm over groups of the batch, initial values, scaled widths."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ieg_jax.errors import UserError
 
 DType = jnp.dtype | type
+Initializer = Callable[..., jax.Array]
+
+he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+"""N(0, 2/(k²·out)) for a k×k convolution (He et al. 2015, who count the outputs)."""
 
 
-def run_block(module: nn.Module, function: Callable[[nn.Module, Any], jax.Array], x: Any) -> jax.Array:
-    """`function(module, x)`, a block of the network `module`; with `module.remat` only x is kept for its gradient.
+def uniform_fan_out(key: jax.Array, shape: tuple[int, ...], dtype: DType = jnp.float32) -> jax.Array:
+    """U(±1/√K) for a dense kernel `[n, K]`: the initial value of the output layer in the code of IEG's authors."""
+    limit = shape[-1] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def scaled_channels(model: ConfigDict, usual: int) -> int:
+    """The number of channels that a layer has at `model.width`.
 
     Args:
-      module: the network, with an attribute `remat`.
-      function: makes layers, named by itself, and applies them.
-      x: what goes into the block, an array or several.
+      model: the group `model` of the configuration.
+      usual: the channels at width 1.
+
+    Raises:
+      UserError: for a width that leaves no channel.
     """
-    return (nn.remat(function) if module.remat else function)(module, x)
+    scaled = round(usual * model.width)
+    if scaled < 1:
+        raise UserError(f"model.width: got {model.width}, which leaves {model.name} without a channel")
+    return scaled
+
+
+class Network(nn.Module):
+    """The base class of the networks: the attributes that all of them have, and the layers that they are made of.
+
+    A network is called as `network(x, train)`. It maps float32 images `[n, H, W, C]` to logits `[n, K]`, which are
+    float32 or better. With `train` batch norm uses the statistics of the batch, and updates its moving averages (the
+    collection `batch_stats`) where the caller declares them mutable; without `train` it uses the averages.
+
+    Attributes:
+      num_classes: K, the number of logits.
+      batch_groups: into how many groups batch norm divides a training batch; must divide n. See `BatchNorm`.
+      dtype: the type that layers compute in: float32, bfloat16 or float64. The last layer is float32 or better.
+      param_dtype: the type of the parameters and the moving averages: float32 or float64.
+      remat: whether the backward pass computes each block again, which saves memory and costs time. See `run_block`.
+    """
+
+    num_classes: int
+    _: dataclasses.KW_ONLY
+    batch_groups: int = 1
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+    remat: bool = False
+
+    # Flax takes a method for a part of the network, with a scope and outputs of its own, unless it is marked `nowrap`.
+    # A layer that a marked method makes belongs to the module that is being called at that moment. Inside a block this
+    # is not `self` but the copy that `nn.remat` runs, and only a layer of that copy is computed again.
+
+    @property
+    def dtypes(self) -> dict[str, DType]:
+        """The arguments `dtype` and `param_dtype` of a layer."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    @nn.nowrap
+    def norm(self, name: str, epsilon: float = 1e-5) -> "BatchNorm":
+        """A batch norm over the groups of the batch, called as `norm(x, train)`."""
+        return BatchNorm(self.batch_groups, epsilon=epsilon, name=name, **self.dtypes)
+
+    @nn.nowrap
+    def conv(
+        self,
+        features: int,
+        kernel_size: tuple[int, int],
+        strides: int = 1,
+        *,
+        name: str,
+        kernel_init: Initializer = he_normal_fan_out,
+        use_bias: bool = False,
+        padding: Any = "SAME",
+    ) -> nn.Conv:
+        """A convolution, without biases unless they are asked for: batch norm would subtract them again.
+
+        Args:
+          features: the channels of the output.
+          kernel_size: (height, width) in pixels.
+          strides: the stride along both axes.
+          name: of the layer in the tree of parameters.
+          kernel_init: draws the initial kernel.
+          use_bias: whether there is a bias for each channel; it starts at 0.
+          padding: as `nn.Conv` takes it.
+        """
+        return nn.Conv(
+            features,
+            kernel_size,
+            strides,
+            padding=padding,
+            use_bias=use_bias,
+            kernel_init=kernel_init,
+            name=name,
+            **self.dtypes,
+        )
+
+    @nn.nowrap
+    def run_block(self, block: Callable[[Any], jax.Array], x: Any) -> jax.Array:
+        """Computes `block(x)`. With `remat`, x is all that is kept of the block for the backward pass.
+
+        Args:
+          block: makes layers, which it names, and applies them.
+          x: the input of the block, an array or a tuple of arrays.
+        """
+
+        def recomputed(_, x):
+            return block(x)
+
+        return nn.remat(recomputed)(self, x) if self.remat else block(x)
+
+    @nn.nowrap
+    def logits(self, x: jax.Array, kernel_init: Initializer = nn.linear.default_kernel_init) -> jax.Array:
+        """The last layer: a dense layer named `head`, from `[n, D]` to `[n, K]`.
+
+        It computes in float32 or better even where the network computes in bfloat16, and so do the losses.
+        """
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        head = nn.Dense(
+            self.num_classes, kernel_init=kernel_init, dtype=dtype, param_dtype=self.param_dtype, name="head"
+        )
+        return head(x)
 
 
 class BatchNorm(nn.Module):
     """Batch normalisation over groups of the batch (Ioffe and Szegedy 2015).
 
     In training each of `groups` equal, contiguous parts of the batch is normalised with its own mean and
-    (biased) variance; the moving averages take the mean over the groups of the mean and of the unbiased
-    variance n/(n-1), as TensorFlow does. Statistics are computed in float32 or better.
+    (biased) variance. The moving averages follow the mean over the groups, of their means and of their unbiased
+    variances, n/(n-1) times the biased ones, as in TensorFlow. Statistics are computed in float32 or better.
 
     Attributes:
-      groups: number of groups; must divide the batch.
-      momentum: share of the old value that a moving average keeps.
-      epsilon: added to the variance.
-      dtype: of the output.
-      param_dtype: of scale, bias and moving averages.
+      groups: the number of groups; must divide the batch.
+      momentum: the share of the old value that a moving average keeps at each step.
+      epsilon: what is added to the variance.
+      dtype: the type of the output.
+      param_dtype: the type of scale, bias and moving averages.
     """
 
     groups: int = 1
@@ -44,7 +160,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalises `[n, ..., C]` over all axes but the last."""
+        """Normalises `[n, ..., C]` over all axes but the last; returns the same shape, in `dtype`."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
@@ -72,13 +188,3 @@ class BatchNorm(nn.Module):
             mean, var = moving_mean.value[None], moving_var.value[None]
         y = (x - spread(mean)) * spread(jax.lax.rsqrt(var + self.epsilon) * scale) + bias
         return y.reshape(shape).astype(self.dtype)
-
-
-def uniform_fan_out(key: jax.Array, shape: tuple[int, ...], dtype: DType = jnp.float32) -> jax.Array:
-    """U(±1/√K) for a dense kernel `[n, K]`: the initial value of the authors' output layer."""
-    limit = shape[-1] ** -0.5
-    return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-
-he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-"""N(0, 2/(k²·out)) for a k×k convolution (He et al. 2015, counting outputs)."""

@@ -1,17 +1,18 @@
 """Weights that a run starts from, read from a file: published ones of ResNet-50, or those of another run.
 
-`model.pretrained` is a .safetensors or .npz file of named arrays, in one of these layouts:
+`model.pretrained` is a .safetensors or .npz file of arrays, which are named in one of these ways:
 
-- what `python -m ieg_jax.export` writes, for any network: `params/head/kernel`;
-- torchvision's and timm's resnet50: `layer1.0.conv1.weight`;
-- transformers' ResNet-50: `resnet.encoder.stages.0.layers.0.layer.0.convolution.weight`;
-- ResNet50 of Flax's ImageNet example: `params/BottleneckResNetBlock_0/Conv_0/kernel`.
+- as `python -m ieg_jax.export` names them, for any network: `params/head/kernel`;
+- as in the resnet50 of torchvision and timm: `layer1.0.conv1.weight`;
+- as in the ResNet-50 of transformers: `resnet.encoder.stages.0.layers.0.layer.0.convolution.weight`;
+- as in the ResNet50 of Flax's ImageNet example: `params/BottleneckResNetBlock_0/Conv_0/kernel`.
 
-Every array must be there, none may be left over, and shapes must be those of the network. Only the head starts afresh
-where the file has none, or one for another number of classes. What the last three expect of images and padding is said
-with `model.conventions` (`resnet50.py`), torch or, for the last, flax; with another the file is refused.
+The file must have every array of the network, in its shape, and no other array except PyTorch's counters of batches.
+Only the head may be missing, or be for another number of classes; then it starts with random weights. Published weights
+expect the images and the padding that they were trained with: `model.conventions` (`resnet50.py`) must be flax for the
+last way of naming and torch for the two before it, or the file is refused.
 
-PyTorch's own files are pickles, which can run any code when they are opened, and are not opened.
+PyTorch's own files are pickles. They can run any code when they are opened, so they are not opened.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -29,9 +30,10 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from ieg_jax import inference, models
 from ieg_jax.errors import UserError, first_line
-from ieg_jax.models import resnet50
+from ieg_jax.models import registry, resnet50
+
+WEIGHTS, MODEL = "weights.npz", "model.json"  # the files of an exported folder that hold weights and configuration
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 KERNEL, BIAS = "params/head/kernel", "params/head/bias"
@@ -39,7 +41,13 @@ KERNEL, BIAS = "params/head/kernel", "params/head/bias"
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of named arrays as it was read."""
+    """A file of named arrays as it was read.
+
+    Attributes:
+      path: where it is, as in `model.pretrained`.
+      arrays: name in the file -> array.
+      sha256: the hash of the whole file, as hexadecimal digits.
+    """
 
     path: str
     arrays: dict[str, np.ndarray]
@@ -48,20 +56,25 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Arrays as the network has them, by a path such as `params/head/kernel`, and a line that says what they are."""
+    """Weights in the form in which the network has them.
+
+    Attributes:
+      arrays: path such as `params/head/kernel` -> array, in the shape and the type of the network's own.
+      note: a line for the log that says where they come from; "" without a file.
+    """
 
     arrays: dict[str, np.ndarray]
     note: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a kind of file names and shapes its arrays.
+class Naming:
+    """How a kind of file names its arrays, and in which order it has their axes.
 
     Attributes:
-      title: of the kind.
-      name: path of an array here -> its name in the file.
-      conventions: the value of `model.conventions` that the weights need; "" = that of the run they are of.
+      title: what messages call it.
+      name: path of an array in the network -> its name in the file.
+      conventions: the value of `model.conventions` that the weights need; "" = as in the run that they are from.
     """
 
     title: str
@@ -69,18 +82,20 @@ class Layout:
     conventions: str = ""
 
     def turn(self, array: np.ndarray) -> np.ndarray:
-        """An array of the file with the axes that it has here: torch's are `[out, in, h, w]` and `[out, in]`."""
+        """An array of the file with the axes in the order of the network, `[h, w, in, out]` or `[in, out]`."""
+        # PyTorch has `[out, in, h, w]` and `[out, in]`.
         axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim) if self.conventions == "torch" else None
         return array.transpose(axes) if axes else array
 
 
 def _published(modules: dict[str, str], torch: bool) -> Callable[[str], str]:
-    """The names of a published ResNet-50.
+    """The function `Naming.name` of a published ResNet-50.
 
     Args:
-      modules: kind of layer here -> its module there, a format of `stage` and `layer` (from 1; `stage0` and `layer0`
-        from 0), `block` of the stage and `number` of the block among all (from 0).
-      torch: names end as PyTorch's do.
+      modules: kind of layer in `resnet50` -> the name of its module in the file. A name may contain `{stage}` and
+        `{layer}`, which count from 1, and `{stage0}`, `{layer0}`, `{block}` (in its stage) and `{number}` (of the block
+        in the network), which count from 0.
+      torch: whether the names end as PyTorch's do, in `.weight`, and do not begin with the collection.
     """
 
     def name(path: str) -> str:
@@ -130,22 +145,22 @@ _FLAX_EXAMPLE = {
     "shortcut_norm": "BottleneckResNetBlock_{number}/norm_proj",
     "head": "Dense_0",
 }
-OWN = Layout("as ieg_jax.export writes them", lambda path: path)
+OWN = Naming("as ieg_jax.export writes them", lambda path: path)
 PUBLISHED = (
-    Layout("torchvision's names", _published(_TORCHVISION, torch=True), "torch"),
-    Layout("transformers' names", _published(_TRANSFORMERS, torch=True), "torch"),
-    Layout("the names of Flax's ImageNet example", _published(_FLAX_EXAMPLE, torch=False), "flax"),
+    Naming("torchvision's names", _published(_TORCHVISION, torch=True), "torch"),
+    Naming("transformers' names", _published(_TRANSFORMERS, torch=True), "torch"),
+    Naming("the names of Flax's ImageNet example", _published(_FLAX_EXAMPLE, torch=False), "flax"),
 )
 
 
 def validate(model: ConfigDict) -> None:
-    """Checks the name of the file.
+    """Checks the name of the file; it need not exist yet.
 
     Args:
       model: the group `model` of the configuration.
 
     Raises:
-      UserError: for a pickle and other files that are not read.
+      UserError: for a pickle, and for any other kind of file that is not read.
     """
     path = model.pretrained
     if path.endswith(PICKLES):
@@ -166,7 +181,7 @@ def read(model: ConfigDict) -> File | None:
       model: the group `model` of the configuration.
 
     Raises:
-      UserError: where it is missing or damaged. Nothing is unpickled.
+      UserError: for a file that is missing or damaged, or that has pickled objects, which are not opened.
     """
     path = model.pretrained
     if not path:
@@ -178,7 +193,7 @@ def read(model: ConfigDict) -> File | None:
                 arrays = dict(archive)
         else:
             arrays = safetensors.numpy.load(content)
-    except KeyError as error:  # of a type that numpy lacks
+    except KeyError as error:  # how safetensors answers a type that numpy lacks, such as bfloat16
         raise UserError(
             f"model.pretrained: {path} has numbers of type {error}, expected float16, float32 or float64"
         ) from None
@@ -187,54 +202,55 @@ def read(model: ConfigDict) -> File | None:
     return File(path, arrays, hashlib.sha256(content).hexdigest())
 
 
-def fit(file: File | None, model: ConfigDict, state: Any) -> Weights:
-    """The arrays of a file as the network has them.
+def fit(file: File | None, model: ConfigDict, variables: Mapping[str, Any]) -> Weights:
+    """Finds the arrays of the network in a file.
 
     Args:
-      file: from `read`; None has no arrays and no note.
+      file: from `read`; None gives no arrays.
       model: the group `model` of the configuration.
-      state: a TrainState, or the shapes of one: `params` and `batch_stats`.
+      variables: the collections `params` and `batch_stats` of the network, as arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-      UserError: where the file is of another network: its names, its shapes, or the images that it was trained on.
+      UserError: for a file of another network: one with other names, shapes or numbers, or one that was trained under
+        other conventions or computed something else.
     """
     if file is None:
         return Weights({}, "")
-    wanted = flatten_dict({"params": state.params, "batch_stats": state.batch_stats}, sep="/")
-    layout, names = _recognize(file, model, wanted)
-    if not layout.conventions:
+    wanted = flatten_dict(dict(variables), sep="/")
+    naming, names = _recognize(file, model, wanted)
+    if not naming.conventions:
         _check_network(file, model)
-    elif layout.conventions != model.conventions:
+    elif naming.conventions != model.conventions:
         raise UserError(
-            f"model.conventions: got {model.conventions!r}, expected {layout.conventions!r}: the images and padding "
-            f"that the weights of model.pretrained={file.path} ({layout.title}) were trained with"
+            f"model.conventions: got {model.conventions!r}, expected {naming.conventions!r}: the images and padding "
+            f"that the weights of model.pretrained={file.path} ({naming.title}) were trained with"
         )
-    arrays = {path: layout.turn(file.arrays[name]) for path, name in names.items() if name in file.arrays}
+    arrays = {path: naming.turn(file.arrays[name]) for path, name in names.items() if name in file.arrays}
     head = _fresh_head(arrays, wanted)
     if head:
         wanted = {path: leaf for path, leaf in wanted.items() if path not in (KERNEL, BIAS)}
-    _check_arrays(file, model, layout, names, arrays, wanted)
+    _check_arrays(file, model, naming, names, arrays, wanted)
     arrays = {path: arrays[path].astype(leaf.dtype) for path, leaf in wanted.items()}
-    note = f"starts from {len(arrays)} arrays of {file.path} ({layout.title}, SHA-256 {file.sha256[:16]}…)"
+    note = f"starts from {len(arrays)} arrays of {file.path} ({naming.title}, SHA-256 {file.sha256[:16]}…)"
     return Weights(arrays, f"{note}; {head}" if head else note)
 
 
-def _recognize(file: File, model: ConfigDict, wanted: Iterable[str]) -> tuple[Layout, dict[str, str]]:
-    """The layout that most names of the file belong to, and path -> name in it."""
-    layouts = [OWN, *(PUBLISHED if model.name == "resnet50" else ())]
-    candidates = [(layout, {path: layout.name(path) for path in wanted}) for layout in layouts]
-    layout, names = max(candidates, key=lambda candidate: len(file.arrays.keys() & candidate[1].values()))
+def _recognize(file: File, model: ConfigDict, wanted: Iterable[str]) -> tuple[Naming, dict[str, str]]:
+    """The naming with the most names in the file, and path in the network -> name in the file."""
+    namings = [OWN, *(PUBLISHED if model.name == "resnet50" else ())]
+    candidates = [(naming, {path: naming.name(path) for path in wanted}) for naming in namings]
+    naming, names = max(candidates, key=lambda candidate: len(file.arrays.keys() & candidate[1].values()))
     if not file.arrays.keys() & names.values():
-        known = ", ".join(layout.name(KERNEL) for layout in layouts)
+        known = ", ".join(naming.name(KERNEL) for naming in namings)
         raise UserError(
             f"model.pretrained: {file.path} has arrays named {_some(file.arrays)}; expected names such as {known}, "
-            f"the layouts that model.name={model.name} can be read from"
+            f"from which the weights of model.name={model.name} can be read"
         )
-    return layout, names
+    return naming, names
 
 
 def _fresh_head(arrays: dict[str, np.ndarray], wanted: dict[str, Any]) -> str:
-    """Why the head of the file is not used; "" where it is, or where it is wrong in another way."""
+    """Says why the head starts afresh; "" where that of the file is used, or is wrong as `_check_arrays` reports."""
     kernel, bias = arrays.get(KERNEL), arrays.get(BIAS)
     if kernel is None and bias is None:
         return "it has no head, which starts afresh"
@@ -245,13 +261,17 @@ def _fresh_head(arrays: dict[str, np.ndarray], wanted: dict[str, Any]) -> str:
 
 
 def _check_network(file: File, model: ConfigDict) -> None:
-    """Refuses weights of a run whose network had the same arrays and computed something else."""
-    about = epath.Path(file.path).parent / inference.MODEL
+    """Refuses weights of a run whose network had the same arrays and computed something else.
+
+    An exported folder has the configuration of its run; of a file that lies elsewhere nothing is known.
+    """
+    about = epath.Path(file.path).parent / MODEL
     if not about.exists():
         return
-    computed = {"dtype": model.dtype, "remat": model.remat, "pretrained": model.pretrained}
-    theirs = {**model.to_dict(), **json.loads(about.read_text())["config"]["model"], **computed}
-    if models.create(ConfigDict(theirs), num_classes=2) != models.create(model, num_classes=2):
+    free = {"dtype": model.dtype, "remat": model.remat, "pretrained": model.pretrained}  # these may differ
+    theirs = {**model.to_dict(), **json.loads(about.read_text())["config"]["model"], **free}
+    # Keys may differ that the network does not read, so networks are compared, and not keys.
+    if registry.create(ConfigDict(theirs), num_classes=2) != registry.create(model, num_classes=2):
         changed = [f"model.{key}={theirs[key]!r}, here {model[key]!r}" for key in model if theirs[key] != model[key]]
         raise UserError(f"model.pretrained: {file.path} was trained with {', '.join(changed)}; set the same")
 
@@ -259,14 +279,15 @@ def _check_network(file: File, model: ConfigDict) -> None:
 def _check_arrays(
     file: File,
     model: ConfigDict,
-    layout: Layout,
+    naming: Naming,
     names: dict[str, str],
     arrays: dict[str, np.ndarray],
     wanted: dict[str, jax.ShapeDtypeStruct],
 ) -> None:
+    """Refuses a file with arrays that are missing, left over, of another shape, or not of finite numbers."""
     expected = {path: leaf.shape for path, leaf in wanted.items()}
     found = {path: array for path, array in arrays.items() if path in expected}
-    counters = {name for name in file.arrays if layout.conventions == "torch" and name.endswith(".num_batches_tracked")}
+    counters = {name for name in file.arrays if naming.conventions == "torch" and name.endswith(".num_batches_tracked")}
     problems = {
         "missing": [names[path] for path in expected if path not in found],
         "not known": sorted(file.arrays.keys() - names.values() - counters),
@@ -282,13 +303,13 @@ def _check_arrays(
     if any(problems.values()):
         told = "; ".join(f"{len(those)} {what}: {_some(those)}" for what, those in problems.items() if those)
         raise UserError(
-            f"model.pretrained: {file.path} ({layout.title}) does not have the arrays of model.name={model.name} with "
+            f"model.pretrained: {file.path} ({naming.title}) does not have the arrays of model.name={model.name} with "
             f"model.width={model.width}: {told}"
         )
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first three names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

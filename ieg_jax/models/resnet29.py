@@ -1,70 +1,75 @@
-"""ResNet29 version 2: the small pre-activation bottleneck network of the paper (He et al. 2016).
+"""ResNet29 version 2, the small network of the paper: pre-activation bottleneck blocks (He et al. 2016).
 
-Three stages of three blocks with inner widths 16, 64, 128 and outer widths 64, 128, 256; no biases before batch
-norm. `standard` is the network that the paper names. `authors` is the one its numbers come from: in every block
-the first 1×1 convolution is preceded by batch norm *without* a ReLU. In both, the very first block has neither.
+It has three stages of three blocks. The inner widths of the stages are 16, 64 and 128 channels, the outer ones 64, 128
+and 256; convolutions before batch norm have no biases. There are two variants:
+
+- `standard` is the network that the paper names;
+- `authors` is the one that its numbers come from: in every block, the batch norm before the first 1×1 convolution is
+  *not* followed by a ReLU.
+
+In both, the very first block has neither batch norm nor ReLU before its first convolution.
 """
 
 import functools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ieg_jax.models.layers import BatchNorm, DType, run_block
+from ieg_jax.models.layers import Network
+
+READS = ("variant",)
 
 STAGES = ((16, 64, 1), (64, 128, 2), (128, 256, 2))  # inner width, outer width, stride
 
 
 def from_config(model: ConfigDict, **common) -> nn.Module:
-    """Builds the network; `model.depth` and `model.width` are not used, it has one size."""
+    """Builds the network, which has one size, in the variant `model.variant`.
+
+    Args:
+      model: the group `model` of the configuration.
+      **common: the attributes of `Network`.
+    """
     return ResNet29(authors=model.variant == "authors", **common)
 
 
-class ResNet29(nn.Module):
-    """840,730 parameters for 10 classes."""
+class ResNet29(Network):
+    """ResNet29 has 840,730 parameters for 10 classes, in both variants.
 
-    num_classes: int
+    Attributes, besides those of `Network`:
+      authors: whether it is the variant `authors` or `standard`, see above.
+    """
+
     authors: bool = True
-    batch_groups: int = 1
-    dtype: DType = jnp.float32
-    param_dtype: DType = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Images `[n, H, W, C]` -> logits `[n, K]`, float32 or better."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = functools.partial(BatchNorm, groups=self.batch_groups, **dtypes)
-        init = nn.initializers.glorot_normal()
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=init, **dtypes)
+        kernel_init = nn.initializers.glorot_normal()
+        conv = functools.partial(self.conv, kernel_init=kernel_init)
 
         x = conv(16, (3, 3), name="init_conv")(x)
-        x = nn.relu(norm(name="init_norm")(x, train))
+        x = nn.relu(self.norm("init_norm")(x, train))
         for stage, (inner, outer, stride) in enumerate(STAGES, start=1):
-            for block in range(3):
-                name = f"stage{stage}_block{block}"
-                widths, strides = (inner, outer), (stride, stride) if block == 0 else (1, 1)
+            for number in range(3):
+                name, is_first = f"stage{stage}_block{number}", number == 0
 
-                def bottleneck(_, x, name=name, first=block == 0, widths=widths, strides=strides):
-                    inner, outer = widths
+                def bottleneck(
+                    x, name=name, is_first=is_first, inner=inner, outer=outer, stride=stride if is_first else 1
+                ):
                     y = x
                     if name != "stage1_block0":
-                        y = norm(name=f"{name}_norm1")(y, train)
+                        y = self.norm(f"{name}_norm1")(y, train)
                         y = y if self.authors else nn.relu(y)
-                    y = conv(inner, (1, 1), strides, name=f"{name}_conv1")(y)
-                    y = nn.relu(norm(name=f"{name}_norm2")(y, train))
+                    y = conv(inner, (1, 1), stride, name=f"{name}_conv1")(y)
+                    y = nn.relu(self.norm(f"{name}_norm2")(y, train))
                     y = conv(inner, (3, 3), name=f"{name}_conv2")(y)
-                    y = nn.relu(norm(name=f"{name}_norm3")(y, train))
+                    y = nn.relu(self.norm(f"{name}_norm3")(y, train))
                     y = conv(outer, (1, 1), name=f"{name}_conv3")(y)
-                    if first:
-                        x = conv(outer, (1, 1), strides, name=f"{name}_shortcut")(x)
+                    if is_first:
+                        x = conv(outer, (1, 1), stride, name=f"{name}_shortcut")(x)
                     return x + y
 
-                x = run_block(self, bottleneck, x)
-        x = nn.relu(norm(name="final_norm")(x, train)).mean((1, 2))
-        head_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return nn.Dense(
-            self.num_classes, kernel_init=init, dtype=head_dtype, param_dtype=self.param_dtype, name="head"
-        )(x)
+                x = self.run_block(bottleneck, x)
+        x = nn.relu(self.norm("final_norm")(x, train))
+        return self.logits(x.mean((1, 2)), kernel_init)

@@ -1,8 +1,9 @@
-"""ResNet-50 for photographs (He et al. 2015), version 1.5: the stride is in the 3×3 convolution of a block.
+"""ResNet-50 for photographs (He et al. 2015), version 1.5, in which the 3×3 convolution of a block has the stride.
 
-The network of the paper's WebVision experiments. Padding is symmetric, as in PyTorch; with the conventions of those who
-publish weights (`ResNet50.conventions`) these compute the same here, and `pretrained.py` reads them. The last scale of
-a block starts at 1 like the others (starting it at 0, as Goyal et al. 2017 do, is for batches of thousands).
+The paper's WebVision experiments use this network. Padding is symmetric, as in PyTorch. The three conventions
+(`ResNet50.conventions`) are those under which published weights were trained: with the right one such weights give the
+same logits here, and `pretrained.py` reads them. The last batch norm of a block starts with the scale 1 like the
+others; Goyal et al. (2017) start it at 0, which helps with batches of thousands of images.
 """
 
 import functools
@@ -14,63 +15,54 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ieg_jax.errors import UserError
-from ieg_jax.models.layers import BatchNorm, DType, he_normal_fan_out, run_block
+from ieg_jax.models.layers import Network, scaled_channels
+
+READS = ("width", "conventions")
 
 BLOCKS = (3, 4, 6, 3)  # in each stage
 EXPANSION = 4  # outer width of a block / its inner width
-IMAGENET_MEAN = (
-    0.485,
-    0.456,
-    0.406,
-)  # of red, green and blue in [0, 1], as torchvision, timm and Flax's example use them
+
+# Of red, green and blue in [0, 1], as torchvision, timm and Flax's ImageNet example have them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def from_config(model: ConfigDict, **common) -> nn.Module:
-    """Builds ResNet-50 with `model.width` times its channels; `depth` and `variant` are not used.
+    """Builds ResNet-50 with `model.width` times its channels, under `model.conventions`.
+
+    Args:
+      model: the group `model` of the configuration.
+      **common: the attributes of `Network`.
 
     Raises:
       UserError: for a width that leaves no channel.
     """
-    if round(64 * model.width) < 1:
-        raise UserError(f"model.width: got {model.width}, which leaves resnet50 without a channel")
-    return ResNet50(features=round(64 * model.width), conventions=model.conventions, **common)
+    return ResNet50(features=scaled_channels(model, 64), conventions=model.conventions, **common)
 
 
-class ResNet50(nn.Module):
-    """25,557,032 parameters for 1000 classes. Made for 224×224 pixels; sizes are halved five times, rounding up.
+class ResNet50(Network):
+    """ResNet-50 has 25,557,032 parameters for 1000 classes. It halves the usual 224×224 pixels five times, rounding up.
 
-    Attributes:
-      num_classes: K.
-      features: channels of the first convolution and inner width of the first stage; it doubles in each stage.
-      conventions: own: images are taken as they are, in [-1, 1]. torch: first red, green and blue are taken less
-        ImageNet's mean, by its deviation, as for torchvision's weights. flax: as torch, but where there is a stride
-        padding is SAME, which for an even size is at the end alone; so are weights of Flax's ImageNet example trained.
-      batch_groups: groups of batch norm.
-      dtype: of the computation.
-      param_dtype: of the parameters.
-      remat: see `layers.run_block`.
+    Attributes, besides those of `Network`:
+      features: the channels of the first convolution and the inner width of the first stage; it doubles in each stage.
+      conventions: what the network does with images in [-1, 1], and how it pads:
+        own: it takes the images as they are;
+        torch: it first subtracts ImageNet's mean from red, green and blue and divides by ImageNet's standard deviation,
+          as torchvision's weights need it;
+        flax: it does the same, and layers with a stride have SAME padding, which for an even size is at the end alone,
+          as the weights of Flax's ImageNet example need it.
     """
 
-    num_classes: int
     features: int = 64
     conventions: str = "own"
-    batch_groups: int = 1
-    dtype: DType = jnp.float32
-    param_dtype: DType = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Images `[n, H, W, C]` -> logits `[n, K]`, float32 or better.
 
         Raises:
-          UserError: for images that do not have the three colours that the conventions speak of.
+          UserError: for images without three colours, under other conventions than `own`.
         """
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = functools.partial(BatchNorm, groups=self.batch_groups, **dtypes)
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he_normal_fan_out, **dtypes)
-
         padding = "SAME" if self.conventions == "flax" else 1
         if self.conventions != "own":
             if x.shape[-1] != 3:
@@ -78,21 +70,26 @@ class ResNet50(nn.Module):
                     f"model.conventions: got {self.conventions!r}, for red, green and blue, expected 'own' for images "
                     f"with {x.shape[-1]} channel(s)"
                 )
-            # Here and not as part of the first kernel: around the image are zeros after it, the mean colour before it.
+            # The first kernel cannot do this in its place: the zeros that the convolution pads with stand for the mean
+            # colour in what follows, and for grey in the image as it came.
             mean, std = (jnp.asarray(values, x.dtype) for values in (IMAGENET_MEAN, IMAGENET_STD))
             x = (x - (2 * mean - 1)) / (2 * std)
-        x = conv(self.features, (7, 7), 2, padding=3, name="init_conv")(x)
-        x = nn.relu(norm(name="init_norm")(x, train))
+        x = self.conv(self.features, (7, 7), 2, padding=3, name="init_conv")(x)
+        x = nn.relu(self.norm("init_norm")(x, train))
         x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME" if padding == "SAME" else ((1, 1), (1, 1)))
         for stage, blocks in enumerate(BLOCKS, start=1):
-            for block in range(blocks):
-                stride = 2 if stage > 1 and block == 0 else 1
-                make = functools.partial(Bottleneck, self.features * 2 ** (stage - 1), stride, conv, norm, padding)
-                name = f"stage{stage}_block{block}"
-                x = run_block(self, lambda _, x, make=make, name=name: make(name=name)(x, train), x)
-        x = x.mean((1, 2))
-        head_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return nn.Dense(self.num_classes, dtype=head_dtype, param_dtype=self.param_dtype, name="head")(x)
+            for number in range(blocks):
+                make = functools.partial(
+                    Bottleneck,
+                    features=self.features * 2 ** (stage - 1),
+                    stride=2 if stage > 1 and number == 0 else 1,
+                    conv=self.conv,
+                    norm=self.norm,
+                    padding=padding,
+                    name=f"stage{stage}_block{number}",
+                )
+                x = self.run_block(lambda x, make=make: make()(x, train), x)
+        return self.logits(x.mean((1, 2)))
 
 
 class Bottleneck(nn.Module):
@@ -101,9 +98,10 @@ class Bottleneck(nn.Module):
     The shortcut is x itself, or norm(conv1×1(x)) where the shape changes.
 
     Attributes:
-      features: inner width; the outer width is EXPANSION times as much.
+      features: the inner width; the outer width is EXPANSION times as much.
       stride: of the 3×3 convolution and of the shortcut.
-      conv, norm: make the layers.
+      conv: makes a convolution without biases, as `Network.conv` does.
+      norm: makes a batch norm, as `Network.norm` does.
       padding: of the 3×3 convolution, as `nn.Conv` takes it.
     """
 

@@ -1,38 +1,42 @@
-"""A network of two convolutions, for tests and for trying a pipeline out."""
+"""A network of two convolutions, for tests and for a first try of a pipeline."""
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ieg_jax.models.layers import BatchNorm, DType, run_block
+from ieg_jax.models.layers import Network
+
+READS = ("width",)
 
 
 def from_config(model: ConfigDict, **common) -> nn.Module:
-    """Builds the network with 8 · `model.width` channels; `depth` and `variant` are not used."""
+    """Builds the network with 8 · `model.width` channels, and at least one.
+
+    Args:
+      model: the group `model` of the configuration.
+      **common: the attributes of `Network`.
+    """
     return Tiny(features=max(1, round(8 * model.width)), **common)
 
 
-class Tiny(nn.Module):
-    """Two 3×3 convolutions with batch norm, the second with stride 2, and a dense layer."""
+class Tiny(Network):
+    """Two 3×3 convolutions with batch norm, the second with stride 2, and a dense layer.
 
-    num_classes: int
+    Attributes, besides those of `Network`:
+      features: the channels of both convolutions.
+    """
+
     features: int = 8
-    batch_groups: int = 1
-    dtype: DType = jnp.float32
-    param_dtype: DType = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Images `[n, H, W, C]` -> logits `[n, K]`, float32 or better."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         for layer, stride in enumerate((1, 2)):
 
-            def block(_, x, layer=layer, stride=stride):
-                x = nn.Conv(self.features, (3, 3), stride, use_bias=False, name=f"conv{layer}", **dtypes)(x)
-                return nn.relu(BatchNorm(self.batch_groups, name=f"norm{layer}", **dtypes)(x, train))
+            def block(x, layer=layer, stride=stride):
+                kernel_init = nn.linear.default_kernel_init
+                x = self.conv(self.features, (3, 3), stride, name=f"conv{layer}", kernel_init=kernel_init)(x)
+                return nn.relu(self.norm(f"norm{layer}")(x, train))
 
-            x = run_block(self, block, x)
-        head_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return nn.Dense(self.num_classes, dtype=head_dtype, param_dtype=self.param_dtype, name="head")(x.mean((1, 2)))
+            x = self.run_block(block, x)
+        return self.logits(x.mean((1, 2)))

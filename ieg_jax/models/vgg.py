@@ -1,61 +1,54 @@
 """VGG-13 with batch norm (Simonyan and Zisserman 2015), in the form that is usual for 32×32 images.
 
-Ten 3×3 convolutions and one dense layer in place of VGG's three. It is the network whose mistakes are the hardest of
-the three kinds of semantic label noise (Lee et al. 2019).
+It has ten 3×3 convolutions and, in place of VGG's three dense layers, one. Of the three networks whose mistakes serve
+as semantic label noise (Lee et al. 2019), this one makes those that are the hardest to learn from.
 """
-
-import functools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ieg_jax.errors import UserError
-from ieg_jax.models.layers import BatchNorm, DType, he_normal_fan_out, run_block
+from ieg_jax.models.layers import Network, scaled_channels
 
-STAGES = (1, 2, 4, 8, 8)  # channels / `features`; two convolutions each, then a halving of the size
+READS = ("width",)
+
+STAGES = (1, 2, 4, 8, 8)  # channels / `features`; each stage has two convolutions and then halves the size
 
 
 def from_config(model: ConfigDict, **common) -> nn.Module:
-    """Builds VGG-13 with `model.width` times its channels; `depth` and `variant` are not used.
+    """Builds VGG-13 with `model.width` times its channels.
+
+    Args:
+      model: the group `model` of the configuration.
+      **common: the attributes of `Network`.
 
     Raises:
       UserError: for a width that leaves no channel.
     """
-    if round(64 * model.width) < 1:
-        raise UserError(f"model.width: got {model.width}, which leaves vgg13 without a channel")
-    return VGG13(features=round(64 * model.width), **common)
+    return VGG13(features=scaled_channels(model, 64), **common)
 
 
-class VGG13(nn.Module):
-    """9,416,010 parameters for 10 classes. Any image size: what is left after five halvings is averaged."""
+class VGG13(Network):
+    """VGG-13 has 9,416,010 parameters for 10 classes. Images may have any size: the mean over the pixels is classified.
 
-    num_classes: int
+    Attributes, besides those of `Network`:
+      features: the channels of the first stage.
+    """
+
     features: int = 64
-    batch_groups: int = 1
-    dtype: DType = jnp.float32
-    param_dtype: DType = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Images `[n, H, W, C]` -> logits `[n, K]`, float32 or better."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = functools.partial(BatchNorm, groups=self.batch_groups, **dtypes)
-        # The biases, which batch norm takes away again, are part of the published network.
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=he_normal_fan_out, **dtypes)
-
         for stage, multiple in enumerate(STAGES, start=1):
 
-            def block(_, x, stage=stage, features=self.features * multiple):
+            def block(x, stage=stage, features=self.features * multiple):
                 for layer in (1, 2):
-                    x = conv(features, name=f"stage{stage}_conv{layer}")(x)
-                    x = nn.relu(norm(name=f"stage{stage}_norm{layer}")(x, train))
-                # SAME: an odd size is rounded up, so that images of less than 32 pixels do not vanish.
+                    # Batch norm subtracts the biases again, but the published network has them.
+                    x = self.conv(features, (3, 3), name=f"stage{stage}_conv{layer}", use_bias=True)(x)
+                    x = nn.relu(self.norm(f"stage{stage}_norm{layer}")(x, train))
+                # SAME rounds an odd size up, so that images of less than 32 pixels do not vanish.
                 return nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
 
-            x = run_block(self, block, x)
-        x = x.mean((1, 2))
-        head_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return nn.Dense(self.num_classes, dtype=head_dtype, param_dtype=self.param_dtype, name="head")(x)
+            x = self.run_block(block, x)
+        return self.logits(x.mean((1, 2)))

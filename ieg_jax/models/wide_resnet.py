@@ -1,14 +1,12 @@
-"""Wide ResNet (Zagoruyko and Komodakis 2016), standard and as the authors of IEG built it.
+"""Wide ResNet (Zagoruyko and Komodakis 2016), in two variants.
 
-`standard`: pre-activation blocks; where the shape changes the shortcut is a 1×1 convolution of the block's
-activated input.
-
-`authors`: the shortcut has no parameters (average pooling for the stride, zero channels on both sides for the
-width); only the first block of the network feeds its shortcut with the activated input; and there are further
-skips, from the input of each group to its output and from the first convolution to the end.
+- `standard` has pre-activation blocks. Where a block changes the shape, its shortcut is a 1×1 convolution of the
+  block's activated input.
+- `authors` is the network as the authors of IEG built it. Its shortcuts have no parameters: they average over pixels
+  for the stride, and add channels of zeros on both sides for the width. Only the first block of the network gives its
+  shortcut the activated input. Further shortcuts lead from the input of each group to its output, and from the first
+  convolution to the end.
 """
-
-import functools
 
 import flax.linen as nn
 import jax
@@ -16,81 +14,91 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ieg_jax.errors import UserError
-from ieg_jax.models.layers import BatchNorm, DType, he_normal_fan_out, run_block, uniform_fan_out
+from ieg_jax.models.layers import Network, scaled_channels, uniform_fan_out
+
+READS = ("depth", "width", "variant")
 
 
 def from_config(model: ConfigDict, **common) -> nn.Module:
-    """Builds WRN-`depth`-`width`; raises UserError where the depth is not 6 n + 4."""
+    """Builds WRN-`depth`-`width` in the variant `model.variant`.
+
+    Args:
+      model: the group `model` of the configuration.
+      **common: the attributes of `Network`.
+
+    Raises:
+      UserError: for a depth that is not 6 n + 4, and for a width that leaves no channel.
+    """
     if model.depth < 10 or (model.depth - 4) % 6:
         raise UserError(f"model.depth: got {model.depth}, expected 6 n + 4 (10, 16, 22, 28, ...) for wide_resnet")
-    if round(16 * model.width) < 1:
-        raise UserError(f"model.width: got {model.width}, which leaves wide_resnet without a channel")
+    scaled_channels(model, 16)  # refuses such a width
     return WideResNet(depth=model.depth, width=model.width, authors=model.variant == "authors", **common)
 
 
-class WideResNet(nn.Module):
-    """WRN-`depth`-`width` for small images: groups of 16w, 32w and 64w channels, the last two with stride 2."""
+# Its arguments have names, because depth, width and number of classes in a row would be mistaken for one another.
+class WideResNet(Network, kw_only=True):
+    """WRN-`depth`-`width` for small images: groups of 16, 32 and 64 times `width` channels, the last two with stride 2.
+
+    Attributes, besides those of `Network`:
+      depth: the number of layers with weights, 6 n + 4 where each group has n blocks.
+      width: the multiple of the channels.
+      authors: whether it is the variant `authors` or `standard`, see above.
+    """
 
     depth: int
     width: float
-    num_classes: int
     authors: bool = True
-    batch_groups: int = 1
-    dtype: DType = jnp.float32
-    param_dtype: DType = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Images `[n, H, W, C]` -> logits `[n, K]`, float32 or better."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = functools.partial(BatchNorm, groups=self.batch_groups, **dtypes)
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he_normal_fan_out, **dtypes)
 
         def normalized(name, x):
-            return nn.relu(norm(name=name)(x, train))
+            return nn.relu(self.norm(name)(x, train))
 
-        channels = [round(base * self.width) for base in (16, 32, 64)]
-        x = conv(min(16, channels[0]), (3, 3), name="init_conv")(x)
+        widths = [round(usual * self.width) for usual in (16, 32, 64)]
+        x = self.conv(min(16, widths[0]), (3, 3), name="init_conv")(x)
         network_input = x
-        for group, (features, stride) in enumerate(zip(channels, (1, 2, 2), strict=True), start=1):
+        for group, (features, group_stride) in enumerate(zip(widths, (1, 2, 2), strict=True), start=1):
             group_input = x
             for block in range((self.depth - 4) // 6):
                 name = f"group{group}_block{block}"
-                strides = (stride, stride) if block == 0 else (1, 1)
+                stride = group_stride if block == 0 else 1
 
-                def pre_activation(_, x, name=name, features=features, strides=strides):
+                def pre_activation(x, name=name, features=features, stride=stride):
                     activated = normalized(f"{name}_norm1", x)
                     if self.authors:
                         shortcut = activated if name == "group1_block0" else x
-                        shortcut = _pad_and_pool(shortcut, features, strides[0])
-                    elif x.shape[-1] != features or strides != (1, 1):
-                        shortcut = conv(features, (1, 1), strides, name=f"{name}_shortcut")(activated)
+                        shortcut = _pad_and_pool(shortcut, features, stride)
+                    elif x.shape[-1] != features or stride != 1:
+                        shortcut = self.conv(features, (1, 1), stride, name=f"{name}_shortcut")(activated)
                     else:
                         shortcut = x
-                    y = conv(features, (3, 3), strides, name=f"{name}_conv1")(activated)
-                    return shortcut + conv(features, (3, 3), name=f"{name}_conv2")(normalized(f"{name}_norm2", y))
+                    y = self.conv(features, (3, 3), stride, name=f"{name}_conv1")(activated)
+                    y = normalized(f"{name}_norm2", y)
+                    return shortcut + self.conv(features, (3, 3), name=f"{name}_conv2")(y)
 
-                x = run_block(self, pre_activation, x)
+                x = self.run_block(pre_activation, x)
             if self.authors:
-                x = x + _pad_and_pool(group_input, features, stride)
+                x = x + _pad_and_pool(group_input, features, group_stride)
         if self.authors:
-            x = x + _pad_and_pool(network_input, channels[-1], 4)
+            x = x + _pad_and_pool(network_input, widths[-1], 4)
         x = normalized("final_norm", x).mean((1, 2))
-        init = uniform_fan_out if self.authors else nn.linear.default_kernel_init
-        # The logits and all that follows are float32 even where the network computes in bfloat16.
-        head_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return nn.Dense(
-            self.num_classes, kernel_init=init, dtype=head_dtype, param_dtype=self.param_dtype, name="head"
-        )(x)
+        return self.logits(x, uniform_fan_out if self.authors else nn.linear.default_kernel_init)
 
 
 def _pad_and_pool(x: jax.Array, features: int, stride: int) -> jax.Array:
-    """The parameter-free shortcut: average pooling by `stride`, zero channels on both sides up to `features`."""
+    """The shortcut without parameters: the mean over `stride` × `stride` pixels, with zeros up to `features` channels.
+
+    Args:
+      x: `[n, H, W, C]`, of C <= `features` channels; with C = `features` it is returned as it is, whatever the stride.
+      features: the channels of the result. The zeros stand before and after those of x, in equal parts.
+      stride: the factor by which height and width shrink, rounded up.
+    """
     if x.shape[-1] == features:
         return x
     if stride > 1:
-        # Like the strided convolution beside it, an odd size is padded; what is padded does not count.
+        # SAME pads an odd size, as the convolution with a stride beside it does; means leave the padding out.
         x = nn.avg_pool(x, (stride, stride), (stride, stride), padding="SAME", count_include_pad=False)
     before = (features - x.shape[-1]) // 2
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, features - x.shape[-1] - before)))

@@ -1,0 +1,72 @@
+"""Finds out which labels are wrong: `python -m ieg_jax.audit --workdir=run --out=audit`, after training.
+
+It predicts the training set of the run once, and writes to the folder
+
+    labels.parquet, labels.csv  a row for each training example (docs/audit.md has the columns); labels.parquet also has
+                                the probability of each class
+    audit.html                  a page that shows how many labels are wrong, of which classes, and the most suspicious
+                                examples, to be marked keep, relabel or drop; opened as a file, it needs no network
+    cleaned.csv                 path and label of each example, to train on; labels with P(right) below --threshold are
+                                changed, or their examples left out
+    cleanlab.npz                labels and probabilities for cleanlab, see `ieg_jax.audit.to_cleanlab`
+    summary.json                the estimates in numbers
+
+What the run was trained on is read again, and must still be the same; it is never written to. An audit that was
+interrupted goes on with the same command. `python -m ieg_jax.clean` makes another cleaned.csv, with another threshold
+or with the marks that were set in the page. docs/audit.md says how P(right) comes about.
+"""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from ieg_jax import cli
+from ieg_jax.audit.options import Options
+
+
+def define_flags() -> None:
+    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    usual = Options()
+    flags.DEFINE_string("workdir", None, "Work folder of the run.", required=True)
+    flags.DEFINE_string("out", None, "New folder, or that of an audit to go on with.", required=True)
+    flags.DEFINE_string(
+        "checkpoint",
+        usual.checkpoint,
+        "A step, or best (by checkpoint.best_metric); by default the newest that is not damaged.",
+    )
+    flags.DEFINE_integer("views", usual.views, "Augmented views of each image that are compared.", lower_bound=0)
+    flags.DEFINE_float("threshold", usual.threshold, "Labels with P(right) below it are not kept in cleaned.csv.")
+    flags.DEFINE_enum("below", usual.below, ["relabel", "drop"], "What becomes of these in cleaned.csv.")
+    flags.DEFINE_integer("thumbnails", usual.thumbnails, "Images in the page.", lower_bound=0)
+    flags.DEFINE_integer(
+        "folds",
+        usual.folds,
+        "Out-of-fold probabilities by so many more trainings, which count for P(right), and are there for cleanlab; "
+        "0 = none.",
+        lower_bound=0,
+    )
+    flags.DEFINE_string("fold_method", usual.fold_method, "method.name of these, e.g. supervised; '' = the run's.")
+
+
+def main(argv: list[str]) -> None:
+    """Makes the audit, and says what came out."""
+    del argv
+    # These import jax, which takes seconds: after the flags were checked.
+    from ieg_jax.audit.files import PAGE
+    from ieg_jax.audit.page import calibration_text
+    from ieg_jax.audit.run import audit
+
+    values = flags.FLAGS
+    options = Options(**{field.name: values[field.name].value for field in dataclasses.fields(Options)})
+    summary = audit(values.workdir, values.out, options)
+    low, high = summary["noise_interval"]
+    print(
+        f"{summary['examples']:,} labels, {summary['noise_rate']:.1%} of them wrong (95 %: {low:.1%} to {high:.1%}); "
+        f"open {pathlib.Path(values.out) / PAGE}\n{calibration_text(summary)}"
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main, interrupted="the same command goes on from there")

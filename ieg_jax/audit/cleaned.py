@@ -1,0 +1,92 @@
+"""Writes cleaned.csv: the labels of a run, of which the wrong ones are replaced or left out."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+
+from pyarrow import parquet
+
+from ieg_jax import files
+from ieg_jax.audit.files import BEGUN, TABLE
+from ieg_jax.errors import UserError, first_line
+
+ACTIONS = ("keep", "relabel", "drop")
+
+
+def write(
+    audit: pathlib.Path, out: pathlib.Path, threshold: float = 0.5, below: str = "relabel", marks: str = ""
+) -> dict[str, int]:
+    """Writes the list.
+
+    Args:
+      audit: the folder that ieg_jax.audit wrote its tables to.
+      out: the file, .csv, with the columns path, label, given_label and id.
+      threshold: labels with P(right) below it are not kept.
+      below: what becomes of these: relabel or drop.
+      marks: marks.csv as the page exports it, which decides for the examples in it; "" = none.
+
+    Returns:
+      How many examples each of ACTIONS was taken for.
+
+    Raises:
+      UserError: where the audit or the marks cannot be read, or nothing would be left.
+      StorageError: where the list cannot be written.
+    """
+    if not (audit / TABLE).exists():
+        raise UserError(f"{audit} has no {TABLE}, expected a folder that ieg_jax.audit wrote")
+    begun = json.loads((audit / BEGUN).read_text())
+    base, names = begun["base"], set(begun["class_names"])
+    columns = ["id", "path", "given_label", "suggested_label", "p_right"]
+    rows = parquet.read_table(audit / TABLE, columns=columns).to_pylist()
+    marked = read_marks(marks, {row["id"] for row in rows}, names) if marks else {}
+    counts = dict.fromkeys(ACTIONS, 0)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label", "given_label", "id"])
+    for row in rows:
+        usual = "keep" if row["p_right"] >= threshold else below
+        action, label = marked.get(row["id"], (usual, row["suggested_label"]))
+        counts[action] += 1
+        if action != "drop":
+            label = row["given_label"] if action == "keep" else label
+            path = os.path.join(base, row["path"]) if base else row["path"]
+            writer.writerow([path, label, row["given_label"], row["id"]])
+    if counts["drop"] == len(rows):
+        raise UserError(f"all {len(rows)} examples would be dropped; lower --threshold, or set fewer marks")
+    files.write(out, text.getvalue())
+    return counts
+
+
+def read_marks(file: str, ids: set[int], names: set[str]) -> dict[int, tuple[str, str]]:
+    """Reads the marks in a file: id -> (action, label).
+
+    Args:
+      file: .csv with the columns id, mark and label.
+      ids: of the audit's examples.
+      names: of its classes.
+
+    Raises:
+      UserError: for a file that cannot be read, and with the first line that cannot be used.
+    """
+    try:
+        text = pathlib.Path(file).expanduser().read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--marks={file}: cannot be read ({first_line(error)})") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if not {"id", "mark", "label"} <= set(reader.fieldnames or []):
+        raise UserError(
+            f"--marks={file}: columns {reader.fieldnames}, expected id, mark and label, as the page exports"
+        )
+    marks = {}
+    for row in reader:
+        where = f"--marks={file}, line {reader.line_num}"
+        if not (row["id"] or "").isdecimal() or int(row["id"]) not in ids:
+            raise UserError(f"{where}: id {row['id']!r} is none of this audit's; are the marks of another one?")
+        if row["mark"] not in ACTIONS:
+            raise UserError(f"{where}: mark {row['mark']!r}, expected one of {', '.join(ACTIONS)}")
+        if row["mark"] == "relabel" and row["label"] not in names:
+            raise UserError(f"{where}: label {row['label']!r} is no class of this audit")
+        marks[int(row["id"])] = (row["mark"], row["label"])
+    return marks

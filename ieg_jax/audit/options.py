@@ -1,0 +1,26 @@
+"""The options of an audit, in a module that imports nothing slow."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an audit is made.
+
+    Attributes:
+      checkpoint: a step, or best; None = the newest.
+      views: augmented views of each image that are compared; 0 = none, and disagreement is 0.
+      threshold: labels with P(right) below it are not kept in cleaned.csv.
+      below: what becomes of these: relabel or drop.
+      thumbnails: images in the page, of the most suspicious examples.
+      folds: how many more networks are trained for out-of-fold probabilities, which count for P(right) too; 0 = none.
+      fold_method: method.name of these networks; "" = the run's.
+    """
+
+    checkpoint: str | None = None
+    views: int = 4
+    threshold: float = 0.5
+    below: str = "relabel"
+    thumbnails: int = 1000
+    folds: int = 0
+    fold_method: str = ""

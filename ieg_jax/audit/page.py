@@ -1,0 +1,320 @@
+"""Writes a label audit as one HTML page, which needs no network and no server: it works when opened as a file.
+
+The page shows how many labels are wrong, by class and by pair of classes, and the examples themselves, the most
+suspicious first, to be marked keep, relabel or drop. Marks stay in the browser until they are exported as marks.csv.
+
+Paths, names and texts come from data sets that nobody vouches for. They enter the page as JSON in a script element
+that is not executed, its script makes nothing but text and attributes of them, and the page's Content-Security-Policy
+admits that one script and nothing from elsewhere.
+"""
+
+import base64
+import dataclasses
+import datetime
+import hashlib
+import io
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from ieg_jax import files
+from ieg_jax.audit.files import BEGUN, PAGE
+from ieg_jax.audit.quality import Quality
+from ieg_jax.data import splits
+from ieg_jax.data.load import Data
+from ieg_jax.data.splits import Split
+from ieg_jax.errors import UserError
+from ieg_jax.inference import Trained
+
+THUMBNAIL = 96  # pixels of the longer side, at most
+UNITS = 10_000  # numbers in the page are integers of 1/UNITS: half the size, and typed arrays in the browser
+MATRIX_CLASSES = 30  # a matrix of more classes is unreadable as a table; then the largest entries are listed
+LISTED_PAIRS = 50
+# Characters that would end a script element, or begin a comment or a line in it, and surrogates, which are no Unicode.
+UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+_SAFE_INTEGER = 2**53  # up to here JavaScript's numbers are exact integers
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What the page shows; every text may hold anything.
+
+    Attributes:
+      title: of the data set or run.
+      facts: name → value, about the run.
+      class_names: `[K]`; classes of one name get their number before it.
+      ids: `[N]` int64, each once.
+      paths: `[N]`; what is no UTF-8 (surrogate escapes) is shown as U+FFFD, so a row is identified by its id.
+      given: `[N]` int32, the class given, in [0, K).
+      suggested: `[N]` int32, the class suggested, in [0, K).
+      right: `[N]` float32, P(given label is right).
+      confidence: `[N]` float32, P(suggested class).
+      disagreement: `[N]` float32 in [0, 1], between augmented views.
+      weight: `[N]` float32, mean ω relative to uniform over the last epochs, nan = unknown; None = the run has none.
+      trust: `[N]` float32, mean λ, nan = unknown; None = the run has none.
+      noise_rate: estimated share of wrong labels, nan = unknown.
+      noise_interval: the 95 % interval of `noise_rate`.
+      transition: `[K, K]` P(given = j | true = i), nan = unknown.
+      calibration: a sentence or two that say on what `right` was calibrated and how well, or that it was not.
+      reliability: for each bin: mean `right`, observed share of right labels, number of examples; may be empty.
+      thumbnails: row → data: URI of its image, for the most suspicious rows.
+      key: identifies the audit; the browser keeps marks under it.
+    """
+
+    title: str
+    facts: dict[str, str]
+    class_names: tuple[str, ...]
+    ids: np.ndarray
+    paths: Sequence[str]
+    given: np.ndarray
+    suggested: np.ndarray
+    right: np.ndarray
+    confidence: np.ndarray
+    disagreement: np.ndarray
+    weight: np.ndarray | None
+    trust: np.ndarray | None
+    noise_rate: float
+    noise_interval: tuple[float, float]
+    transition: np.ndarray
+    calibration: str
+    reliability: Sequence[tuple[float, float, int]]
+    thumbnails: Mapping[int, str]
+    key: str
+
+
+def write(page: Page, path: pathlib.Path) -> None:
+    """Writes the page, whole or not at all; a file that is there already is replaced.
+
+    Args:
+      page: what it shows.
+      path: of the .html file, in a folder that exists.
+
+    Raises:
+      UserError: for arrays whose lengths or values do not fit together.
+      StorageError: where the file cannot be written.
+    """
+    check(page)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ieg_jax.audit"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["sha256"] = _sha256
+    text = environment.get_template("audit.html").render(data=to_json(content(page)))
+    files.write(path, text)
+
+
+def check(page: Page) -> None:
+    """Checks that the parts of a page fit together.
+
+    Raises:
+      UserError: for lengths that differ, classes that are not there, probabilities outside [0, 1] and repeated ids.
+    """
+    count, classes = len(page.ids), len(page.class_names)
+    for name in ("paths", "given", "suggested", "right", "confidence", "disagreement", "weight", "trust"):
+        column = getattr(page, name)
+        if column is not None and len(column) != count:
+            raise UserError(f"audit page: {len(column)} {name}, expected one for each of the {count} ids")
+    if np.shape(page.transition) != (classes, classes):
+        raise UserError(
+            f"audit page: transition of shape {np.shape(page.transition)}, expected ({classes}, {classes}), a row and "
+            f"a column for each class name"
+        )
+    for name in ("given", "suggested"):
+        column = np.asarray(getattr(page, name))
+        wrong = (column < 0) | (column >= classes)
+        if wrong.any():
+            raise UserError(f"audit page: {name} has class {column[wrong][0]}, expected 0 to {classes - 1}")
+    for name in ("right", "confidence", "disagreement"):
+        column = np.asarray(getattr(page, name))
+        wrong = ~((column >= -1e-4) & (column <= 1 + 1e-4))  # sums in float32 may be off by a little
+        if wrong.any():
+            raise UserError(f"audit page: {name} has {column[wrong][0]}, expected values in [0, 1]")
+    if len(np.unique(page.ids)) != count:
+        raise UserError("audit page: an id stands for several rows, expected each once")
+
+
+def content(page: Page) -> dict[str, Any]:
+    """What the page's script reads: plain lists of integers and texts; -1 stands for an unknown number."""
+    ids = np.asarray(page.ids).tolist()
+    exact = all(-_SAFE_INTEGER <= number <= _SAFE_INTEGER for number in ids)
+    classes = len(page.class_names)
+    noise = map(float, (page.noise_rate, *page.noise_interval))
+    return {
+        "title": page.title,
+        "facts": list(page.facts.items()),
+        "names": splits.distinct(page.class_names),
+        "ids": ids if exact else list(map(str, ids)),
+        "paths": list(page.paths),
+        "given": np.asarray(page.given).tolist(),
+        "suggested": np.asarray(page.suggested).tolist(),
+        "right": _units(page.right, 1),
+        "confidence": _units(page.confidence, 1),
+        "disagreement": _units(page.disagreement, 1),
+        "weight": None if page.weight is None else _units(page.weight),
+        "trust": None if page.trust is None else _units(page.trust),
+        "noise": [value if np.isfinite(value) else None for value in noise],
+        "classes": class_table(page),
+        "matrix": _units(page.transition) if classes <= MATRIX_CLASSES else None,
+        "pairs": largest_pairs(page.transition) if classes > MATRIX_CLASSES else None,
+        "calibration": page.calibration,
+        "reliability": [
+            [float(predicted), float(observed), int(number)]
+            for predicted, observed, number in page.reliability
+            if number and np.isfinite((predicted, observed)).all()
+        ],
+        "thumbnails": {str(int(row)): uri for row, uri in page.thumbnails.items()},
+        "key": page.key,
+    }
+
+
+def class_table(page: Page) -> list[list[float]]:
+    """What is known of each class.
+
+    Returns:
+      `[K]` lists of five numbers: how many examples were given the class; how many of these are estimated to be wrong,
+      Σ (1 − right); how many examples are estimated to be of the class, Σ right over those that were given it plus
+      Σ (1 − right) over those that were given another and have it suggested; the other class that is suggested most for
+      those that were given it, by Σ (1 − right) (-1 = there is none; of two equal ones the lower); and that sum.
+    """
+    given, suggested = np.asarray(page.given), np.asarray(page.suggested)
+    classes = len(page.class_names)
+    right = np.asarray(page.right, np.float64)
+    examples, wrong = np.bincount(given, minlength=classes), np.bincount(given, 1 - right, minlength=classes)
+    other = given != suggested
+    moved = np.zeros((classes, classes))
+    np.add.at(moved, (given[other], suggested[other]), 1 - right[other])
+    believed = np.bincount(given, right, minlength=classes) + moved.sum(0)
+    frequency = moved.max(1)
+    instead = np.where(frequency > 0, moved.argmax(1), -1)
+    columns = (examples, wrong.round(4), believed.round(4), instead, frequency.round(4))
+    return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def largest_pairs(transition: np.ndarray) -> list[list[int]]:
+    """The largest entries off the diagonal, the largest first: true class, class given, P in 1/UNITS; without zeros.
+
+    Args:
+      transition: `[K, K]` P(given = j | true = i), nan = unknown.
+    """
+    flat = np.nan_to_num(np.array(transition, np.float64))
+    np.fill_diagonal(flat, 0)
+    places = np.argsort(-flat, axis=None, kind="stable")[:LISTED_PAIRS]
+    rows = [(*divmod(int(place), len(flat)), round(float(flat.flat[place]) * UNITS)) for place in places]
+    return [list(row) for row in rows if row[2] > 0]
+
+
+def to_json(found: Any) -> str:
+    """JSON that can stand in a script element, which no text in it can end.
+
+    Args:
+      found: lists, dicts, texts and finite numbers. Surrogates become U+FFFD.
+    """
+    plain = json.dumps(found, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return UNSAFE.sub(lambda match: "\ufffd" if "\ud800" <= match[0] <= "\udfff" else f"\\u{ord(match[0]):04x}", plain)
+
+
+def _units(values: np.ndarray, largest: float = np.inf) -> list:
+    """Values as whole numbers of 1/UNITS, clipped to [0, `largest`]; -1 where they are not known."""
+    values = np.array(values, np.float64)
+    known = np.isfinite(values)
+    rounded = np.where(known, np.clip(np.where(known, values, 0), 0, largest) * UNITS, -1)
+    return np.rint(rounded).astype(np.int64).tolist()
+
+
+def _sha256(text: str) -> str:
+    """The hash by which a Content-Security-Policy names an inline script or style."""
+    return base64.b64encode(hashlib.sha256(str(text).encode("utf-8")).digest()).decode("ascii")
+
+
+def calibration_text(summary: dict[str, Any]) -> str:
+    """Says on what P(right) was calibrated and how well, for a person to read; `summary` is that in summary.json."""
+    if not summary["held_out"]:
+        return (
+            "P(right) is not calibrated: no trusted image was held out of training (trusted.holdout). The order of the "
+            "examples is as good as it would be, the probabilities and the noise rate may be off."
+        )
+    return (
+        f"P(right) is calibrated on {summary['held_out']} trusted images that were held out of training (temperature "
+        f"{summary['temperature']:.2f}). On these, had they been given labels as the estimated matrix draws them, it "
+        f"is off by {summary['calibration_error']:.3f} on average."
+    )
+
+
+def write_page(
+    folder: pathlib.Path,
+    trained: Trained,
+    data: Data,
+    quality: Quality,
+    disagreement: np.ndarray,
+    columns: dict[str, np.ndarray | None],
+    bins: list[tuple[float, float, float]],
+    summary: dict[str, Any],
+    thumbnails: int,
+) -> None:
+    """Writes audit.html of an audit.
+
+    Args:
+      folder: of the audit.
+      trained: the run's network.
+      data: those of the run.
+      quality: the estimates for `data.train`.
+      disagreement: `[N]` in [0, 1], between augmented views.
+      columns: those of the tables; mean_weight and mean_trust are shown.
+      bins: see `Page.reliability`.
+      summary: the contents of summary.json.
+      thumbnails: how many of the most suspicious images are shown.
+
+    Raises:
+      UserError, StorageError: see `write`.
+    """
+    config = trained.config
+    facts = {
+        "method": config.method.name,
+        "network": config.model.name,
+        "step": f"{trained.step:,}",
+        "trusted images": f"{len(data.trusted):,}",
+        "date": datetime.date.today().isoformat(),
+    }
+    page = Page(
+        title=data.name,
+        facts=facts,
+        class_names=tuple(trained.class_names),
+        ids=data.train.ids,
+        paths=data.train.names,
+        given=data.train.labels,
+        suggested=quality.suggested,
+        right=quality.right,
+        confidence=quality.confidence,
+        disagreement=disagreement,
+        weight=columns["mean_weight"],
+        trust=columns["mean_trust"],
+        noise_rate=quality.noise_rate,
+        noise_interval=quality.noise_interval,
+        transition=quality.transition,
+        calibration=calibration_text(summary),
+        reliability=bins,
+        thumbnails=_thumbnails(data.train, quality.right, thumbnails),
+        key=hashlib.sha256((folder / BEGUN).read_bytes()).hexdigest()[:16],
+    )
+    write(page, folder / PAGE)
+
+
+def _thumbnails(split: Split, right: np.ndarray, count: int) -> dict[int, str]:
+    """Row -> data: URI of its image, for the `count` rows that are least likely right; none for features."""
+    rows = np.argsort(right, kind="stable")[: count if split.is_visible else 0]
+    return {int(row): thumbnail(image) for row, image in zip(rows, split.originals(rows), strict=True)}
+
+
+def thumbnail(image: np.ndarray) -> str:
+    """A data: URI of an image `[H, W, 1 or 3]` uint8, made smaller where a side is longer than THUMBNAIL."""
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    buffer = io.BytesIO()
+    small = max(picture.size) <= THUMBNAIL // 2
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.save(buffer, "PNG" if small else "JPEG", **({} if small else {"quality": 80}))
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,278 @@
+"""Makes an audit: from a finished run to the files of the audit."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from rich.progress import track
+
+from ieg_jax import cli, files, inference, methods
+from ieg_jax.audit import cleaned
+from ieg_jax.audit import page as audit_page
+from ieg_jax.audit import quality as label_quality
+from ieg_jax.audit.files import BEGUN, CLEANED, CLEANLAB, SUMMARY, write_tables
+from ieg_jax.audit.options import Options
+from ieg_jax.audit.quality import Quality
+from ieg_jax.data import splits
+from ieg_jax.data.load import Data, fold_of, load_data
+from ieg_jax.data.sources import image_files
+from ieg_jax.data.splits import Split
+from ieg_jax.errors import StorageError, UserError, check_choice, first_line
+from ieg_jax.inference import Trained
+from ieg_jax.train.loop import train_and_evaluate
+
+AT_ONCE = 4096  # examples that are predicted before the predictions are saved
+
+Predict = Callable[..., np.ndarray]  # see `inference.predictor`
+
+
+def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, Any]:
+    """Audits the labels that a run was trained on.
+
+    Args:
+      workdir: of the run.
+      out: folder; new, empty, or of an audit that was interrupted.
+      options: None = the usual ones.
+
+    Returns:
+      The contents of summary.json.
+
+    Raises:
+      UserError: where the options are not allowed, and where the run, its data or the folder cannot be used.
+      StorageError: where something cannot be written.
+    """
+    options = options or Options()
+    if not 0 <= options.threshold <= 1:
+        raise UserError(f"--threshold={options.threshold}: expected a probability, from 0 to 1")
+    if options.folds == 1:
+        raise UserError("--folds=1: expected 0 (none) or at least 2")
+    if options.fold_method:
+        check_choice("--fold_method", options.fold_method, methods.REGISTRY)
+    trained = inference.load(workdir, options.checkpoint)
+    folder = pathlib.Path(out).expanduser()
+    if not (pathlib.Path(workdir) / "data.json").exists():
+        raise UserError(f"{workdir} has no data.json: an audit needs the work folder of a run, not exported weights")
+    data = load_data(trained.config)
+    _check_data(workdir, data)
+    begun = {
+        "workdir": os.path.abspath(workdir),
+        "step": trained.step,
+        "options": dataclasses.asdict(options),
+        "data": data.fingerprint(),
+        "base": _base(trained.config.data),
+        "class_names": splits.distinct(trained.class_names),
+    }
+    if (finished := _begin(folder, begun)) is not None:
+        return finished
+    try:
+        return _write_all(folder, workdir, trained, data, options)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written: {first_line(error)}") from error
+
+
+def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data, options: Options) -> dict[str, Any]:
+    """Predicts, estimates and writes all files of the audit; returns the contents of summary.json."""
+    predict, train = inference.predictor(trained), data.train
+    probabilities, disagreement = _predict_training_set(folder, predict, train, options.views, trained.num_classes)
+    held_out = None if data.held_out is None else predict(data.held_out)
+    out_of_fold, pooled, held_out_pooled = None, probabilities, held_out
+    if options.folds:
+        out_of_fold, held_out_of_fold = _out_of_fold(folder, trained, data, options)
+        pooled = label_quality.pooled([probabilities, out_of_fold])
+        if held_out is not None:
+            held_out_pooled = label_quality.pooled([held_out, held_out_of_fold])
+    held_out_labels = None if data.held_out is None else data.held_out.labels
+    quality = label_quality.estimate(pooled, train.labels, held_out_pooled, held_out_labels)
+    bins = [] if held_out is None else label_quality.reliability(quality, held_out_pooled, held_out_labels)
+
+    names = splits.distinct(trained.class_names)
+    columns = _columns(train, names, quality, disagreement, _averages(workdir, train.ids), out_of_fold)
+    write_tables(folder, columns, probabilities, names)
+    pred_probs = _normalised(probabilities if out_of_fold is None else out_of_fold)
+    cleanlab = {"labels": train.labels.astype(np.int64), "pred_probs": pred_probs}
+    files.write_arrays(folder / CLEANLAB, cleanlab, compressed=False)
+    counts = cleaned.write(folder, folder / CLEANED, options.threshold, options.below)
+    summary = _summary(trained, train, quality, bins, options, counts)
+    audit_page.write_page(folder, trained, data, quality, disagreement, columns, bins, summary, options.thumbnails)
+    files.write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def _predict_training_set(
+    folder: pathlib.Path, predict: Predict, train: Split, views: int, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities `[N, K]` and disagreement `[N]` of the training set, part by part.
+
+    Each part is saved when it is finished, so that an audit that was interrupted goes on with the next.
+    """
+    parts = folder / "parts"
+    parts.mkdir(exist_ok=True)
+    probabilities = np.empty((len(train), num_classes), np.float32)
+    disagreement = np.empty(len(train), np.float32)
+    starts = range(0, len(train), AT_ONCE)
+    for start in track(starts, "predicting", transient=True, disable=len(starts) < 2):
+        rows, file = np.arange(start, min(start + AT_ONCE, len(train))), parts / f"{start:09d}.npz"
+        content = _read_part(file)
+        if content is None:
+            split = train.take(rows)
+            each = np.stack([predict(split, view) for view in (None, *range(views))])
+            content = {"probabilities": each[0], "disagreement": label_quality.divergence(each)}
+            files.write_arrays(file, content, compressed=False)
+        probabilities[rows], disagreement[rows] = content["probabilities"], content["disagreement"]
+    return probabilities, disagreement
+
+
+def _read_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """What was saved of a part; None where it is not finished."""
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as content:
+        return dict(content)
+
+
+def _out_of_fold(
+    folder: pathlib.Path, trained: Trained, data: Data, options: Options
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Trains one network for each fold, as the run was trained but without the examples of the fold.
+
+    Returns:
+      Probabilities `[N, K]` of the training examples, each by the network that was trained without it; and `[M, K]` of
+      the trusted examples that were held out, each by one of these networks, or None where there are none.
+    """
+    parts = [(data.train, fold_of(data.train.ids, options.folds))]
+    if data.held_out is not None:
+        parts.append((data.held_out, np.arange(len(data.held_out)) % options.folds))
+    found = [np.empty((len(split), trained.num_classes), np.float32) for split, _ in parts]
+    for fold in range(options.folds):
+        config = ConfigDict(trained.config.to_dict())
+        config.data.folds, config.data.fold, config.audit.epochs = options.folds, fold, 0.0
+        methods.choose(config, options.fold_method or config.method.name)
+        place = folder / "folds" / str(fold)
+        train_and_evaluate(config, str(place))
+        predict = inference.predictor(inference.load(place))
+        for (split, folds), probabilities in zip(parts, found, strict=True):
+            rows = np.flatnonzero(folds == fold)
+            if len(rows):
+                probabilities[rows] = predict(split.take(rows))
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def _averages(workdir: str, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """The averages `weight` and `trust` `[N]` of these examples in examples.npz of the run; empty without that file."""
+    file = pathlib.Path(workdir) / "examples.npz"
+    if not file.exists():
+        return {}
+    with np.load(file, allow_pickle=False) as content:
+        return {name: content[name][ids] for name in ("weight", "trust")}
+
+
+def _columns(
+    train: Split,
+    class_names: Sequence[str],
+    quality: Quality,
+    disagreement: np.ndarray,
+    averages: Mapping[str, np.ndarray],
+    out_of_fold: np.ndarray | None,
+) -> dict[str, np.ndarray | None]:
+    """The columns of the tables, see `files.COLUMNS`; None for one of which the run knows nothing."""
+    names = np.array(class_names, object)
+    columns = {
+        "id": train.ids,
+        "path": train.names,
+        "given_label": names[train.labels],
+        "suggested_label": names[quality.suggested],
+        "p_right": quality.right,
+        "p_suggested": quality.confidence,
+        "disagreement": disagreement,
+        "mean_weight": averages.get("weight"),
+        "mean_trust": averages.get("trust"),
+    }
+    if out_of_fold is not None:
+        columns["self_confidence"] = out_of_fold[np.arange(len(train)), train.labels]
+    return columns
+
+
+def _summary(
+    trained: Trained,
+    train: Split,
+    quality: Quality,
+    bins: list[tuple[float, float, float]],
+    options: Options,
+    counts: dict[str, int],
+) -> dict[str, Any]:
+    """The contents of summary.json."""
+    summary = {
+        "examples": len(train),
+        "classes": trained.num_classes,
+        "step": trained.step,
+        "noise_rate": quality.noise_rate,
+        "noise_interval": list(quality.noise_interval),
+        "noise_by_class": quality.by_class,
+        "temperature": quality.temperature,
+        "held_out": quality.num_held_out,
+        "calibration_error": label_quality.calibration_error(bins) if bins else None,
+        "reliability": [list(one) for one in bins],
+        "transition_matrix": np.round(quality.transition, 6).tolist(),
+        "class_names": list(trained.class_names),
+        "threshold": options.threshold,
+        "cleaned": counts,
+    }
+    known = train.clean_labels >= 0
+    if known.any():  # as in an experiment, in which the audit can be judged
+        summary["known"] = label_quality.judge(
+            quality.right[known], quality.suggested[known], train.labels[known], train.clean_labels[known]
+        )
+    return summary
+
+
+def _check_data(workdir: str, data: Data) -> None:
+    """Raises UserError unless the data are those that the run was trained on."""
+    then, now = json.loads((pathlib.Path(workdir) / "data.json").read_text()), data.fingerprint()
+    changed = sorted(name for name in then.keys() & now.keys() if then[name] != now[name])
+    if changed:
+        raise UserError(
+            f"the {' and '.join(changed)} examples are not those that {workdir} was trained on (ids, names, labels or "
+            f"pixels differ); bring the data back as they were, or train again"
+        )
+
+
+def _begin(folder: pathlib.Path, begun: dict[str, Any]) -> dict[str, Any] | None:
+    """Makes the folder, or checks that it holds the same audit; returns the summary where that is finished.
+
+    Raises:
+      UserError: where there is something else in the folder.
+    """
+    if (folder / BEGUN).exists():
+        old = json.loads((folder / BEGUN).read_text())
+        changed = [name for name in begun if old.get(name) != begun[name]]
+        if changed:
+            details = "\n".join(f"  {name}: {old.get(name)} -> {begun[name]}" for name in changed)
+            raise UserError(
+                f"--out={folder} holds another audit (there -> now):\n{details}\nname a new folder; for another "
+                f"threshold or with marks: python -m ieg_jax.clean --audit={folder}"
+            )
+        return json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).exists() else None
+    cli.check_new_folder("--out", epath.Path(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / BEGUN, begun)
+    except (OSError, StorageError) as error:
+        raise UserError(f"--out={folder} cannot be written: {first_line(error)}") from None
+    return None
+
+
+def _base(data: ConfigDict) -> str:
+    """The folder that the names of images are relative to; "" where they are no paths."""
+    return os.path.abspath(image_files.base_folder(data)) if data.name in ("image_csv", "image_folder") else ""
+
+
+def _normalised(probabilities: np.ndarray) -> np.ndarray:
+    """The probabilities as float64, in which the rows sum to 1 more exactly than in float32."""
+    probabilities = probabilities.astype(np.float64)
+    return probabilities / probabilities.sum(1, keepdims=True)

@@ -1,0 +1,327 @@
+"""From a configuration to batches as global arrays.
+
+Which example stands at which place of which batch, and how it is augmented, is a function of (seed, position)
+computed with stateless operations: position = step · batch size + place in the batch. So a run that starts at
+step s simply begins to count there, and every host can compute its own part. tf.data runs it beside the
+training, on the host's processors.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from ieg_jax import config as config_lib
+from ieg_jax.data import augment
+from ieg_jax.data.images import Encoded, reason, to_float
+from ieg_jax.data.load import Data
+from ieg_jax.data.splits import Split
+from ieg_jax.errors import UserError
+from ieg_jax.methods.base import MAIN, TRUSTED, Stream
+
+tf.config.set_visible_devices([], "GPU")  # jax computes on the accelerators, TensorFlow is to leave them alone
+
+# The random numbers of a run come in numbered streams. A stream of examples uses two: for order and augmentation.
+_STREAMS = {MAIN: (0, 1), "probe": (3, 2)}
+_VIEW = 4  # for the views of `EvalBatches`
+_MORE_STREAMS = 5  # and up: two for each stream of examples with another name
+
+RowOf = Callable[[tf.Tensor], tf.Tensor]  # position in a stream -> row
+
+
+def train_batches(
+    config: ConfigDict,
+    data: Data,
+    streams: Mapping[str, Stream],
+    start_step: int,
+    num_steps: int,
+    sharding: jax.sharding.Sharding,
+    rows: Mapping[str, np.ndarray] | None = None,
+    epoch_start: int = 0,
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batches of steps `start_step` ... `num_steps` − 1.
+
+    Args:
+      config: the configuration.
+      data: from `load_data`.
+      streams: of the method, name -> `methods.base.Stream`.
+      start_step: the first step; any step may be the first, nothing before it is computed.
+      num_steps: steps of the whole run.
+      sharding: of the leading dimension of every array.
+      rows: stream -> the rows that it draws from, `[n]` increasing; a stream that is not named draws from all.
+      epoch_start: the step from which passes over `rows` are counted.
+
+    Yields:
+      `image [B,H,W,C]` float32 in [-1, 1], or features `[B,1,1,D]`, `label`, `clean_label`, `id` and `row` `[B]` int32,
+      and what the other streams give, such as `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]`, `probe_label [Bp]`.
+
+    Raises:
+      UserError: for a stream with no rows to draw from, for images that the augmentation leaves with different sizes,
+        and where images can no longer be read.
+    """
+    parts = []
+    for number, (name, stream) in enumerate(streams.items()):
+        source = data.trusted if stream.source == TRUSTED else data.train
+        chosen = (rows or {}).get(name)
+        if chosen is not None and not len(chosen):
+            raise UserError(f"step {start_step}: the method has chosen no row for its stream {name}")
+        part = _Stream(config, name, number, stream, source, chosen, epoch_start)
+        parts.append(_batched(part.example, batch_size_of(config, stream), start_step, num_steps))
+    merged = tf.data.Dataset.zip(tuple(parts)).map(lambda *batches: {k: v for b in batches for k, v in b.items()})
+    _check_shape(merged, "augment.standard")
+    for batch in _read(merged.prefetch(4)):
+        yield to_global(batch, sharding)
+
+
+def batch_size_of(config: ConfigDict, stream: Stream) -> int:
+    """The number of examples of a stream in a batch, over all devices."""
+    return config_lib.get(config, stream.size) or config.batch_size
+
+
+class _Stream:
+    """The examples of one stream by their position."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        name: str,
+        number: int,
+        stream: Stream,
+        source: Split,
+        rows: np.ndarray | None,
+        epoch_start: int,
+    ):
+        self._config, self._is_main, self._prefix = config, name == MAIN, "" if name == MAIN else f"{name}_"
+        self._reader, self._rows = _Reader(source), None if rows is None else tf.constant(rows, tf.int64)
+        self._num_views = config.augment.num_views if stream.views is None else stream.views
+        self._standard = augment.parse_policy(config.augment.standard, "augment.standard")
+        self._strong = augment.parse_policy(config.augment.strong, "augment.strong")
+        order, self._image_stream = _STREAMS.get(name) or (_MORE_STREAMS + 2 * number, _MORE_STREAMS + 2 * number + 1)
+        self._begin = epoch_start * batch_size_of(config, stream)
+        count = self._reader.size if rows is None else len(rows)
+        row_of = _balanced_rows if stream.balanced else _shuffled_rows
+        labels = source.labels if rows is None else source.labels[rows]
+        self._place = row_of(config, order, count, labels)
+
+    def _row_of(self, position: tf.Tensor) -> tf.Tensor:
+        if self._rows is None:
+            return self._place(position)
+        # Passes over chosen rows are counted from the step of the choice, so that the first begins there.
+        return self._rows[self._place(position - self._begin)]
+
+    def example(self, position: tf.Tensor) -> dict[str, tf.Tensor]:
+        """What stands at a position of the stream."""
+        row = self._row_of(position)
+        seed = _seed(self._config.seed, self._image_stream, position)
+        original, labels = self._reader.image(row), self._reader.labels(row)
+        if not self._is_main:
+            labels = {name: labels[name] for name in ("label", "row")}
+        image = self._standard(original, _fold(seed, 0) if self._is_main or self._num_views > 1 else seed)
+        example = {"image": image, **labels}
+        if self._num_views > 1:
+            base = original if self._config.augment.views_of == "original" else image
+            views = [self._strong(base, _fold(seed, view)) for view in range(1, self._num_views)]
+            example["views"] = tf.stack(views)
+            if example["views"].shape[1:] != image.shape:
+                raise UserError(
+                    f"augment.strong makes views of shape {example['views'].shape[1:]}, and the standard view is "
+                    f"{image.shape}; with augment.views_of=original let it begin as augment.standard does"
+                )
+        return {f"{self._prefix}{name}": value for name, value in example.items()}
+
+
+# augment.views_of -> the policies that make a strong view, one after the other.
+VIEW_OF = {"standard": ("standard", "strong"), "original": ("strong",)}
+
+
+class EvalBatches:
+    """Batches that show each example of a split once; the last one is padded and masked.
+
+    They can be iterated any number of times. Each has `image [n,H,W,C]` float32 in [-1, 1], as `augment.evaluation`
+    makes it, `label [n]` int32, and `mask [n]` float32, 1 for real examples; n = `eval_batch_size`, over all devices.
+    """
+
+    def __init__(self, config: ConfigDict, split: Split, sharding: jax.sharding.Sharding, view: int | None = None):
+        """Builds the tf.data pipeline.
+
+        Args:
+          config: the configuration.
+          split: the examples.
+          sharding: of the leading dimension.
+          view: None = images as `augment.evaluation` makes them; a number = a strong view as in training
+            (`augment.views_of`), which is a function of the run's seed, this number and the example's id.
+
+        Raises:
+          UserError: for images that the augmentation leaves with different sizes.
+        """
+        reader = _Reader(split)
+        names = ("evaluation",) if view is None else VIEW_OF[config.augment.views_of]
+        policies = [augment.parse_policy(config.augment[name], f"augment.{name}") for name in names]
+
+        def example(position):
+            row = tf.minimum(position, reader.size - 1)
+            labels = reader.labels(row)
+            seed = tf.constant([0, 0], tf.int64)
+            if view is not None:
+                seed = _fold(_seed(config.seed, _VIEW, tf.cast(labels["id"], tf.int64)), view)
+            image = reader.image(row)
+            for number, policy in enumerate(policies):
+                image = policy(image, _fold(seed, number))
+            mask = tf.cast(position < reader.size, tf.float32)
+            return {"image": image, "label": labels["label"], "mask": mask}
+
+        num_batches = -(-len(split) // config.eval_batch_size)
+        batches = _batched(example, config.eval_batch_size, 0, num_batches)
+        _check_shape(batches, f"augment.{names[0]}")
+        self._batches, self._sharding = batches.prefetch(2), sharding
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        for batch in _read(self._batches):
+            yield to_global(batch, self._sharding)
+
+
+def image_shape(config: ConfigDict, view: str, size: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """(H, W, C) of the images of a data set after an augmentation. No image is read.
+
+    Args:
+      config: the configuration.
+      view: `standard` or `evaluation`: which policy of the group `augment`.
+      size: (H, W, C) of the images before the augmentation; None where each has a size of its own.
+
+    Raises:
+      UserError: where the result has no fixed size.
+    """
+    policy = augment.parse_policy(config.augment[view], f"augment.{view}")
+    if size is None:
+        trace = tf.function(lambda content, plain: policy(Encoded(content, plain), tf.zeros([2], tf.int64)))
+        made = trace.get_concrete_function(tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.bool))
+    else:
+        trace = tf.function(lambda image: policy(image, tf.zeros([2], tf.int64)))
+        made = trace.get_concrete_function(tf.TensorSpec(size, tf.float32))
+    shape = made.output_shapes
+    if not shape.is_fully_defined():
+        raise _no_fixed_size(f"augment.{view}", shape)
+    return tuple(shape)
+
+
+def split_image_size(split: Split) -> tuple[int, int, int] | None:
+    """(H, W, C) of the images of a split, None where each has its own."""
+    return split.images.shape[1:] if split.in_memory else None
+
+
+def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """Makes global arrays of the parts that the processes hold."""
+    return {key: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for key, value in batch.items()}
+
+
+def _batched(
+    example: Callable[[tf.Tensor], dict[str, tf.Tensor]], batch_size: int, start_step: int, num_steps: int
+) -> tf.data.Dataset:
+    """The part of each batch that this process reads; `example` maps a position to what stands there."""
+    local = batch_size // jax.process_count()
+    offset = jax.process_index() * local
+
+    def at(count):
+        return example((count // local) * batch_size + offset + count % local)
+
+    positions = tf.data.Dataset.range(start_step * local, num_steps * local)
+    # There is nothing to convert, and a UserError would become an error of another type.
+    at = tf.autograph.experimental.do_not_convert(at)
+    examples = positions.map(at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return examples.batch(local, drop_remainder=True)
+
+
+def _shuffled_rows(config: ConfigDict, stream: int, size: int, labels: np.ndarray) -> RowOf:
+    """Position -> row: each epoch shows every row once, in an order of its own."""
+    del labels
+
+    def row_of(position):
+        epoch = position // size
+        # The seed is two 32-bit words: the run's seed with the stream, and the epoch.
+        key = tf.cast(tf.stack([tf.constant(config.seed * 16 + stream, tf.int64), epoch]) % 2**32, tf.uint32)
+        return tf.random.experimental.index_shuffle(position % size, key, size - 1)
+
+    return row_of
+
+
+def _balanced_rows(config: ConfigDict, stream: int, size: int, labels: np.ndarray) -> RowOf:
+    """Position -> row, for a set that is interleaved by class.
+
+    The rows come in their order, again and again, or with `trusted.shuffle` shuffled inside each class in each epoch.
+    """
+    if not config.trusted.shuffle:
+        return lambda position: position % size
+    by_class = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    first = np.cumsum(counts) - counts
+    rank = np.empty(size, np.int64)  # place of a row among the rows of its class
+    rank[by_class] = np.arange(size) - np.repeat(first, counts)
+
+    def row_of(position):
+        epoch, row = position // size, position % size
+        label = tf.gather(labels, row)
+        key = tf.stack(
+            [
+                tf.constant(config.seed * 16 + stream, tf.int64),
+                epoch * len(counts) + tf.cast(label, tf.int64),
+            ]
+        )
+        shuffled = tf.random.experimental.index_shuffle(
+            tf.gather(rank, row), tf.cast(key % 2**32, tf.uint32), tf.gather(counts, label) - 1
+        )
+        return tf.gather(by_class, tf.gather(first, label) + shuffled)
+
+    return row_of
+
+
+def _seed(seed: int, stream: int, position: tf.Tensor) -> tf.Tensor:
+    return _fold(tf.constant([seed, stream], tf.int64), position)
+
+
+_fold = tf.random.experimental.stateless_fold_in
+
+
+class _Reader:
+    """A split as TensorFlow tensors, made once: a tf.data function would copy numpy arrays into its graph."""
+
+    def __init__(self, split: Split):
+        self.size = len(split)
+        if split.in_memory:
+            pixels = tf.constant(split.images)
+            # Images of one pixel in floats are features (`sources.arrays.features`), which are not scaled.
+            is_features = split.images.shape[1:3] == (1, 1) and split.images.dtype != np.uint8
+            convert = tf.identity if is_features else to_float
+            self.image = lambda row: convert(pixels[row])
+        else:
+            self.image = split.images.reader()
+        # The ids of a data set fit in 32 bits; jax has no 64-bit integers by default.
+        ids = split.ids.astype(np.int32)
+        self._labels = {"label": split.labels, "clean_label": split.clean_labels, "id": ids}
+        self._labels = {name: tf.constant(values) for name, values in self._labels.items()}
+
+    def labels(self, row: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {name: values[row] for name, values in self._labels.items()} | {"row": tf.cast(row, tf.int32)}
+
+
+def _read(batches: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
+    try:
+        yield from batches.as_numpy_iterator()
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"the data can no longer be read: {reason(error)}; python -m ieg_jax.data.doctor looks for damaged files"
+        ) from None
+
+
+def _check_shape(batches: tf.data.Dataset, key: str) -> None:
+    for name, spec in batches.element_spec.items():
+        if None in spec.shape:
+            raise _no_fixed_size(key, f"{name}: {spec.shape}")
+
+
+def _no_fixed_size(key: str, shape: object) -> UserError:
+    return UserError(
+        f"the images have sizes of their own, and {key} does not make them equal ({shape}); let "
+        f"it begin with random_resized_crop(size) or resize(size)|center_crop(size), or set data.image_size"
+    )

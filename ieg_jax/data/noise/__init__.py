@@ -1,0 +1,1 @@
+"""Label noise; `kinds` explains every kind, and is their registry."""

@@ -1,0 +1,1 @@
+"""Where examples come from; `load` is the registry of the sources."""

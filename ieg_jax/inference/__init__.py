@@ -1,0 +1,33 @@
+"""Predictions of a trained network, here (`trained`) or in a program that serves it (`exported`)."""
+
+from ieg_jax.inference.exported import (
+    INPUTS,
+    PLATFORMS,
+    STABLEHLO,
+    Served,
+    export,
+    export_saved_model,
+    export_stablehlo,
+    largest_difference,
+    load_saved_model,
+    load_stablehlo,
+)
+from ieg_jax.inference.trained import SIGNATURE, Trained, load, predict, predictor
+
+__all__ = [
+    "INPUTS",
+    "PLATFORMS",
+    "SIGNATURE",
+    "STABLEHLO",
+    "Served",
+    "Trained",
+    "export",
+    "export_saved_model",
+    "export_stablehlo",
+    "largest_difference",
+    "load",
+    "load_saved_model",
+    "load_stablehlo",
+    "predict",
+    "predictor",
+]

@@ -1,0 +1,1 @@
+"""What methods are made of: losses, the lookahead, mixup, pseudo labels, optimisers."""

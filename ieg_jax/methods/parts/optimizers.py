@@ -1,0 +1,65 @@
+"""The optimiser: an optax direction, applied with a learning rate that is given at each step.
+
+optax is the JAX ecosystem's library of optimisers. The direction and the learning rate are kept apart because
+the same update is made twice in a step, really with the scheduled rate and virtually with `meta.learning_rate`.
+
+Weights decay once, by the key `optimizer.weight_decay`: as a term of every loss (`sgd`, `adam`), or in the direction
+(`adamw`), and then no loss has the term.
+"""
+
+import functools
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from ieg_jax import config as config_lib
+from ieg_jax.config import at_least, boolean, one_of, within
+from ieg_jax.methods.parts import losses
+
+NAMES = ("sgd", "adam", "adamw")
+
+
+def validate(optimizer: ConfigDict) -> None:
+    """Raises UserError for a value in the group `optimizer` of the configuration that is not allowed."""
+    checks = {
+        "name": one_of(*NAMES),
+        "momentum": within(0, 1, open_end=True),
+        "nesterov": boolean,
+        "weight_decay": at_least(0),
+        "weight_decay_on": one_of("all", "kernels"),
+    }
+    config_lib.check_values(optimizer, checks, "optimizer.")
+
+
+def create(optimizer: ConfigDict) -> optax.GradientTransformation:
+    """Builds the direction that `config.optimizer` names, to be followed downhill by `apply`.
+
+    `sgd`: the momentum m ← μ m + ∇ (or ∇ + μ m with nesterov). `adam`: the bias-corrected quotient of moments.
+    `adamw`: that quotient + weight_decay · Θ, so that a weight shrinks by the same share whatever its gradients
+    (Loshchilov and Hutter 2019). The decay does not depend on ∇, so the meta-gradient goes through the quotient alone.
+    """
+    if optimizer.name == "sgd":
+        return optax.trace(decay=optimizer.momentum, nesterov=optimizer.nesterov)
+    # eps_root keeps the square root differentiable where a gradient is 0.
+    adam = optax.scale_by_adam(b1=optimizer.momentum, eps_root=1e-12, nesterov=optimizer.nesterov)
+    if optimizer.name == "adam":
+        return adam
+    decays = functools.partial(losses.decayed, on=optimizer.weight_decay_on)
+    return optax.chain(adam, optax.add_decayed_weights(optimizer.weight_decay, mask=decays))
+
+
+def decay_in_loss(optimizer: ConfigDict) -> float:
+    """The coefficient of the weight decay term of every loss: 0 where the direction has the decay."""
+    return 0.0 if optimizer.name == "adamw" else optimizer.weight_decay
+
+
+def apply(optimizer: optax.GradientTransformation, grads, state, params, learning_rate):
+    """One update Θ ← Θ − learning_rate · direction(∇, state, Θ).
+
+    Returns:
+      New parameters, new optimiser state, and the update that was added to the parameters.
+    """
+    direction, state = optimizer.update(grads, state, params)
+    updates = jax.tree.map(lambda d: -learning_rate * d, direction)
+    return optax.apply_updates(params, updates), state, updates

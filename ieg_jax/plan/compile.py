@@ -1,0 +1,381 @@
+"""Compiling the train step ahead of time, for a TPU slice that is not here, and what the compiled program needs.
+
+The TPU compiler is part of the package libtpu and runs on any Linux machine. What it found out is kept in the user's
+cache folder, because it takes minutes for a large network: `requests/` leads from a configuration to a program without
+tracing it anew, `programs/` from a program to what the compiler said of it.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from ieg_jax import config as config_lib
+from ieg_jax import files, methods, models
+from ieg_jax.data import published
+from ieg_jax.data.batches import image_shape
+from ieg_jax.data.images import cache_folder
+from ieg_jax.data.load import load_data
+from ieg_jax.errors import StorageError, UserError, check_choice
+from ieg_jax.hardware import TPUS, Chip
+from ieg_jax.plan import hlo
+from ieg_jax.runtime import mesh
+from ieg_jax.train import check, durations, program
+
+# Packages whose code a compiled program depends on.
+PROGRAM_CODE = ("train", "methods", "models", "runtime", "plan", "data")
+FORMAT = 1  # of the cached files; to be raised when what they hold changes its meaning
+
+# What is offered for rent; the compiler takes other shapes too.
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_CUBES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8))
+SHAPES = {"v4": _CUBES, "v5e": _FLAT, "v5p": (*_CUBES, (8, 8, 16), (8, 16, 16)), "v6e": _FLAT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A TPU slice: its chip, the shape in which its chips are joined, and jax's devices, one for each chip."""
+
+    name: str
+    chip: Chip
+    devices: Sequence[jax.Device]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler said of one program; numbers are of one device and one step.
+
+    Attributes:
+      memory: bytes of HBM: `arguments`, `outputs` that take no argument's place, `temporary`, `code`; empty where the
+        program does not fit.
+      refused: the first line of the compiler's refusal, "" where the program fits.
+      needed: bytes of HBM that it needs in all; 0 where it does not fit and the compiler does not say.
+      flops: XLA's count, loop bodies as often as they run.
+      xla_bytes: XLA's count of the bytes that instructions read and write, wherever they lie; loop bodies count once.
+      xla_seconds: XLA's `optimal_seconds`, sane for small programs only.
+      traffic: bytes read from and written to HBM, see `hlo.memory_traffic`.
+      collectives: see `hlo.Collective`; dicts with kind, name, arrays (text), count, group, bytes, sent_bytes, source.
+      unknown_loops: loops that are counted as if they ran once.
+      compile_seconds: on this machine.
+    """
+
+    memory: dict[str, int]
+    refused: str
+    needed: int
+    flops: float
+    xla_bytes: float
+    xla_seconds: float
+    traffic: int
+    collectives: list[dict[str, Any]]
+    unknown_loops: list[str]
+    compile_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A train step of a configuration on a slice.
+
+    Attributes:
+      config: with everything resolved.
+      num_chips: that the mesh has.
+      arguments: bytes of one device's part of each argument, see `argument_bytes`.
+      forward_flops: of one forward pass of the whole batch, over all chips, by XLA's count before compilation.
+      seconds: of tracing and lowering, on this machine.
+      compiled: what the compiler said.
+    """
+
+    config: ConfigDict
+    num_chips: int
+    arguments: dict[str, int]
+    forward_flops: float
+    seconds: dict[str, float]
+    compiled: Compiled
+
+
+def open_slice(topology: str) -> Slice:
+    """Describes the slice `chip:shape`, e.g. `v5e:4x4` or `v5p:2x2x4`, with jax's devices to compile for.
+
+    Raises:
+      UserError: for a chip or shape that is not offered; the message lists those that are.
+    """
+    name, _, text = topology.partition(":")
+    check_choice(f"--topology={topology}: unknown chip", name, TPUS)
+    shapes = {"x".join(map(str, shape)): shape for shape in SHAPES[name]}
+    if text not in shapes:
+        raise UserError(f"--topology={topology}: {name} comes in slices of {', '.join(shapes)} chips")
+    options: dict[str, Any] = {}
+    if name == "v4":
+        options["chip_config_name"] = "megacore"  # a v4 chip's two cores work as one device, as they do on Cloud TPU
+    if math.prod(shapes[text]) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        devices = topologies.get_topology_desc(topology, "tpu", **options).devices
+    except Exception as error:
+        raise UserError(f"--topology={topology}: libtpu cannot describe it: {str(error).splitlines()[0]}") from None
+    return Slice(topology, TPUS[name], devices)
+
+
+def data_shape(config: ConfigDict) -> tuple[ConfigDict, program.DataShape]:
+    """The configuration with all that follows from the data, and their shapes: of a published set, else loaded.
+
+    The number of training examples is that before damaged ones are left out; it only sets how long an epoch is.
+    """
+    known = published.find(config.data)
+    if known is None:
+        data = load_data(config)
+        config = config_lib.resolve(config, data.facts)
+        return config, program.data_shape(config, data)
+    num_trusted = 0
+    if config.trusted.source == "train":
+        fraction = config.trusted.fraction
+        num_trusted = round(fraction * known.num_train) if fraction else config.trusted.per_class * known.num_classes
+    num_examples = max(1, known.num_train - num_trusted - config.data.validation_size)
+    side = None if known.image is None else min(known.image[:2])
+    config = config_lib.resolve(config, config_lib.Facts(num_examples, config.data.image_size, side))
+    return config, program.DataShape(
+        image=image_shape(config, "standard", known.image),
+        evaluation_image=image_shape(config, "evaluation", known.image),
+        num_classes=config.data.num_classes or known.num_classes,
+        num_examples=num_examples,
+        num_ids=known.num_train,
+        num_trusted=max(1, num_trusted),
+    )
+
+
+def check_divisible(config: ConfigDict, num_chips: int) -> None:
+    """Raises UserError where the chips do not divide a batch; the message has flags that work, nearest to the old."""
+    if config.mesh.data != -1:
+        num_chips = config.mesh.data * config.mesh.fsdp
+    units = {
+        "batch_size": math.lcm(num_chips, config.batch_groups),
+        "trusted.batch_size": math.lcm(num_chips, config.batch_groups),
+        "eval_batch_size": num_chips,
+    }
+    wrong, flags = [], []
+    for key, unit in units.items():
+        value = config_lib.get(config, key)
+        if value and value % unit:
+            wrong.append(f"{key}={value}")
+            flags.append(f"--config.{key}={max(1, round(value / unit)) * unit}")
+    if wrong:
+        raise UserError(
+            f"{', '.join(wrong)}: no multiple of {num_chips} chips"
+            + (f" and {config.batch_groups} batch groups" if config.batch_groups > 1 else "")
+            + f"; use for instance {' '.join(flags)}"
+        )
+
+
+def compile_step(config: ConfigDict, slice_: Slice, tell: Callable[[str], None] = lambda text: None) -> Step:
+    """Compiles the train step of a configuration for a slice, or finds the result in the cache.
+
+    Args:
+      config: the configuration.
+      slice_: from `open_slice`.
+      tell: is told what is about to take long.
+
+    Raises:
+      UserError: for a configuration that cannot be used with this slice.
+    """
+    check_divisible(config, len(slice_.devices))
+    config = config_lib.resolve(config)
+    check.validate(config)
+    shardings = mesh.create(config, slice_.devices)
+    config, shape = data_shape(config)
+    request_file = _file("requests", config.to_json(sort_keys=True), str(shape), slice_.name, _sources_digest())
+    request = _read(request_file)
+    if request:
+        compiled = _read(_folder("programs") / f"{request['program']}.json")
+        if compiled:
+            return Step(
+                config, shardings.num_devices, request["arguments"], request["forward_flops"], request["seconds"],
+                Compiled(**compiled),
+            )  # fmt: skip
+
+    tell("tracing the step")
+    steps = durations.in_steps(config, shape.num_examples)
+    run = program.build(config, shardings, shape, steps)
+    began = time.monotonic()
+    traced = run.train_step.trace(run.state, run.window, run.batch, run.rng)
+    traced_at = time.monotonic()
+    lowered = traced.lower()
+    seconds = {"trace": traced_at - began, "lower": time.monotonic() - traced_at}
+    program_file = _file("programs", lowered.as_text(), slice_.name)
+    compiled = _read(program_file)
+    if not compiled:
+        tell("compiling it: minutes for a large network, longer where memory is short")
+        compiled = dataclasses.asdict(compile_program(lowered))
+        _write(program_file, compiled)
+    request = {
+        "program": program_file.stem,
+        "arguments": argument_bytes(run),
+        "forward_flops": _forward_flops(config, shape, run.one_network),
+        "seconds": seconds,
+    }
+    _write(request_file, request)
+    return Step(
+        config, shardings.num_devices, request["arguments"], request["forward_flops"], seconds, Compiled(**compiled)
+    )
+
+
+def compile_program(lowered: jax.stages.Lowered) -> Compiled:
+    """Compiles a lowered program and asks the compiler about it; one that does not fit is an answer too."""
+    began = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refused = str(error).strip().splitlines()[0]
+        needed = refusal_bytes(str(error))
+        return Compiled({}, refused, needed, 0.0, 0.0, 0.0, 0, [], [], time.monotonic() - began)
+    return describe(
+        compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text(), time.monotonic() - began
+    )
+
+
+def describe(memory: Any, cost: Mapping[str, float], text: str, compile_seconds: float) -> Compiled:
+    """Gathers what is to be known of a compiled program from XLA's analyses and its text."""
+    module = hlo.parse(text)
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+    collectives = [
+        {
+            "kind": one.kind,
+            "name": one.name,
+            "arrays": [str(array) for array in one.arrays],
+            "count": one.count,
+            "group": one.group,
+            "bytes": one.bytes,
+            "sent_bytes": one.sent_bytes,
+            "source": one.source,
+        }
+        for one in hlo.find_collectives(module)
+    ]
+    return Compiled(
+        memory=parts,
+        refused="",
+        needed=sum(parts.values()),
+        flops=cost.get("flops", 0.0) * hlo.loop_factor(module),
+        xla_bytes=cost.get("bytes accessed", 0.0),
+        xla_seconds=cost.get("optimal_seconds", 0.0),
+        traffic=hlo.memory_traffic(module),
+        collectives=collectives,
+        unknown_loops=module.unknown_loops,
+        compile_seconds=compile_seconds,
+    )
+
+
+def refusal_bytes(message: str) -> int:
+    """The HBM that a refused program needs, in bytes, from the compiler's message; 0 where it does not say."""
+    for pattern in (
+        r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
+        r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)",
+        r"requirement ([\d.]+)([KMGT])",
+    ):
+        if match := re.search(pattern, message):
+            return int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]])
+    return 0
+
+
+def argument_bytes(run: program.Program) -> dict[str, int]:
+    """Bytes of one device's part of what a step takes, without padding: the state in its parts, window and batch."""
+    state = run.state
+    parts = {
+        "parameters": state.params,
+        "average of parameters": state.ema_params,
+        "optimiser state": state.opt_state,
+        "batch statistics": state.batch_stats,
+        "memory of the method": (state.method, state.rows),
+        "sums of ω and λ": state.examples,
+        "window of metrics": run.window,
+        "batch": run.batch,
+    }
+    return {
+        name: sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+        )
+        for name, tree in parts.items()
+    }
+
+
+def least_forward_passes(config: ConfigDict) -> float | None:
+    """The forward passes of a batch that a step must cost at least, a backward pass counting as two; None = not known.
+
+    It is not known where the lookahead moves some layers only, or its gradient also flows through the pseudo labels.
+    """
+    if config.meta.layers != ".*" or config.meta.pseudo_label_gradient:
+        return None
+    return methods.get(config.method.name).passes(config)
+
+
+def _forward_flops(config: ConfigDict, shape: program.DataShape, variables: Any) -> float:
+    network = models.create(config.model, shape.num_classes, config.batch_groups)
+    images = jax.ShapeDtypeStruct((config.batch_size, *shape.image), jnp.float32)
+
+    def forward(variables, images):
+        return network.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    return (jax.jit(forward).lower(variables, images).cost_analysis() or {}).get("flops", 0.0)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on; "" for a package that is not installed."""
+    found = {}
+    for name in ("jax", "jaxlib", "libtpu"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def _sources_digest() -> str:
+    """A hash of the package's code that makes programs: where it changed, a program must be traced anew."""
+    root = pathlib.Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for folder in PROGRAM_CODE:
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _folder(kind: str) -> pathlib.Path:
+    return cache_folder() / "plan" / kind
+
+
+def _file(kind: str, *key: str) -> pathlib.Path:
+    """The cached file of a key; versions and the flags of the compiler are part of every key."""
+    flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    everything = json.dumps([FORMAT, versions(), flags, *key], sort_keys=True)
+    return _folder(kind) / f"{hashlib.sha256(everything.encode()).hexdigest()[:32]}.json"
+
+
+def _read(file: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write(file: pathlib.Path, content: dict[str, Any]) -> None:
+    """Writes a cached file; where that is not possible the result is not kept."""
+    with contextlib.suppress(OSError, StorageError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(file, content)

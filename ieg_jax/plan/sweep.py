@@ -1,0 +1,58 @@
+"""Variants of a configuration that are compiled beside it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ieg_jax.plan import report
+from ieg_jax.plan.roofline import largest_batch
+
+
+def variants(config: ConfigDict, num_chips: int, names: list[str]) -> Iterator[ConfigDict]:
+    """The configurations of a sweep besides those of other batch sizes, each with one key changed."""
+    if "remat" in names:
+        yield changed(config, "model.remat", not config.model.remat)
+    if "batch_groups" in names:
+        trusted = config.trusted.batch_size or config.batch_size
+        for groups in (1, num_chips):
+            possible = not (config.batch_size % groups or trusted % groups or groups % config.microbatches)
+            if groups != config.batch_groups and possible:
+                yield changed(config, "batch_groups", groups)
+
+
+def sweep_batch(config: ConfigDict, first: Mapping[str, Any], compile_row, rows: list[dict[str, Any]]) -> None:
+    """Compiles half the batch, then the double, as long as the estimate says that it fits.
+
+    What the estimate says does not fit is not tried: it would take minutes to be told so.
+    """
+    unit = first["unit"]
+    half = first["batch_size"] // 2
+    if half and half % unit == 0:
+        compile_row(changed(config, "batch_size", half))
+    double = first["batch_size"] * 2
+    while 0 < double <= largest(same_but_batch(rows, first)):
+        if not compile_row(changed(config, "batch_size", double))["fits"]:
+            break
+        double *= 2
+
+
+def same_but_batch(rows: list[dict[str, Any]], first: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of the rows that differ from the first in the batch alone, and whose memory is known."""
+    keys = ("batch_groups", "remat", "microbatches", "dtype", "fsdp")
+    return [row for row in rows if row["needed"] and all(row[key] == first[key] for key in keys)]
+
+
+def largest(rows: list[dict[str, Any]]) -> int:
+    """`largest_batch` of rows that differ in the batch alone; -1 where nothing is known."""
+    if not rows:
+        return -1
+    needed = {row["batch_size"]: row["needed"] for row in rows}
+    return largest_batch(needed, report.fixed_bytes(rows[0]), rows[0]["usable_bytes"], rows[0]["unit"])
+
+
+def changed(config: ConfigDict, key: str, value: Any) -> ConfigDict:
+    """A copy of the configuration with one key changed."""
+    copy = ConfigDict(config.copy_and_resolve_references())
+    copy.update_from_flattened_dict({key: value})
+    return copy

@@ -1,0 +1,1 @@
+"""Repeats the paper's experiments, and smaller ones: `python -m ieg_jax.reproduce`."""

@@ -1,0 +1,81 @@
+"""Runs experiments and shows their results beside the paper's.
+
+    python -m ieg_jax.reproduce list [TABLE]            shows the command, the cost and the state of every row
+    python -m ieg_jax.reproduce run TABLE[.EXPERIMENT]  runs what is not finished; a run that was stopped goes on
+    python -m ieg_jax.reproduce table TABLE             shows mean ± std over the seeds beside the paper's number
+    python -m ieg_jax.reproduce figure NAME             draws our curves beside the paper's, as PNG and SVG
+
+The tables are those of the paper, the runs of its figures (figure-1, ...), fashion, digits-sweep, digits-ablation and
+quick. Each run has its own work folder below --workdir. When it is finished, a small JSON file is also kept in
+--results.
+"""
+
+import sys
+
+from absl import flags
+from etils import epath
+from rich.console import Console
+
+from ieg_jax import cli
+from ieg_jax.errors import UserError, check_choice
+
+INTERRUPTED = "each run saved its state; the same command goes on from there"
+COMMANDS = ("list", "run", "table", "figure")
+
+
+def define_flags() -> None:
+    """Defines the flags. This does not happen at import because other commands have flags of the same names."""
+    flags.DEFINE_integer("seeds", 3, "How many seeds: 0, 1, ...", lower_bound=1)
+    flags.DEFINE_enum(
+        "scale", "full", ["full", "tiny"], "tiny: small networks, few steps, to see that all is in place; never kept."
+    )
+    flags.DEFINE_integer("jobs", 1, "How many runs at a time; the processors are divided among them.", lower_bound=1)
+    flags.DEFINE_bool("dry-run", False, "Print the commands of the runs, and run nothing.")
+    flags.DEFINE_multi_string("set", [], "key=value for every run, such as data.dir=/data/cifar; repeatable.")
+    flags.DEFINE_multi_string(
+        "foreign", [], "name:folder, where the images of a source of open-set noise are; repeatable."
+    )
+    flags.DEFINE_string("workdir", "runs/reproduce", "Parent of the work folders; local or on a bucket.")
+    flags.DEFINE_string("results", "results", 'Where finished runs are kept as JSON files; "" = nowhere.')
+    flags.DEFINE_enum("format", "text", ["text", "markdown", "csv", "latex"], "How the table is printed.")
+    flags.DEFINE_bool("wide", False, "Table: one line for each method, one column for each noise.")
+    flags.DEFINE_string("out", "figures", "Folder for the figures.")
+    flags.DEFINE_string("chip", "", "List: estimate the time on this chip: v5e, A100, H100, ...")
+    flags.DEFINE_integer("chips", 1, "List: how many of these chips.", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    """Does what the first argument says, for the table that the second names."""
+    command, target = (*argv[1:], "", "")[:2]
+    check_choice("the first argument", command, COMMANDS)
+    # These import jax, which takes seconds, so it happens only after the flags have been checked.
+    from ieg_jax.reproduce import experiments, figures, jobs, listing, results, tables
+
+    values = flags.FLAGS
+    tiny = values.scale == "tiny"
+    changes = jobs.Changes(tiny, values.set, values.foreign)
+    workdir, kept = epath.Path(values.workdir), epath.Path(values.results) if values.results else None
+    store = results.Store(workdir / "tiny", None) if tiny else results.Store(workdir, kept)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if not target and command != "list":
+        raise UserError(f"{command}: the name of a table is missing, one of {', '.join(experiments.tables())}")
+    if command == "figure":
+        for path in figures.draw(target, store, values.seeds, epath.Path(values.out)):
+            console.print(path)
+        return
+    chosen = [experiments.find(target)] if target else [(table, {}) for table in experiments.tables().values()]
+    if command == "list":
+        wanted = [table for table, _ in chosen]
+        listing.show_list(wanted, store, values.seeds, changes, values.chip, values.chips, console)
+        return
+    ((table, named),) = chosen
+    if command == "run":
+        wanted = map(changes.of, named.values())
+        jobs.run(wanted, store, values.seeds, values.jobs, values["dry-run"].value, console)
+    else:
+        tables.show_table(table, store, values.seeds, changes, values.wide, values.format, console)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main, interrupted=INTERRUPTED, positional=2)

@@ -1,0 +1,362 @@
+"""Names the experiments: the rows of the paper's tables, the curves of its figures, and smaller ones.
+
+An `Experiment` is a configuration without its seed. A `Row` of a `Table` is an experiment beside the number that the
+paper prints for it. The same experiment may stand in several tables and figures; it is run only once.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from typing import Any
+
+from ieg_jax import methods
+from ieg_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A configuration without its seed.
+
+    Attributes:
+      name: is unique, and names the folder of the runs.
+      config: the configuration file, with arguments behind a colon.
+      keys: further keys of the configuration that are set, with their values.
+      needs: keys that only the user can set, such as where the data are, see the flag --set of `reproduce`.
+    """
+
+    name: str
+    config: str
+    keys: dict[str, Any] = dataclasses.field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+
+    def specification(self, seed: int) -> str:
+        """Returns the value of the flag --config for one seed."""
+        return f"{self.config}{',' if ':' in self.config else ':'}seed={seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+      columns: what distinguishes it from other rows, such as dataset, method, network, noise, rate and trusted (images
+        per class); name of the column -> value.
+      experiment: None where the method is not implemented here.
+      paper: the paper's numbers, in percent: `top1`, and where they are printed `std` and `top5`; besides `note`, a
+        text. Empty where the paper has no such row.
+    """
+
+    columns: dict[str, Any]
+    experiment: Experiment | None
+    paper: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of the paper, or of experiments that belong together.
+
+    Attributes:
+      name: on the command line.
+      title: for people.
+      rows: at least one; all have the same columns.
+    """
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+
+    @property
+    def experiments(self) -> dict[str, Experiment]:
+        """The experiments of the rows by name, each once."""
+        return {row.experiment.name: row.experiment for row in self.rows if row.experiment is not None}
+
+
+# The paper's name of a network -> the argument `model` of the configurations.
+_MODELS = {
+    "wrn28_10": "wrn28_10", "wrn28_2": "wrn28_2", "resnet29_v2": "resnet29", "densenet100": "densenet100",
+    "resnet50": "resnet50", "inception_resnet_v2": "inception_resnet_v2",
+}  # fmt: skip
+
+# The components of IEG that Table 7 takes out -> the keys that do so.
+COMPONENTS = {
+    "no consistency": {"method.consistency_weight": 0.0},
+    "no mixup": {"method.mixup": False},
+    "no AutoAugment": {"augment.strong": "crop(pad=4,fill=0)|flip|cutout(0.5)"},
+    "no relabelling": {"method.relabel": False},
+}
+# A row of Table 7 -> the method, and the components that are taken out of it. Not all marks of the printed table are
+# legible. Rows 2 and 3 are read so that each row differs from the one before in something that an augmentation or λ can
+# change.
+ABLATION = {
+    "ieg_1": ("l2r", ()),
+    "ieg_2": ("ieg", ("no consistency", "no mixup", "no AutoAugment")),
+    "ieg_3": ("ieg", ("no consistency", "no mixup")),
+    "ieg_4": ("ieg", ("no consistency",)),
+    "ieg_5": ("ieg", ()),
+    "ieg_6": ("ieg", ("no mixup",)),
+    "ieg_7": ("ieg", ("no AutoAugment",)),
+    "ieg_8": ("ieg", ("no relabelling",)),
+}
+WITHOUT_CUTOUT = {"augment.strong": "crop(pad=4,fill=0)|flip"}
+
+# MixMatch as its authors train it (Berthelot et al. 2019; methods/mixmatch.py). `mixmatch_keys` adds λ_U.
+_MIXMATCH = {
+    "batch_size": 64,
+    "num_train_steps": 1_048_576,
+    "augment.standard": "crop(pad=4)|flip",
+    "augment.strong": "crop(pad=4)|flip",
+    "augment.views_of": "original",
+    "method.mixup_coefficient": "exact",
+    "method.mixup_alpha": 0.75,
+    "method.unlabeled_ramp_steps": 16_384,
+    "model.variant": "standard",
+    "optimizer.name": "adamw",
+    "optimizer.weight_decay": 0.02,
+    "optimizer.weight_decay_on": "kernels",
+    "schedule.name": "constant",
+    "schedule.base_lr": 0.002,
+    "ema.warmup": False,
+}
+
+_TITLES = {
+    "1": "CIFAR-10, uniform noise",
+    "2": "CIFAR-100, uniform noise",
+    "3": "CIFAR-10, asymmetric noise",
+    "4": "CIFAR, semantic noise (labels predicted by a VGG-13)",
+    "5": "WebVision, evaluated on ImageNet's validation set",
+    "text-3.3": "WebVision mini with and without AutoAugment (text of section 3.3)",
+    "6": "Against semi-supervised training, 80 % uniform noise",
+    "7": "Ablation on CIFAR-100, uniform noise",
+    "text-3.5": "CIFAR-100 without AutoAugment and cutout (text of section 3.5)",
+    "A1": "CIFAR-10, open-set noise",
+    "A2": "CIFAR-100, uniform noise of every rate",
+}
+OPEN_SET_RATE = 0.6  # the paper does not print the rate
+
+
+def cifar(dataset: str, method: str, model: str = "wrn28_10", noise: str = "uniform", rate: float = 0.0, **more):
+    """Returns an experiment of configs/cifar10.py or configs/cifar100.py.
+
+    Args:
+      dataset: cifar10 or cifar100.
+      method: a name in `methods.REGISTRY`.
+      model: argument of the configuration.
+      noise: argument of the configuration.
+      rate: nominal share of wrong labels.
+      **more: `trusted`, the trusted images per class (10); `keys` and `needs` of the experiment; for its name,
+        `noise_name` in place of `noise`, and a `suffix`.
+    """
+    trusted, keys = more.get("trusted", 10), dict(more.get("keys", {}))
+    if method == "mixmatch":
+        keys = mixmatch_keys(dataset) | keys
+    arguments = f"noise={noise},noise_rate={rate:g},model={model},trusted_per_class={trusted},method={method}"
+    parts = [dataset, method, model, more.get("noise_name", noise), f"{rate:g}", f"{trusted}", more.get("suffix", "")]
+    name = "-".join(part for part in parts if part)
+    return Experiment(name, f"configs/{dataset}.py:{arguments}", keys, ("data.dir", *more.get("needs", ())))
+
+
+def mixmatch_keys(dataset: str) -> dict[str, Any]:
+    """Returns the keys that a MixMatch run changes in the configuration of CIFAR-10 or CIFAR-100."""
+    return _MIXMATCH | {"method.unlabeled_weight": 75.0 if dataset == "cifar10" else 150.0}
+
+
+def _paper_experiment(row: dict[str, Any]) -> Experiment | None:
+    """Returns the experiment of a row of paper_results.json; None where its method is not implemented here."""
+    dataset, table = row["dataset"], row["table"]
+    method, taken_out = ABLATION[row["method"]] if table == "7" else (row["method"], ())
+    if method not in methods.REGISTRY:
+        return None
+    if dataset.startswith("webvision"):
+        return _webvision(row)
+    # The paper does not say which network the numbers come from that it took from other papers.
+    model = _MODELS[row.get("network", "wrn28_10")]
+    classes = 10 if dataset == "cifar10" else 100
+    trusted = row.get("trusted_total", 10 * classes) // classes
+    more: dict[str, Any] = {"trusted": trusted}
+    noise, rate = row["noise"], row["ratio"]
+    if noise.startswith("semantic"):
+        # The rate cannot be set: it is the share of labels that the network which made the file gets wrong.
+        more |= {"noise_name": noise.replace("_", "-"), "needs": ("noise.file",)}
+        noise = "file"
+    elif noise.startswith("open_set"):
+        sources = noise.partition(":")[2].split("+")
+        more |= {"noise_name": f"open-set-{'-'.join(sources)}", "keys": {"noise.open_set": ",".join(sources)}}
+        noise, rate = "open_set", OPEN_SET_RATE
+    if table == "7":
+        more |= {
+            "keys": functools.reduce(lambda keys, part: keys | COMPONENTS[part], taken_out, {}),
+            "suffix": "-".join(part.replace(" ", "-") for part in taken_out),
+        }
+    if table == "text-3.5":
+        more |= {"keys": WITHOUT_CUTOUT, "suffix": "no-AutoAugment-no-cutout"}
+    return cifar(dataset, method, model, noise, rate, **more)
+
+
+def _webvision(row: dict[str, Any]) -> Experiment:
+    """Returns the experiment of a row of paper_results.json on WebVision."""
+    dataset, model = row["dataset"], _MODELS[row["network"]]
+    keys, suffix = {}, ""
+    # The configuration has AutoAugment in the strong view, which ieg uses. Supervised training uses the standard view
+    # alone, so there AutoAugment is put into it where the paper has it (section 3.3: 64.0 with it, 57.2 without).
+    if row["method"] == "supervised" and dataset == "webvision_mini" and "without" not in row.get("note", ""):
+        augmented = "random_resized_crop({size})|flip|autoaugment_imagenet(translate_pixels=100)"
+        keys["augment.standard"] = augmented.format(size=299 if model == "inception_resnet_v2" else 224)
+        suffix = "-autoaugment"
+    config = f"configs/{dataset}.py:method={row['method']},model={model}"
+    name = f"{dataset}-{row['method']}-{model}{suffix}"
+    return Experiment(name, config, keys, ("data.dir", "data.test", "data.trusted"))
+
+
+def paper_rows() -> list[dict[str, Any]]:
+    """Returns every number that the paper prints, with what it belongs to: the rows of paper_results.json."""
+    file = importlib.resources.files("ieg_jax.reproduce") / "paper_results.json"
+    return json.loads(file.read_text())["rows"]
+
+
+def _paper_tables() -> list[Table]:
+    """Returns the tables of the paper."""
+    rows: dict[str, list[Row]] = {}
+    for printed in paper_rows():
+        experiment = _paper_experiment(printed)
+        trusted = printed.get("trusted_per_class")
+        if trusted is None and "trusted_total" in printed:
+            trusted = printed["trusted_total"] // (10 if printed["dataset"] == "cifar10" else 100)
+        columns = {
+            "dataset": printed["dataset"],
+            "method": printed["method"],
+            "network": printed.get("network", ""),
+            "noise": printed["noise"],
+            "rate": "" if printed["ratio"] is None else printed["ratio"],
+            "trusted": "" if trusted is None else trusted,
+        }
+        paper = {key: printed[key] for key in ("top1", "top5", "std", "note") if key in printed}
+        rows.setdefault(printed["table"], []).append(Row(columns, experiment, paper))
+    return [Table(name, title, tuple(rows[name])) for name, title in _TITLES.items()]
+
+
+# What the paper's figures show beyond its tables.
+EXTREME_RATES = (0.9, 0.93, 0.95, 0.96, 0.98, 0.99)
+CONSISTENCY_WEIGHTS = (1, 5, 10, 20)
+STEP_DECAY = {"schedule.name": "step"}  # in Figure A1 the rate falls to a tenth at 40,000 and 50,000 steps
+
+
+def _figure_tables() -> list[Table]:
+    """Returns a table of the runs of each of the paper's figures."""
+
+    def rows(*experiments: Experiment, **columns):
+        return tuple(Row(columns | {"experiment": experiment.name}, experiment) for experiment in experiments)
+
+    a2 = [row.experiment for row in _paper_tables()[-1].rows]
+    figure1 = [*a2, cifar("cifar100", "eg", rate=0.8)]
+    figure1 += [cifar("cifar100", method, rate=r) for method in ("supervised", "l2r") for r in (0.0, 0.2, 0.4, 0.8)]
+    keys, suffix = COMPONENTS["no relabelling"], "no-relabelling"
+    figure2 = [cifar("cifar10", "ieg", rate=0.4)]
+    figure2 += [cifar("cifar100", "ieg", rate=r) for r in EXTREME_RATES]
+    figure2 += [cifar("cifar100", "ieg", rate=r, keys=keys, suffix=suffix) for r in EXTREME_RATES]
+    figure_a1 = [
+        cifar("cifar10", "ieg", rate=0.4),
+        cifar("cifar10", "ieg", rate=0.4, keys=STEP_DECAY, suffix="step-decay"),
+    ]
+    figure_a2 = [
+        cifar("cifar100", "ieg", rate=0.8)
+        if k == 20
+        else cifar("cifar100", "ieg", rate=0.8, keys={"method.consistency_weight": float(k)}, suffix=f"k{k}")
+        for k in CONSISTENCY_WEIGHTS
+    ]
+    return [
+        Table("figure-1", "Accuracy against the noise rate, CIFAR-100", rows(*figure1)),
+        Table("figure-2", "λ during training, and accuracy without it", rows(*figure2)),
+        Table("figure-A1", "Warm restarts against step decay, CIFAR-10, 40 % uniform noise", rows(*figure_a1)),
+        Table("figure-A2", "Weight k of the consistency, CIFAR-100, 80 % uniform noise", rows(*figure_a2)),
+    ]
+
+
+# Fashion-MNIST at half resolution, and further below digits, are experiments that a laptop can run.
+FASHION_NOISE = (("uniform", 0.2), ("uniform", 0.4), ("uniform", 0.8), ("asymmetric", 0.4))
+FASHION_METHODS = ("supervised", "l2r", "ieg")
+
+
+def fashion(method: str, noise: str = "uniform", rate: float = 0.0) -> Experiment:
+    """Returns an experiment of configs/fashion_mnist.py."""
+    config = f"configs/fashion_mnist.py:method={method},noise={noise},noise_rate={rate:g}"
+    return Experiment(f"fashion-{method}-{noise}-{rate:g}", config, needs=("data.dir",))
+
+
+def _fashion_table() -> Table:
+    """Returns the table of the experiments on Fashion-MNIST."""
+    rows = [
+        Row({"method": method, "noise": noise, "rate": rate}, fashion(method, noise, rate))
+        for method in FASHION_METHODS
+        for noise, rate in FASHION_NOISE
+    ]
+    # These two methods use no noisy label, so their result is the same for any noise.
+    rows += [Row({"method": method, "noise": "any", "rate": ""}, fashion(method)) for method in ("trusted_only", "eg")]
+    rows.append(Row({"method": "supervised", "noise": "none", "rate": 0.0}, fashion("supervised")))
+    return Table("fashion", "Fashion-MNIST, 14×14, 10 trusted images per class", tuple(rows))
+
+
+DIGITS_RATES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
+DIGITS_METHODS = ("supervised", "l2r", "ieg")
+_DIGITS_COMPONENTS = COMPONENTS | {"no AutoAugment": {"augment.strong": "crop(pad=1)|cutout(0.25)"}}
+
+
+def digits(method: str, rate: float, keys: dict[str, Any] | None = None, suffix: str = "") -> Experiment:
+    """Returns an experiment of configs/digits.py."""
+    name = "-".join(filter(None, ["digits", method, f"{rate:g}", suffix]))
+    return Experiment(name, f"configs/digits.py:method={method},noise_rate={rate:g}", keys or {})
+
+
+def _digits_tables() -> list[Table]:
+    """Returns the tables of the experiments on digits."""
+    sweep = [
+        Row({"method": method, "rate": rate}, digits(method, rate))
+        for method in DIGITS_METHODS
+        for rate in DIGITS_RATES
+    ]
+    sweep += [Row({"method": method, "rate": "any"}, digits(method, 0.0)) for method in ("eg", "trusted_only")]
+    ablation = []
+    for number, (method, taken_out) in ABLATION.items():
+        keys = functools.reduce(lambda keys, part: keys | _DIGITS_COMPONENTS[part], taken_out, {})
+        suffix = "-".join(part.replace(" ", "-") for part in taken_out)
+        what = method if not taken_out else f"ieg, {', '.join(taken_out)}"
+        for rate in (0.4, 0.8):
+            ablation.append(Row({"row": number, "what": what, "rate": rate}, digits(method, rate, keys, suffix)))
+    title = "Digits, 3 trusted images per class"
+    return [
+        Table("digits-sweep", f"{title}: uniform noise of every rate, as Figure 1", tuple(sweep)),
+        Table("digits-ablation", f"{title}: the rows of Table 7", tuple(ablation)),
+        Table("quick", f"{title}: digits-sweep and digits-ablation", tuple(sweep + ablation)),
+    ]
+
+
+@functools.cache
+def tables() -> dict[str, Table]:
+    """Returns all tables by name, in the order in which they are listed."""
+    found = [*_paper_tables(), *_figure_tables(), _fashion_table(), *_digits_tables()]
+    return {table.name: table for table in found}
+
+
+def find(target: str) -> tuple[Table, dict[str, Experiment]]:
+    """Finds what `TABLE` or `TABLE.EXPERIMENT` names.
+
+    Args:
+      target: the name.
+
+    Returns:
+      The table, and those of its experiments that are meant, by name.
+
+    Raises:
+      UserError: for a name that does not exist; the message lists those that do.
+    """
+    # The target cannot be split at a point, for names of tables and experiments can have points (text-3.3, rates).
+    names = [name for name in tables() if target == name or target.startswith(f"{name}.")]
+    if not names:
+        raise UserError(f"{target!r}: no such table, expected one of {', '.join(tables())}, or TABLE.EXPERIMENT")
+    table = tables()[max(names, key=len)]
+    wanted = target[len(table.name) + 1 :]
+    if not wanted:
+        return table, table.experiments
+    if wanted not in table.experiments:
+        raise UserError(f"{target!r}: table {table.name} has no {wanted!r}, but {', '.join(table.experiments)}")
+    return table, {wanted: table.experiments[wanted]}

@@ -1,0 +1,230 @@
+"""The paper's figures with our runs in them, and those of the smaller experiments.
+
+Filled marks and lines are runs of this code, mean over the seeds with a bar of one standard deviation; open marks are
+what the paper prints. Where nothing was run yet, the figure says so.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from etils import epath
+
+from ieg_jax.errors import check_choice
+from ieg_jax.reproduce import experiments, results
+from ieg_jax.reproduce.experiments import Experiment
+
+matplotlib.use("Agg")
+
+COLORS = {
+    "ieg": "tab:green", "supervised": "tab:gray", "l2r": "tab:blue", "eg": "tab:purple", "trusted_only": "tab:orange",
+}  # fmt: skip
+NAMES = {"ieg": "IEG", "l2r": "L2R", "eg": "EG (no noisy label)", "trusted_only": "trusted only"}
+
+
+class Finished:
+    """The finished cells that a figure draws from."""
+
+    def __init__(self, store: results.Store, seeds: int):
+        self._store, self._seeds = store, seeds
+
+    def cells(self, experiment: Experiment) -> list[dict[str, Any]]:
+        """Of every seed that is finished; settings that differ from the experiment's are an error."""
+        found = (self._store.find(experiment, seed) for seed in range(self._seeds))
+        return [cell for cell in found if cell is not None]
+
+    def points(self, rated: dict[float, Experiment]) -> np.ndarray:
+        """`[n, 3]`: noise rate, mean, standard deviation (0 of one seed) of the rates that have been run."""
+        found = {rate: results.spread(self.cells(experiment)) for rate, experiment in rated.items()}
+        points = [(rate, spread.mean, spread.std or 0.0) for rate, spread in found.items() if spread]
+        return np.array(points).reshape(-1, 3)
+
+    def curve(self, experiment: Experiment, name: str) -> np.ndarray | None:
+        """`[n, 2]`: step, mean over the seeds of a metric; None where it was not run."""
+        curves = [np.array(cell["curves"][name]) for cell in self.cells(experiment) if name in cell["curves"]]
+        return np.mean(curves, axis=0) if curves else None
+
+
+def draw(name: str, store: results.Store, seeds: int, folder: epath.Path) -> list[epath.Path]:
+    """Draws the figure `name` (of FIGURES) as PNG and SVG.
+
+    Args:
+      name: of the figure.
+      store: where finished runs are.
+      seeds: seeds 0 ... seeds − 1 are drawn.
+      folder: where to; made where it is missing.
+
+    Returns:
+      The two files.
+    """
+    check_choice("figure", name, FIGURES)
+    figure = FIGURES[name](Finished(store, seeds))
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"figure-{name}.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        with path.open("wb") as file:
+            figure.savefig(
+                file, format=path.suffix[1:], dpi=110, metadata={"Date": None} if path.suffix == ".svg" else {}
+            )
+    plt.close(figure)
+    return paths
+
+
+def _figure_1(finished: Finished) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    printed = [row for row in experiments.paper_rows() if row["dataset"] == "cifar100" and row["noise"] == "uniform"]
+
+    def paper(table, method, **more):
+        rows = [r for r in printed if (r["table"], r["method"]) == (table, method)]
+        rows = [r for r in rows if all(r.get(key) == value for key, value in more.items())]
+        return np.array([(r["ratio"], r["top1"], r.get("std", 0)) for r in rows])
+
+    tables = experiments.tables()
+    _rates(axes, "ieg", finished.points(_rated(tables["A2"])), paper("A2", "ieg"))
+    for method in ("supervised", "l2r"):
+        rated = {rate: experiments.cifar("cifar100", method, rate=rate) for rate in (0.0, 0.2, 0.4, 0.8)}
+        of_paper = paper("2", method, network="wrn28_10")
+        _rates(axes, method, finished.points(rated), of_paper)
+    semi = [row for row in printed if row["table"] == "6" and row["method"] == "eg" and row["network"] == "wrn28_10"]
+    axes.axhline(semi[0]["top1"], color=COLORS["eg"], ls=":", lw=1, label="EG*, paper")
+    _level(axes, "eg", finished.cells(experiments.cifar("cifar100", "eg", rate=0.8)))
+    axes.set(xlabel="noise rate (uniform)", ylabel="test accuracy, %", title="CIFAR-100", ylim=(0, 100))
+    _legend(axes)
+    return figure
+
+
+def _figure_2(finished: Finished) -> plt.Figure:
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 7), layout="constrained")
+    _trust(top, finished, experiments.cifar("cifar10", "ieg", rate=0.4))
+    top.set_title("CIFAR-10, 40 % uniform noise")
+    keys, suffix = experiments.COMPONENTS["no relabelling"], "no-relabelling"
+    for label, style, more in (("with λ", "-", {}), ("without λ", "--", {"keys": keys, "suffix": suffix})):
+        rated = {rate: experiments.cifar("cifar100", "ieg", rate=rate, **more) for rate in experiments.EXTREME_RATES}
+        points = finished.points(rated)
+        if len(points):
+            bottom.errorbar(*points.T, fmt=f"o{style}", color=COLORS["ieg"], label=label)
+    paper = [(r["ratio"], r["top1"]) for r in experiments.paper_rows() if r["table"] == "A2"]
+    extreme = np.array([point for point in paper if point[0] in experiments.EXTREME_RATES])
+    bottom.plot(*extreme.T, "o", mfc="none", color=COLORS["ieg"], label="with λ, paper (Table A2)")
+    bottom.set(xlabel="noise rate (uniform)", ylabel="test accuracy, %", title="CIFAR-100, extreme noise")
+    _legend(bottom)
+    return figure
+
+
+def _figure_a1(finished: Finished) -> plt.Figure:
+    runs = {"cosine with restarts": {}, "step decay": {"keys": experiments.STEP_DECAY, "suffix": "step-decay"}}
+    curves = {label: experiments.cifar("cifar10", "ieg", rate=0.4, **more) for label, more in runs.items()}
+    return _training_curves(finished, curves, "CIFAR-10, 40 % uniform noise")
+
+
+def _figure_a2(finished: Finished) -> plt.Figure:
+    by_name = experiments.tables()["figure-A2"].experiments.values()
+    curves = {f"k = {k}": e for k, e in zip(experiments.CONSISTENCY_WEIGHTS, by_name, strict=True)}
+    return _training_curves(finished, curves, "CIFAR-100, 80 % uniform noise")
+
+
+def _digits(finished: Finished) -> plt.Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for method in experiments.DIGITS_METHODS:
+        rated = {rate: experiments.digits(method, rate) for rate in experiments.DIGITS_RATES}
+        _rates(left, method, finished.points(rated), np.zeros((0, 3)))
+    for method in ("eg", "trusted_only"):
+        _level(left, method, finished.cells(experiments.digits(method, 0.0)))
+    left.set(xlabel="noise rate (uniform)", ylabel="test accuracy, %", title="Digits: noise", ylim=(0, 102))
+    _legend(left)
+    rows = experiments.tables()["digits-ablation"].rows
+    names = list(dict.fromkeys(row.columns["what"] for row in rows))
+    for rate, color in ((0.4, "tab:olive"), (0.8, "tab:green")):
+        of_rate = [results.spread(finished.cells(row.experiment)) for row in rows if row.columns["rate"] == rate]
+        places = [place for place, spread in enumerate(of_rate) if spread]
+        means = [of_rate[place].mean for place in places]
+        errors = [of_rate[place].std or 0.0 for place in places]
+        right.errorbar(means, places, xerr=errors, fmt="o", ms=8, color=color, capsize=2, label=f"{rate:.0%} noise")
+    right.set(xlabel="test accuracy, %", title="Digits: components", yticks=range(len(names)), yticklabels=names)
+    right.invert_yaxis()
+    right.grid(axis="y", color="0.9")
+    _legend(right, loc="lower left")
+    return figure
+
+
+def _fashion(finished: Finished) -> plt.Figure:
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for axes, (noise, rate) in zip(panels, (("uniform", 0.8), ("asymmetric", 0.4)), strict=True):
+        for method in ("supervised", "trusted_only", "l2r", "eg", "ieg"):
+            needs_no_label = method in ("trusted_only", "eg")
+            experiment = experiments.fashion(method) if needs_no_label else experiments.fashion(method, noise, rate)
+            curve = finished.curve(experiment, "test/accuracy")
+            if curve is not None:
+                label = f"{NAMES.get(method, method)} ({100 * curve[-1, 1]:.1f})"
+                axes.plot(curve[:, 0], 100 * curve[:, 1], color=COLORS[method], label=label)
+        clean = results.spread(finished.cells(experiments.fashion("supervised", "uniform", 0.0)))
+        if clean:
+            axes.axhline(clean.mean, color="black", ls="--", lw=1, label=f"true labels ({clean.mean:.1f})")
+        axes.set(xlabel="step", ylabel="test accuracy, %", ylim=(50, 92), title=f"{rate:.0%} {noise} noise")
+        _legend(axes, loc="lower right")
+    figure.suptitle("Fashion-MNIST, 14×14, 10 trusted images per class")
+    return figure
+
+
+FIGURES: dict[str, Callable[[Finished], plt.Figure]] = {
+    "1": _figure_1,
+    "2": _figure_2,
+    "A1": _figure_a1,
+    "A2": _figure_a2,
+    "digits": _digits,
+    "fashion": _fashion,
+}
+
+
+def _rated(table: experiments.Table) -> dict[float, Experiment]:
+    return {row.columns["rate"]: row.experiment for row in table.rows}
+
+
+def _rates(axes: plt.Axes, method: str, ours: np.ndarray, paper: np.ndarray) -> None:
+    """Accuracy against the noise rate: ours as a line, the paper's as open marks."""
+    label, color = NAMES.get(method, method), COLORS[method]
+    if len(ours):
+        axes.errorbar(*ours.T, fmt="o-", color=color, capsize=2, label=label)
+    if len(paper):
+        axes.errorbar(*paper.T, fmt="o", mfc="none", color=color, capsize=2, label=f"{label}, paper")
+
+
+def _level(axes: plt.Axes, method: str, found: list[dict[str, Any]]) -> None:
+    spread = results.spread(found)
+    if spread:
+        axes.axhline(spread.mean, color=COLORS[method], ls="--", lw=1.4, label=f"{NAMES.get(method, method)}")
+
+
+def _trust(axes: plt.Axes, finished: Finished, experiment: Experiment) -> None:
+    for which, color in (("clean", "tab:green"), ("noisy", "tab:red")):
+        curve = finished.curve(experiment, f"trust/{which}")
+        if curve is not None:
+            axes.plot(*curve.T, color=color, label=f"label is {'true' if which == 'clean' else 'wrong'}")
+    axes.set(xlabel="step", ylabel="mean λ", ylim=(0, 1))
+    _legend(axes)
+
+
+def _training_curves(finished: Finished, curves: dict[str, Experiment], title: str) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for number, (label, experiment) in enumerate(curves.items()):
+        for name, style in (("test/accuracy", "-"), ("train/accuracy", ":")):
+            curve = finished.curve(experiment, name)
+            if curve is not None:
+                shown = label if name == "test/accuracy" else None
+                axes.plot(curve[:, 0], 100 * curve[:, 1], style, color=f"C{number}", label=shown)
+    axes.set(xlabel="step", ylabel="accuracy, %: test (solid), training labels (dotted)", title=title, ylim=(0, 100))
+    _legend(axes)
+    return figure
+
+
+def _legend(axes: plt.Axes, **more: Any) -> None:
+    """The legend, or in its place what is missing."""
+    ours = [label for label in axes.get_legend_handles_labels()[1] if "paper" not in label]
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=9, **more)
+    if not ours:
+        axes.text(0.5, 0.5, "not run yet", transform=axes.transAxes, ha="center", color="tab:red", fontsize=14)

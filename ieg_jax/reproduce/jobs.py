@@ -1,0 +1,192 @@
+"""Running experiments as processes, several at a time."""
+
+import concurrent.futures
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from etils import epath
+from rich.console import Console
+
+from ieg_jax import models
+from ieg_jax.errors import UserError
+from ieg_jax.reproduce import results
+from ieg_jax.reproduce.experiments import Experiment
+
+# What --scale=tiny sets. Networks of a depth and a width that can be chosen become small.
+TINY = {
+    "batch_size": 16,
+    "num_train_epochs": 0.0,
+    "num_train_steps": 20,
+    "schedule.first_cycle_epochs": 0.0,
+    "schedule.first_cycle_steps": 20,
+    "log_every_epochs": 0.0,
+    "log_every_steps": 10,
+    "eval_every_epochs": 0.0,
+    "eval_every_steps": 20,
+    "checkpoint_every_epochs": 0.0,
+    "checkpoint_every_steps": 20,
+    "model.width": 1 / 16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What the flags --scale, --set and --foreign change of every experiment.
+
+    Attributes:
+      tiny: small networks and few steps, see TINY.
+      keys: `key=value` texts.
+      foreign: `name:folder` texts, where the foreign images of open-set noise are.
+    """
+
+    tiny: bool = False
+    keys: Sequence[str] = ()
+    foreign: Sequence[str] = ()
+
+    def of(self, experiment: Experiment) -> Experiment:
+        """The experiment with the changes.
+
+        Raises:
+          UserError: for a text in `keys` that is no key=value, or whose key does not exist.
+        """
+        keys = dict(experiment.keys)
+        if "noise.open_set" in keys:
+            places = {place.partition(":")[0]: place for place in self.foreign}
+            keys["noise.open_set"] = ",".join(places.get(name, name) for name in keys["noise.open_set"].split(","))
+        if self.tiny:
+            keys |= TINY | ({"model.depth": 10} if "model=wrn" in experiment.config else {})
+        known = results.flat(results.load_config(experiment, 0).to_dict()) if self.keys else {}
+        for pair in self.keys:
+            key, separator, value = pair.partition("=")
+            if not separator or key not in known:
+                raise UserError(f"--set={pair}: expected key=value with a key of configs/default.py")
+            kind = type(known[key])
+            if kind not in (str, int, float):
+                raise UserError(f"--set={pair}: expected the key of a text or a number")
+            try:
+                keys[key] = kind(value)
+            except ValueError:
+                raise UserError(f"--set={pair}: expected {kind.__name__}") from None
+        if self.tiny:  # of a network with one size the rest stays
+            network = results.load_config(experiment, 0).model.name
+            reads = {f"model.{key}" for key in models.REGISTRY[network].READS}
+            keys = {key: value for key, value in keys.items() if key not in TINY or key[:6] != "model." or key in reads}
+        return dataclasses.replace(experiment, keys=keys)
+
+
+def command_line(experiment: Experiment, seed: int, folder: epath.Path) -> list[str]:
+    """The command of one run."""
+    keys = [f"--config.{key}={value}" for key, value in experiment.keys.items()]
+    config = f"--config={experiment.specification(seed)}"
+    return ["python", "-m", "ieg_jax.main", config, *keys, f"--workdir={folder}"]
+
+
+def run(
+    wanted: Iterable[Experiment], store: results.Store, seeds: int, jobs: int, dry_run: bool, console: Console
+) -> None:
+    """Runs every experiment with every seed, several at a time, and skips what is finished.
+
+    A run that fails does not stop the others; its last lines are shown.
+
+    Args:
+      wanted: with the changes that the user asked for.
+      store: of the results.
+      seeds: how many: 0, 1, ...
+      jobs: how many run at a time; the processors are divided among them.
+      dry_run: the commands are printed and nothing is run.
+      console: where to say how it goes.
+
+    Raises:
+      UserError: before anything is run, where a configuration, a key or a finished run with other settings is in the
+        way; at the end, where runs failed.
+    """
+    pending, finished = [], 0
+    wanted = list(wanted)
+    for seed in range(seeds):
+        for experiment in wanted:
+            if store.find(experiment, seed) is None:
+                pending.append((experiment, seed))
+            else:
+                finished += 1
+    console.print(f"{finished + len(pending)} runs, {finished} finished already, {len(pending)} to do")
+    if dry_run:
+        for experiment, seed in pending:
+            line = shlex.join(command_line(experiment, seed, store.work_folder(experiment, seed)))
+            console.print(line, soft_wrap=True, highlight=False)
+        return
+    # As Ctrl-C: a signal to this process alone would leave the runs behind.
+    signal.signal(signal.SIGTERM, _interrupt)
+    failed = set()
+    processes = Processes(min(jobs, max(1, len(pending))))
+    with concurrent.futures.ThreadPoolExecutor(processes.count) as pool:
+        futures = {pool.submit(processes.run, command_line(e, s, store.work_folder(e, s))): (e, s) for e, s in pending}
+        try:
+            for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+                experiment, seed = futures[future]
+                code, tail = future.result()
+                what = f"[{number}/{len(pending)}] {experiment.name}, seed {seed}"
+                if code:
+                    failed.add((experiment.name, seed))
+                    console.print(f"{what}: failed\n{tail}", highlight=False, markup=False)
+                    continue
+                cell = store.keep(experiment, seed)
+                result = cell["result"]
+                accuracy = results.spread([cell])
+                console.print(f"{what}: {accuracy} %, {result['wall_seconds']:.0f} s", highlight=False, markup=False)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.stop()  # each run saves its state and ends; the same command goes on from there
+            raise
+    if failed:
+        names = "; ".join(f"{name}, seed {seed}" for name, seed in sorted(failed))
+        raise UserError(f"{len(failed)} of {len(pending)} runs failed: {names}")
+
+
+def _interrupt(*_) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+class Processes:
+    """Runs commands as processes, each on its share of the processors."""
+
+    def __init__(self, count: int):
+        self.count = count
+        processors = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._shares = [set(processors[i::count]) for i in range(count)] if len(processors) >= count > 1 else []
+        self._free = list(range(count))
+        self._running: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+
+    def run(self, command: list[str]) -> tuple[int, str]:
+        """Runs it to its end; returns the exit status and the last lines that it printed (none of a single job)."""
+        with self._lock:
+            slot = self._free.pop()
+        try:
+            if self._shares:  # of this thread, from which the new process inherits it
+                os.sched_setaffinity(0, self._shares[slot])
+            with tempfile.TemporaryFile("w+") as output:
+                streams = {} if self.count == 1 else {"stdout": output, "stderr": output}
+                process = subprocess.Popen([sys.executable, *command[1:]], **streams)
+                with self._lock:
+                    self._running.add(process)
+                code = process.wait()
+                output.seek(0)
+                return code, "".join(output.readlines()[-15:])
+        finally:
+            with self._lock:
+                self._free.append(slot)
+                self._running.discard(process)
+
+    def stop(self) -> None:
+        """Asks every process to save its state and to end."""
+        with self._lock:
+            for process in self._running:
+                process.terminate()

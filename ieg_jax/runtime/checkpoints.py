@@ -1,0 +1,358 @@
+"""Checkpoints: Orbax, the JAX ecosystem's library for them, which writes asynchronously and atomically."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
+
+from ieg_jax import config as config_lib
+from ieg_jax.config import at_least, one_of
+from ieg_jax.errors import StorageError, UserError, first_line
+from ieg_jax.runtime import processes
+
+
+def validate(checkpoint: ConfigDict) -> None:
+    """Raises UserError for a value in the group `checkpoint` of the configuration that is not allowed."""
+    checks = {
+        "keep": at_least(1),
+        "keep_every_steps": at_least(0, "0 or a number of steps"),
+        "keep_best": at_least(0, "0 or a number of checkpoints"),
+        "best_mode": one_of("max", "min"),
+    }
+    config_lib.check_values(checkpoint, checks, "checkpoint.")
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a work folder, one subfolder a step.
+
+    A checkpoint holds with its arrays a checksum of each, so that one that was damaged after it was written is
+    recognised whatever happened to it. Damaged ones are moved to `damaged_checkpoints/`, never deleted.
+    """
+
+    def __init__(self, folder: epath.PathLike, checkpoint: ConfigDict):
+        """Opens the folder, making it where it is missing.
+
+        Args:
+          folder: path, local or on a bucket.
+          checkpoint: the group `checkpoint` of the configuration.
+        """
+        self.folder = epath.Path(folder).resolve()
+        self._best = _Best(checkpoint.keep_best, checkpoint.best_metric, 1 if checkpoint.best_mode == "max" else -1)
+        policies = [policy.LatestN(checkpoint.keep), self._best]
+        if checkpoint.keep_every_steps:
+            policies.append(policy.EveryNSteps(checkpoint.keep_every_steps))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        # Named here, so that what is in a checkpoint can be asked before anything is saved or restored.
+        handlers = {"tree": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._checksums = jax.jit(checksums)
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, None without one."""
+        return self._manager.latest_step()
+
+    def note_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Tells the metrics of steps, rows of metrics.jsonl, by which the best checkpoints are kept."""
+        self._best.note(rows)
+
+    def save(self, step: int, tree: Any, position: int) -> None:
+        """Starts to save a tree of arrays; the arrays are copied before this returns, written after it.
+
+        Args:
+          step: updates made so far. A step that is there already is left as it is.
+          tree: e.g. the train state and the metrics window.
+          position: noisy examples seen so far, where the data goes on.
+
+        Raises:
+          StorageError: where this or the checkpoint before cannot be written.
+        """
+        if step == self._manager.latest_step():
+            return
+        sums = {name: int(value) for name, value in jax.device_get(self._checksums(tree)).items()}
+        with self._storage_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    tree=ocp.args.StandardSave(tree),
+                    data=ocp.args.JsonSave({"position": position, "checksums": sums}),
+                ),
+            )
+
+    def restore_newest(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Any, int] | None:
+        """Restores the newest checkpoint that is not damaged; newer ones are moved out of the way.
+
+        Args:
+          like: tree of arrays (or `jax.ShapeDtypeStruct`) with the shapes, dtypes and shardings to restore to, whatever
+            the number of devices was when it was saved.
+          warn: called with a line about each damaged checkpoint.
+
+        Returns:
+          Step, tree and position of the data; None where nothing has been saved yet.
+
+        Raises:
+          UserError: where the checkpoint holds another tree, such as that of another model.
+          StorageError: where all are damaged.
+        """
+        found = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, str] = {}
+        mismatch, several = None, jax.process_count() > 1
+        for step in found:
+            damage, restored = "", None
+            try:
+                self._check_tree(step, like)
+                if several:
+                    self._read_alone(step)
+                else:
+                    restored = self._restore(step, like)
+            except UserError as error:  # of another model, or its list of arrays is damaged: the others will tell
+                mismatch, damage = error, "its arrays are not those of this model"
+            except Exception as error:  # whatever the library meets in damaged files
+                damage = first_line(error)
+            # All processes take the same one.
+            damage = next(filter(None, processes.exchange(damage)), "")
+            if not damage:
+                restored = restored or self._restore(step, like)
+                for other, reason in damaged.items():
+                    warn(f"the checkpoint at step {other} is damaged and is not used ({reason})")
+                    self._set_aside(other)
+                return step, *restored
+            damaged[step] = damage
+        if mismatch:
+            raise mismatch
+        if damaged:
+            newest = max(damaged)
+            raise StorageError(
+                f"all {len(found)} checkpoints of {self.folder} are damaged (step {newest}: {damaged[newest]}); "
+                f"restore one from a copy, or begin again in another work folder"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Waits until what was saved is complete; raises StorageError where it cannot be."""
+        with self._storage_errors():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then ends the background threads."""
+        with self._storage_errors():
+            self._manager.close()
+
+    @property
+    def _damaged(self) -> epath.Path:
+        return self.folder.parent / "damaged_checkpoints"
+
+    def _check_tree(self, step: int, like: Any) -> None:
+        saved, wanted = _shapes(self._manager.item_metadata(step)["tree"]), _shapes(like)
+        if not saved:
+            raise ValueError("its list of arrays cannot be read")
+        if saved != wanted:
+            names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+            shown = "\n".join(
+                f"  {name}: {saved.get(name, 'absent')} -> {wanted.get(name, 'absent')}" for name in names[:5]
+            )
+            raise UserError(
+                f"{self.folder / str(step)} is the checkpoint of another model or method: {len(names)} arrays "
+                f"differ (checkpoint -> configuration):\n{shown}\nuse another work folder, or the configuration "
+                f"it was written with"
+            )
+
+    def _restore(self, step: int, like: Any) -> tuple[Any, int]:
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+        )
+        tree, data = restored["tree"], restored["data"]
+        _check_sums(tree, data["checksums"], self._checksums)
+        return tree, data["position"]
+
+    def _read_alone(self, step: int) -> None:
+        """Process 0 reads the whole checkpoint and raises where it is damaged.
+
+        Processes that restore together wait for each other, and so for ever for one of them that fails.
+        """
+        if jax.process_index():
+            return
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+        handlers = {
+            "tree": ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+            "data": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        }
+        options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+        with ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers) as manager:
+            saved = manager.item_metadata(step)["tree"].tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+            restore = ocp.args.Composite(
+                tree=ocp.args.PyTreeRestore(restore_args=as_numpy), data=ocp.args.JsonRestore()
+            )
+            found = manager.restore(step, args=restore)
+        _check_sums(found["tree"], found["data"]["checksums"], jax.jit(checksums))
+
+    def _set_aside(self, step: int) -> None:
+        self._damaged.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            target, number = self._damaged / str(step), 1
+            while target.exists():
+                target, number = self._damaged / f"{step}-{number}", number + 1
+            (self.folder / str(step)).rename(target)
+        processes.exchange("moved")  # before anyone looks again
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _storage_errors(self):
+        try:
+            yield
+        except Exception as error:
+            raise StorageError(
+                f"a checkpoint cannot be written to {self.folder}: {first_line(error)}; {self.newest()}. Make room, or "
+                f"bring the storage back, and give the same command again"
+            ) from error
+
+    def newest(self) -> str:
+        """Says which checkpoint the run can go on from, as the folder has it now."""
+        try:
+            last = max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=None)
+        except OSError as error:
+            return f"the checkpoints cannot be listed now ({first_line(error)})"
+        return f"the last good checkpoint is {self.folder / str(last)}" if last else "there is no checkpoint yet"
+
+
+class _Best(policy.PreservationPolicy):
+    """Keeps the `number` checkpoints with the greatest `sign` · `metric`, of equal ones the latest."""
+
+    def __init__(self, number: int, metric: str, sign: int):
+        self._number, self._metric, self._sign = number, metric, sign
+        self._values: dict[int, float] = {}
+
+    def note(self, rows: list[dict[str, Any]]) -> None:
+        self._values |= {row["step"]: self._sign * row[self._metric] for row in rows if self._metric in row}
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        known = sorted((self._values[info.step], info.step) for info in checkpoints if info.step in self._values)
+        best = {step for _, step in known[len(known) - self._number :]} if self._number else set()
+        return [info.step in best for info in checkpoints]
+
+
+def checkpoints_exist(folder: epath.PathLike) -> bool:
+    """Whether a run has saved anything in `folder`, `checkpoints/` of its work folder."""
+    folder = epath.Path(folder)
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def checksums(tree: Any) -> dict[str, jax.Array]:
+    """A checksum of each array: path -> uint32 scalar.
+
+    The sum over the 32-bit words w_i of (2 i + 1) w_i modulo 2³². It is exact and does not depend on the order of
+    the summation, so it is the same however the array lies on devices; every change of a single word changes it.
+    """
+
+    def checksum(leaf):
+        width = leaf.dtype.itemsize
+        if leaf.dtype == jnp.bool_:
+            leaf = leaf.astype(jnp.uint8)
+        words = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32))
+        words = words.astype(jnp.uint32)
+        index, stride = jnp.zeros(words.shape, jnp.uint32), 1
+        for axis in reversed(range(words.ndim)):
+            index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= words.shape[axis]
+        return jnp.sum((2 * index + 1) * words, dtype=jnp.uint32)
+
+    return {_path(path): checksum(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def restore_weights(
+    folder: epath.PathLike, sharding: jax.sharding.Sharding, step: int | None = None, with_memory: bool = False
+) -> tuple[int, Any, Any, Any]:
+    """Reads the weights alone from a checkpoint; nothing is written.
+
+    Their shapes are taken from the checkpoint, so it does not matter which method and optimiser it belongs to.
+
+    Args:
+      folder: `checkpoints/` of a work folder.
+      sharding: to put each array in.
+      step: which checkpoint; None = the newest that is not damaged.
+      with_memory: whether what the method remembers is read too.
+
+    Returns:
+      The step, the averaged weights (the raw ones of a run without an average), the moving averages of batch norm, and
+      the memory of the method, or None.
+
+    Raises:
+      UserError: where there is no complete checkpoint, not that one, or none that is not damaged.
+    """
+    folder = epath.Path(folder).resolve()
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist, expected the checkpoints of a run; has it saved one yet?")
+    handlers = {"tree": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+        found = sorted(manager.all_steps(), reverse=True)
+        if not found:
+            raise UserError(f"{folder} has no complete checkpoint; has the run saved one yet?")
+        if step is not None and step not in found:
+            raise UserError(f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, found[::-1]))}")
+        for candidate in found if step is None else [step]:
+            try:
+                return candidate, *_weights(manager, candidate, sharding, with_memory)
+            except Exception as error:  # whatever the library meets in damaged files
+                logging.warning("the checkpoint at step %d of %s is damaged (%s)", candidate, folder, first_line(error))
+    raise UserError(f"{folder}: {'no checkpoint' if step is None else f'checkpoint {step}'} can be read, see above")
+
+
+def _weights(
+    manager: ocp.CheckpointManager, step: int, sharding: jax.sharding.Sharding, with_memory: bool
+) -> tuple[Any, Any, Any]:
+    state, window = manager.item_metadata(step)["tree"].tree
+    weights = "params" if state["ema_params"] is None else "ema_params"
+    wanted = {
+        name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state[name])
+        for name in (weights, "batch_stats", *(["method"] if with_memory else []))
+    }
+    # What has a placeholder is not read.
+    state, window = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, (state, window))
+    target = ({**state, **wanted}, window)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            tree=ocp.args.PyTreeRestore(target, restore_args=restore_args), data=ocp.args.JsonRestore()
+        ),
+    )
+    state, _ = restored["tree"]
+    _check_sums({"0": {name: state[name] for name in wanted}}, restored["data"]["checksums"], jax.jit(checksums))
+    return state[weights], state["batch_stats"], state["method"] if with_memory else None
+
+
+def _check_sums(tree: Any, saved: dict[str, int], checksums: Callable[[Any], dict[str, jax.Array]]) -> None:
+    for name, value in jax.device_get(checksums(tree)).items():
+        if saved[name] != int(value):
+            raise ValueError(f"{name} is not what was saved")
+
+
+def _path(path: tuple) -> str:
+    """A path of a tree as text: `0/params/conv0/kernel`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _shapes(tree: Any) -> dict[str, tuple]:
+    """Path -> (shape, dtype name) for every array of a tree or of its metadata."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        _path(path): (
+            tuple(leaf.shape),
+            str(jax.numpy.dtype(leaf.dtype)),
+        )
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }

@@ -1,0 +1,135 @@
+"""The beginning of a run: what stays the same while it goes on, and the state from which it goes on."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+from clu import metric_writers  # write TensorBoard files and the log
+from ml_collections import ConfigDict
+
+from ieg_jax import config as config_lib
+from ieg_jax.data.batches import EvalBatches, train_batches
+from ieg_jax.data.load import Data, load_data
+from ieg_jax.data.splits import UNKNOWN
+from ieg_jax.errors import UserError, check_choice
+from ieg_jax.models import pretrained
+from ieg_jax.runtime import mesh, processes
+from ieg_jax.runtime.checkpoints import Checkpoints
+from ieg_jax.runtime.progress import Reporter
+from ieg_jax.runtime.workdir import WorkFolder, class_name
+from ieg_jax.train import dashboard, durations, look, metrics, program
+from ieg_jax.train.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same while a run goes on."""
+
+    config: ConfigDict  # resolved
+    folder: WorkFolder
+    data: Data
+    steps: durations.Durations
+    shardings: mesh.Shardings
+    program: program.Program
+    evaluations: dict[str, EvalBatches]
+    image_shape: tuple[int, int, int]  # of an image whose class is predicted
+    rng: jax.Array  # of the initial weights
+    step_rng: jax.Array  # of the steps
+
+
+@dataclasses.dataclass
+class Progress:
+    """What changes while a run goes on."""
+
+    start: int  # the step at which it was when it was started this time
+    state: TrainState
+    window: metrics.Window
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    began: float  # time.monotonic() of this start
+    seconds_before: float  # of earlier starts
+    writer: metric_writers.MetricWriter
+    compile_seconds: float = 0.0
+    training_seconds: float = 0.0  # in steps, evaluation left out
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of all starts together."""
+        return self.seconds_before + time.monotonic() - self.began
+
+
+def prepare(config: ConfigDict, folder: WorkFolder, shardings: mesh.Shardings, network: nn.Module | None) -> Run:
+    """Loads the data, resolves what follows from them, and builds the program."""
+    with processes.together():
+        data = load_data(config)
+        config = config_lib.resolve(config, data.facts)
+        steps = durations.in_steps(config, len(data.train))
+        named = {data.evaluation_name: data.evaluation, "trusted": data.trusted}
+        evaluations = {
+            name: EvalBatches(config, split, shardings.batch) for name, split in named.items() if split is not None
+        }
+        shape = program.data_shape(config, data)
+    processes.check_same("the data", json.dumps(data.fingerprint()))
+    built = program.build(config, shardings, shape, steps, network)
+    _check_best_metric(config, built, evaluations)
+    rngs = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=shardings.replicated)()
+    return Run(config, folder, data, steps, shardings, built, evaluations, shape.evaluation_image, *rngs)
+
+
+def write_down(run: Run, network: nn.Module | None) -> None:
+    """Claims the work folder and writes down what the run is made of."""
+    folder, data = run.folder, run.data
+    # Before config.json, with which the run has begun.
+    folder.write_network(None if network is None else class_name(network), run.image_shape)
+    with processes.together():
+        folder.begin(run.config, data.fingerprint())
+    folder.write("noise.json", data.noise_report)
+    folder.write("trusted.json", data.trusted_report)
+    folder.write("classes.json", list(data.class_names))
+    if run.config.noise.kind != "none":
+        folder.write("noisy_labels.json", data.noisy_labels.tolist())
+    if data.left_out:
+        folder.write("left_out.json", data.left_out)
+
+
+def start(
+    run: Run, checkpoints: Checkpoints, weights: pretrained.Weights, reporter: Reporter, began: float
+) -> Progress:
+    """The state at step 0, or that of the newest checkpoint that is not damaged."""
+    saved = checkpoints.restore_newest((run.program.state, run.program.window), reporter.warn)
+    if saved:
+        start, (state, window), position = saved
+        if position != start * run.config.batch_size:
+            raise UserError(f"checkpoint {start} stopped at example {position}, not {start} batches")
+        reporter.say(f"goes on from the checkpoint at step {start}")
+    else:
+        start, state = 0, run.program.init(run.rng, pretrained=weights.arrays)
+        window = run.program.empty_window()
+        if weights.note:
+            reporter.say(weights.note)
+    rows = json.loads(processes.from_first(json.dumps(run.folder.rewind(start))))
+    checkpoints.note_metrics(rows)
+    seconds_before = rows[-1].get("speed/wall_seconds", 0.0) if rows else 0.0
+    writer = metric_writers.create_default_writer(str(run.folder.path), just_logging=jax.process_index() != 0)
+    if not start:
+        truth = bool((run.data.train.clean_labels != UNKNOWN).any())
+        dashboard.begin(writer, run.config, run.program.window.averages, run.data.evaluation_name, truth)
+    return Progress(start, state, window, rows, began, seconds_before, writer)
+
+
+def _check_best_metric(config: ConfigDict, run: program.Program, evaluations: Iterable[str]) -> None:
+    kinds = [f"{metric}{suffix}" for metric in ("accuracy", "top5_accuracy") for suffix in ("", "_raw")]
+    known = [f"{name}/{kind}" for name in evaluations for kind in kinds] + sorted(run.window.averages)
+    if config.checkpoint.keep_best:
+        check_choice("checkpoint.best_metric", config.checkpoint.best_metric, known)
+
+
+def batches(run: Run, state: TrainState, step: int) -> Iterator[dict[str, jax.Array]]:
+    """The batches after a step, of the rows that the method has chosen."""
+    return train_batches(
+        run.config, run.data, run.program.method.streams, step, run.steps.num_steps, run.shardings.batch,
+        look.chosen_rows(state), run.steps.epoch_start(step),
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""Accuracy while a run goes on and at its end."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from ieg_jax.train import metrics
+from ieg_jax.train.step import TrainState
+
+
+def evaluate(
+    state: TrainState,
+    evaluations: dict[str, Iterable[dict[str, jax.Array]]],
+    eval_step: Callable[..., dict[str, metrics.WeightedAverage]],
+    alive: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of the averaged and of the raw weights.
+
+    Args:
+      state: of the training.
+      evaluations: name -> batches as of `data.batches.EvalBatches`.
+      eval_step: `step.eval_step`, compiled.
+      alive: called after each batch.
+
+    Returns:
+      E.g. `test/accuracy` (averaged weights), `test/accuracy_raw`, `test/top5_accuracy`, `trusted/accuracy`. Each
+      example counts exactly once. Without an average of the weights both are the raw ones.
+    """
+    weights = {"": state.params if state.ema_params is None else state.ema_params, "_raw": state.params}
+    row = {}
+    for name, batches in evaluations.items():
+        sums = dict.fromkeys(weights)
+        for batch in batches:
+            for suffix, params in weights.items():
+                hits = eval_step(params, state.batch_stats, state.method, batch)
+                sums[suffix] = hits if sums[suffix] is None else {k: sums[suffix][k] + hits[k] for k in hits}
+            alive()
+        for suffix, hits in jax.device_get(sums).items():
+            row |= {f"{name}/{metric}{suffix}": value.compute() for metric, value in hits.items()}
+    return row
+
+
+def accuracies(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The accuracies of result.json from the rows of metrics.jsonl."""
+    evaluated = [row for row in rows if f"{name}/accuracy" in row]
+    trusted = [row for row in rows if "trusted/accuracy" in row]
+    auroc = [row["weight/auroc"] for row in rows if "weight/auroc" in row]
+    last = evaluated[-1] if evaluated else {}
+    best = max((row[f"{name}/accuracy"] for row in evaluated), default=None)
+    # Of several steps that are equally good the last one counts: a small trusted set is often classified without error
+    # from early on, when the network has not learnt much yet.
+    chosen = max(evaluated, key=lambda row: (row["trusted/accuracy"], row["step"]), default={})
+    return {
+        f"{name}_accuracy": last.get(f"{name}/accuracy"),
+        f"{name}_accuracy_raw": last.get(f"{name}/accuracy_raw"),
+        f"{name}_top5_accuracy": last.get(f"{name}/top5_accuracy"),
+        f"{name}_accuracy_best": best,
+        "best_chosen_on": name,
+        f"{name}_accuracy_best_on_trusted": chosen.get(f"{name}/accuracy"),
+        "trusted_accuracy": trusted[-1]["trusted/accuracy"],
+        "weight_auroc": auroc[-1] if auroc else None,
+    }
+
+
+def headline(row: dict[str, Any], name: str) -> dict[str, float]:
+    """What of a row of metrics is shown while it trains; `name` is what accuracy is measured on."""
+    keys = {
+        "loss/total": "loss",
+        "train/accuracy": "train",
+        "weight/auroc": "ω-AUROC",
+        f"{name}/accuracy": name,
+        "speed/images_per_second": "images/s",
+    }
+    return {short: row[key] for key, short in keys.items() if key in row}

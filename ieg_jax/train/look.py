@@ -1,0 +1,123 @@
+"""The end of an epoch: what a method sees of the training set then, and what it makes of it.
+
+Only a method with `on_epoch` has such ends. There it may look at the predictions for the whole training set, change
+what it remembers, and choose which rows each of its streams draws from until the next end. What it chose is part of the
+state, so that a resumed run draws what an undisturbed one would.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ieg_jax.data.batches import EvalBatches
+from ieg_jax.data.splits import Split
+from ieg_jax.errors import UserError
+from ieg_jax.runtime.mesh import Shardings
+from ieg_jax.train.program import Program
+from ieg_jax.train.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """The training set as the networks see it at the end of an epoch. Everything is by row.
+
+    Attributes:
+      labels: `[N]` int32, as given.
+      epoch: epochs that are over.
+      is_last: whether this is the end of the run.
+      seed: for random choices on the host; another one at each epoch, the same on every process.
+    """
+
+    labels: np.ndarray
+    epoch: int
+    is_last: bool
+    seed: int
+    _predict: Callable[[Callable], np.ndarray]
+    _program: Program
+    _state: TrainState
+
+    def probabilities(self) -> np.ndarray:
+        """softmax(Φ(x)) of each of the R networks, without augmentation: `[R, N, K]` float32."""
+        return self._predict(self._program.probabilities)
+
+    def memory(self) -> Any:
+        """What the method remembers, on the host; of an array by example the N rows."""
+        whole = jax.jit(lambda memory: memory, out_shardings=self._program.rng.sharding)(self._state.method)
+        count, padded = len(self.labels), self._program.num_rows
+        return jax.tree.map(
+            lambda leaf: np.array(leaf[:count] if leaf.ndim and len(leaf) == padded else leaf), jax.device_get(whole)
+        )
+
+    def features(self) -> np.ndarray:
+        """What goes into the last layer of each network: `[R, N, D]` float32."""
+        return self._predict(self._program.features)
+
+
+def finish_epoch(
+    config: ConfigDict,
+    train: Split,
+    shardings: Shardings,
+    program: Program,
+    state: TrainState,
+    epoch: int,
+    is_last: bool,
+) -> TrainState:
+    """Calls the method's `on_epoch`; returns the state with what it remembers and which rows it chose.
+
+    Args:
+      config: of the run.
+      train: the noisy training set.
+      shardings: on the devices.
+      program: of the run.
+      state: at the end of the epoch.
+      epoch: epochs that are over.
+      is_last: whether this is the end of the run.
+
+    Raises:
+      UserError: where the method returns a memory of other shapes, or rows that do not exist.
+    """
+
+    def predict(function: Callable) -> np.ndarray:
+        batches = EvalBatches(config, train, shardings.batch)
+        parts = [np.asarray(function(state.params, state.batch_stats, batch["image"])) for batch in batches]
+        return np.concatenate(parts, 1)[:, : len(train)]  # the padding is at the end
+
+    seed = (config.seed * 1_000_003 + epoch) % 2**31
+    look = Look(train.labels, epoch, is_last, seed, predict, program, state)
+    changed, rows = program.method.on_epoch(state, look)
+    memory = jax.tree.map(_fitted, changed.method, program.state.method)
+    masks = {name: np.asarray(mask) for name, mask in jax.device_get(state.rows).items()}
+    for name, chosen in (rows or {}).items():
+        if name not in masks:
+            raise UserError(f"method.name={config.method.name} chose rows of {name}, expected {', '.join(masks)}")
+        chosen = np.asarray(chosen, np.int64)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(masks[name]):
+            raise UserError(
+                f"method.name={config.method.name} chose rows of {name} outside 0 to {len(masks[name]) - 1}"
+            )
+        masks[name] = np.zeros_like(masks[name])
+        masks[name][chosen] = True
+    masks = {name: jax.device_put(mask, program.state.rows[name].sharding) for name, mask in masks.items()}
+    return changed.replace(method=memory, rows=masks)
+
+
+def chosen_rows(state: TrainState) -> dict[str, np.ndarray]:
+    """Stream -> the rows that it draws from, increasing; {} for a method that does not choose."""
+    return {name: np.flatnonzero(mask) for name, mask in jax.device_get(state.rows).items()}
+
+
+def _fitted(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of the method on the devices; one of N rows gets the rows behind them, which nothing reads."""
+    if isinstance(leaf, jax.Array) and leaf.shape == like.shape:
+        return leaf
+    array = np.asarray(leaf, like.dtype)
+    if array.ndim and array.shape[1:] == like.shape[1:] and len(array) < like.shape[0]:
+        padding = np.zeros((like.shape[0] - len(array), *array.shape[1:]), array.dtype)
+        array = np.concatenate([array, padding])
+    if array.shape != like.shape:
+        raise UserError(f"on_epoch returned an array {array.shape} for one of {like.shape} that the method remembers")
+    return jax.device_put(array, like.sharding)

@@ -1,0 +1,253 @@
+"""The compiled functions of a run, and the shapes and shardings of what goes in and out.
+
+`loop` runs them; `plan.compile` compiles them for hardware that is elsewhere. No image and no file is read here.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from ieg_jax import methods, models
+from ieg_jax.data.batches import batch_size_of, image_shape, split_image_size
+from ieg_jax.data.load import Data
+from ieg_jax.methods import base
+from ieg_jax.methods.parts import optimizers
+from ieg_jax.models import own
+from ieg_jax.runtime import mesh
+from ieg_jax.train import metrics, schedules
+from ieg_jax.train.durations import Durations
+from ieg_jax.train.step import TrainState, create_state, eval_step, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class DataShape:
+    """What a program needs to know of the data."""
+
+    image: tuple[int, int, int]  # (H, W, C) of a training image, after augmentation
+    evaluation_image: tuple[int, int, int]  # the same of an image whose class is predicted
+    num_classes: int  # K
+    num_examples: int  # N, of the noisy training set
+    num_ids: int  # one more than the largest id in it
+    num_trusted: int  # M, trusted examples that are trained with
+
+    def num_rows(self, source: str) -> int:
+        """Examples of a set that streams draw from."""
+        return self.num_trusted if source == base.TRUSTED else self.num_examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Jitted functions of global arrays, with the shapes that they are compiled for.
+
+    Attributes:
+      method: bound to the network and the optimiser.
+      state, window, batch, rng: `jax.ShapeDtypeStruct`s with shardings, the arguments of `train_step`.
+      evaluation: `params`, `batch_stats`, the method's memory and a batch of the same kind, which `eval_step` takes.
+      init: key of the initial weights, `pretrained` = arrays in place of some (`step.create_state`) -> state.
+      train_step: (state, window, batch, base key of the run) -> state, window; the first two are donated.
+      eval_step: see `step.eval_step`.
+      empty_window: () -> window.
+      probabilities, features: (params, batch_stats, images) -> `[R, n, K]`, `[R, n, D]` (`methods.base.Context`).
+      num_rows: rows of a memory by example, N rounded up.
+    """
+
+    method: base.Method
+    state: TrainState
+    window: metrics.Window
+    batch: dict[str, jax.ShapeDtypeStruct]
+    rng: jax.ShapeDtypeStruct
+    evaluation: tuple[Any, Any, Any, dict[str, jax.ShapeDtypeStruct]]
+    init: Callable[..., TrainState]
+    train_step: Callable[..., tuple[TrainState, metrics.Window]]
+    eval_step: Callable[..., dict[str, metrics.WeightedAverage]]
+    empty_window: Callable[[], metrics.Window]
+    probabilities: Callable[..., jax.Array]
+    features: Callable[..., jax.Array]
+    num_rows: int
+
+    @property
+    def one_network(self) -> dict[str, Any]:
+        """Shapes of the parameters and the moving averages of one of the R networks."""
+        variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
+        if self.method.networks == 1:
+            return variables
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), variables)
+
+
+def build(
+    config: ConfigDict,
+    shardings: mesh.Shardings,
+    data: DataShape,
+    durations: Durations,
+    network: nn.Module | None = None,
+) -> Program:
+    """Builds the program of a configuration; nothing is compiled yet.
+
+    Args:
+      config: the configuration, resolved.
+      shardings: on the devices.
+      data: shapes.
+      durations: of the run.
+      network: in place of the one that `config.model` names, see `models.own.adapt`.
+    """
+    groups = config.batch_groups // config.microbatches
+    if network is None:
+        network = models.create(config.model, data.num_classes, groups)
+    else:
+        network = own.adapt(network, data.num_classes, groups, data.image)
+    described = methods.get(config.method.name)
+    context = base.Context(
+        config=FrozenConfigDict(config),
+        network=network,
+        optimizer=optimizers.create(config.optimizer),
+        num_classes=data.num_classes,
+        networks=described.networks,
+        num_examples=data.num_examples,
+        gather=lambda arrays: jax.lax.with_sharding_constraint(arrays, shardings.replicated),
+    )
+    method = described.bind(context)
+    averaged = math.ceil(config.audit.epochs * data.num_examples / config.batch_size)
+    step_function = functools.partial(
+        train_step,
+        context=context,
+        method=method,
+        schedule=schedules.create(config.schedule, durations.first_cycle, durations.num_steps),
+        average_from=durations.num_steps - averaged,
+    )
+    num_rows = -(-data.num_examples // base.ROWS_UNIT) * base.ROWS_UNIT
+    chosen = {}
+    if method.on_epoch:
+        chosen = {name: data.num_rows(stream.source) for name, stream in method.streams.items()}
+    create = functools.partial(
+        create_state, context, method, image_shape=data.image, num_rows=num_rows, stream_rows=chosen
+    )
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    batch = batch_shape(config, data)
+    state = jax.eval_shape(create, rng)
+    observation = jax.eval_shape(step_function, state, batch, rng)[1]
+    if averaged and observation.examples is not None:
+        create = functools.partial(create, averaged_ids=data.num_ids)
+        state = jax.eval_shape(create, rng)
+    empty = functools.partial(metrics.empty_window, observation, durations.log_every)
+    window = jax.eval_shape(empty)
+    state_sharding = _state_shardings(state, shardings, num_rows)
+
+    def step_and_record(state, window, batch, rng):
+        state, observation = step_function(state, batch, rng)
+        # Here, and not after it is written into the window: XLA would gather the whole window at each step.
+        observation = jax.lax.with_sharding_constraint(observation, shardings.replicated)
+        return state, metrics.add(window, observation, state.step)
+
+    def of_variables(function):
+        return jax.jit(
+            lambda params, batch_stats, images: function({"params": params, "batch_stats": batch_stats}, images),
+            in_shardings=(state_sharding.params, shardings.replicated, shardings.batch),
+            out_shardings=shardings.replicated,
+        )
+
+    return Program(
+        method=method,
+        state=_place(state, state_sharding),
+        window=_place(window, shardings.replicated),
+        batch=_place(batch, shardings.batch),
+        rng=_place(rng, shardings.replicated),
+        evaluation=(
+            _place(state.params, state_sharding.params),
+            _place(state.batch_stats, shardings.replicated),
+            _place(state.method, state_sharding.method),
+            _place(evaluation_batch_shape(config, data), shardings.batch),
+        ),
+        init=jax.jit(create, out_shardings=state_sharding),
+        train_step=jax.jit(
+            step_and_record,
+            in_shardings=(state_sharding, shardings.replicated, shardings.batch, shardings.replicated),
+            out_shardings=(state_sharding, shardings.replicated),
+            donate_argnums=(0, 1),
+        ),
+        eval_step=jax.jit(
+            functools.partial(eval_step, method=method),
+            in_shardings=(state_sharding.params, shardings.replicated, state_sharding.method, shardings.batch),
+            out_shardings=shardings.replicated,
+        ),
+        empty_window=jax.jit(empty, out_shardings=shardings.replicated),
+        probabilities=of_variables(context.probabilities),
+        features=of_variables(context.features),
+        num_rows=num_rows,
+    )
+
+
+def _state_shardings(state: TrainState, shardings: mesh.Shardings, num_rows: int) -> Any:
+    """Where each array of the state lies: what fsdp splits, a method's memory by its rows, all else everywhere."""
+
+    def of_memory(leaf):
+        by_row = leaf.ndim and leaf.shape[0] == num_rows and num_rows % shardings.num_devices == 0
+        return shardings.batch if by_row else shardings.replicated
+
+    return jax.tree.map(lambda _: shardings.replicated, state).replace(
+        params=shardings.split(state.params),
+        opt_state=shardings.split(state.opt_state),
+        ema_params=shardings.split(state.ema_params),
+        method=jax.tree.map(of_memory, state.method),
+    )
+
+
+def batch_shape(config: ConfigDict, data: DataShape) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global training batch, as `data.batches.train_batches` yields them."""
+    shapes = {}
+    for name, stream in methods.get(config.method.name).streams.items():
+        size, is_main = batch_size_of(config, stream), name == base.MAIN
+        labels = ("label", "clean_label", "id", "row") if is_main else ("label", "row")
+        part = {"image": _images(size, *data.image), **dict.fromkeys(labels, _labels(size))}
+        views = config.augment.num_views if stream.views is base.ALL_VIEWS else stream.views
+        if views > 1:
+            part["views"] = _images(size, views - 1, *data.image)
+        shapes |= {key if is_main else f"{name}_{key}": shape for key, shape in part.items()}
+    return shapes
+
+
+def evaluation_batch_shape(config: ConfigDict, data: DataShape) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global evaluation batch, as `data.batches.EvalBatches` yields them."""
+    size = config.eval_batch_size
+    return {
+        "image": _images(size, *data.evaluation_image),
+        "label": _labels(size),
+        "mask": jax.ShapeDtypeStruct((size,), jnp.float32),
+    }
+
+
+def _images(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _labels(size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size,), jnp.int32)
+
+
+def _place(tree: Any, shardings: Any) -> Any:
+    """`tree` with shardings: one for all, or a tree of them."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings
+    )
+
+
+def data_shape(config: ConfigDict, data: Data) -> DataShape:
+    """The shapes of the data, as augmentation makes them; raises UserError where they differ from image to image."""
+    size = split_image_size
+    evaluated = data.trusted if data.evaluation is None else data.evaluation
+    return DataShape(
+        image=image_shape(config, "standard", size(data.train)),
+        evaluation_image=image_shape(config, "evaluation", size(evaluated)),
+        num_classes=data.num_classes,
+        num_examples=len(data.train),
+        num_ids=int(data.train.ids.max()) + 1,
+        num_trusted=len(data.trusted),
+    )

@@ -1,0 +1,376 @@
+"""The audit of a run on image files whose wrong labels are known: what it writes, and that it goes on after a stop."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from pyarrow import parquet
+from runs import ROOT
+from sklearn.datasets import load_digits
+
+from ieg_jax import cli, inference
+from ieg_jax.audit import cleaned
+from ieg_jax.audit import page as audit_page
+from ieg_jax.audit import quality as label_quality
+from ieg_jax.audit import run as audit_run
+from ieg_jax.audit.files import CLEANED, CLEANLAB, COLUMNS, PAGE, SUMMARY, TABLE, TABLE_CSV, to_cleanlab
+from ieg_jax.audit.run import Options, audit
+from ieg_jax.data.load import fold_of, load_data
+from ieg_jax.data.sources import load as sources
+from ieg_jax.errors import UserError
+from ieg_jax.train.loop import train_and_evaluate
+
+# As people name them; one that a page must not take for markup.
+NAMES = ("Null", "eins", "zwei Stück", "drei", "vier", "fünf", "<b>sechs</b>", 'sie"ben', "acht", "neun")
+OPTIONS = Options(views=2, thumbnails=20)
+
+
+@dataclasses.dataclass
+class Case:
+    """A finished run on a list of files, and what is known of it."""
+
+    folder: object
+    workdir: str
+    given: dict  # path in the list -> label in it
+    true: dict
+
+
+def write_lists(folder):
+    digits = load_digits()
+    rng = np.random.default_rng(0)
+    rows = {
+        "train": np.arange(400),
+        "trusted": np.concatenate([np.flatnonzero(digits.target == c)[-6:] for c in range(10)]),
+    }
+    given, true = {}, {}
+    for part, numbers in rows.items():
+        (folder / "bilder" / part).mkdir(parents=True)
+        lines = []
+        for number in numbers:
+            path = f"bilder/{part}/Bild {number}.png"
+            Image.fromarray((digits.images[number] * 15).astype(np.uint8)).save(folder / path)
+            label = int(digits.target[number])
+            if part == "train":
+                true[path] = NAMES[label]
+                label = (label + rng.integers(1, 10)) % 10 if rng.random() < 0.3 else label
+                given[path] = NAMES[label]
+            lines.append([path, NAMES[label]])
+        if part == "train":
+            for name in ("leer.png", "halb.png", "kein Bild.jpg"):
+                content = (folder / "bilder/train/Bild 3.png").read_bytes()
+                (folder / "bilder/train" / name).write_bytes(
+                    {"leer.png": b"", "halb.png": content[:40]}.get(name, b"text")
+                )
+                lines.append([f"bilder/train/{name}", NAMES[0]])
+        with open(folder / f"{part}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["path", "label"], *lines])
+    return given, true
+
+
+def configuration(folder, **keys):
+    config = cli.load_config(str(ROOT / "configs/own_data.py:augment=symbols"))
+    config.data.train, config.data.trusted = str(folder / "train.csv"), str(folder / "trusted.csv")
+    config.update_from_flattened_dict(
+        {
+            "data.unreadable": "skip",
+            "trusted.holdout": 0.5,
+            "model.name": "tiny",
+            "model.width": 4.0,
+            "method.unlabeled_weight": 1.0,
+            "method.consistency_weight": 2.0,
+            "batch_size": 32,
+            "eval_batch_size": 64,
+            "num_train_epochs": 0.0,
+            "num_train_steps": 300,
+            "eval_every_epochs": 0.0,
+            "eval_every_steps": 300,
+            "checkpoint_every_epochs": 0.0,
+            "checkpoint_every_steps": 300,
+            "mesh.data": 1,
+        }
+        | keys
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    given, true = write_lists(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.chdir(ROOT)
+        patch.setattr(audit_run, "AT_ONCE", 128)
+        train_and_evaluate(configuration(folder), str(folder / "run"))
+        yield Case(folder, str(folder / "run"), given, true)
+
+
+@pytest.fixture(scope="module")
+def finished(case):
+    """An audit, and a hash of each file that was there before it."""
+    before = hashes(case.folder)
+    summary = audit(case.workdir, str(case.folder / "audit"), OPTIONS)
+    return case.folder / "audit", summary, before
+
+
+def hashes(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and "cache" not in path.parts]
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def table(folder):
+    return parquet.read_table(folder / TABLE).to_pydict()
+
+
+def test_the_table(case, finished):
+    folder, _, _ = finished
+    columns = table(folder)
+    assert list(columns)[:9] == [name for name in COLUMNS if name != "self_confidence"]
+    assert dict(zip(columns["path"], columns["given_label"], strict=True)) == case.given
+    # Its numbers are those of the network and of label_quality.
+    trained = inference.load(case.workdir)
+    data = load_data(trained.config)
+    probabilities = inference.predict(trained, data.train)
+    assert data.train.ids.tolist() == columns["id"] and len(data.held_out) == 30
+    expected = label_quality.estimate(
+        probabilities, data.train.labels, inference.predict(trained, data.held_out), data.held_out.labels
+    )
+    np.testing.assert_allclose(columns["p_right"], expected.right, atol=1e-5)
+    each = np.stack([columns[f"probability:{name}"] for name in data.class_names], 1)
+    np.testing.assert_allclose(each, probabilities, atol=1e-6)
+    memory = np.load(case.folder / "run" / "examples.npz")
+    np.testing.assert_allclose(columns["mean_trust"], memory["trust"][data.train.ids])
+    assert 0 < np.mean(columns["disagreement"]) < 1
+    with open(folder / TABLE_CSV, newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["path"] for line in lines] == columns["path"] and lines[0].keys() == set(list(columns)[:9])
+    assert [float(line["p_right"]) for line in lines] == pytest.approx(columns["p_right"])
+
+
+def test_wrong_labels_are_found(case, finished):
+    folder, summary, _ = finished
+    columns = table(folder)
+    names = list(summary["class_names"])
+    true = np.array([names.index(case.true[path]) for path in columns["path"]])
+    given, suggested = (
+        np.array([names.index(name) for name in columns[c]]) for c in ("given_label", "suggested_label")
+    )
+    judged = label_quality.judge(np.array(columns["p_right"]), suggested, given, true)
+    assert judged["auroc"] > 0.95 and judged["precision"] > 0.8 and judged["suggested_right"] > 0.75
+    low, high = summary["noise_interval"]
+    assert low - 0.05 < judged["noise_rate"] < high + 0.05 and high - low < 0.4
+    assert "known" not in summary, "the run itself does not know"
+    assert "calibrated on 30 trusted images" in audit_page.calibration_text(summary)
+
+
+def test_inputs_are_as_they_were(case, finished):
+    _, _, before = finished
+    after = hashes(case.folder)
+    assert all(after[path] == value for path, value in before.items())
+
+
+def test_the_cleaned_list_can_be_trained_on(case, finished):
+    folder, summary, _ = finished
+    columns = table(folder)
+    config = configuration(case.folder)
+    config.data.train = str(folder / CLEANED)
+    source = sources.load(config.data)
+    assert len(source.train) == 400 == sum(summary["cleaned"].values())
+    changed = 0
+    for path, label in zip(source.train.names, source.train.labels, strict=True):
+        row = columns["path"].index(path[path.index("bilder/") :])
+        kept = columns["p_right"][row] >= 0.5
+        changed += not kept
+        assert source.class_names[label] == columns["given_label" if kept else "suggested_label"][row]
+    assert 0 < changed == summary["cleaned"]["relabel"]
+    # Better than before, which is what it is for.
+    true = [case.true[path[path.index("bilder/") :]] for path in source.train.names]
+    wrong = np.mean([source.class_names[label] != name for label, name in zip(source.train.labels, true, strict=True)])
+    assert wrong < 0.6 * np.mean([case.given[path] != name for path, name in case.true.items()])
+
+
+def test_the_page_is_there(finished):
+    folder, _, _ = finished
+    page = (folder / PAGE).read_text("utf-8")
+    assert (
+        "zwei Stück" in page and "<b>sechs" not in page and page.count("data:image/png;base64,") == OPTIONS.thumbnails
+    )
+
+
+def test_an_interrupted_audit_goes_on(case, finished, monkeypatch):
+    folder = case.folder / "interrupted"
+    real, calls = inference.predictor, []
+
+    def broken(trained):
+        predict = real(trained)
+
+        def stops(split, view=None):
+            calls.append(split)
+            if len(calls) == 8:  # three views of each part: in the middle of the third
+                raise KeyboardInterrupt
+            return predict(split, view)
+
+        return stops
+
+    monkeypatch.setattr(inference, "predictor", broken)
+    with pytest.raises(KeyboardInterrupt):
+        audit(case.workdir, str(folder), OPTIONS)
+    parts = sorted(path.name for path in (folder / "parts").iterdir())
+    assert parts == ["000000000.npz", "000000128.npz"] and not (folder / SUMMARY).exists()
+    calls.clear()
+    calls += [None] * 100  # from here on it does not stop
+    summary = audit(case.workdir, str(folder), OPTIONS)
+    assert len(calls) == 100 + 2 * 3 + 1, "two parts and the held-out images"
+    assert summary == finished[1]
+    for name in (TABLE, CLEANED, CLEANLAB):
+        assert (folder / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    calls.clear()
+    assert audit(case.workdir, str(folder), OPTIONS) == summary and not calls, "finished: nothing to do"
+    with pytest.raises(UserError, match=r"holds another audit[^$]*'threshold': 0.5[^$]*ieg_jax.clean"):
+        audit(case.workdir, str(folder), dataclasses.replace(OPTIONS, threshold=0.3))
+
+
+def test_what_cannot_be_audited(case, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="not empty"):
+        audit(case.workdir, str(tmp_path / "taken"), OPTIONS)
+    with pytest.raises(UserError, match="expected a probability"):
+        audit(case.workdir, str(tmp_path / "new"), Options(threshold=1.5))
+    with pytest.raises(UserError, match="--folds=1: expected 0"):
+        audit(case.workdir, str(tmp_path / "new"), Options(folds=1))
+    with pytest.raises(UserError, match="--fold_method: got 'superised'.*Did you mean 'supervised'"):
+        audit(case.workdir, str(tmp_path / "new"), Options(folds=2, fold_method="superised"))
+    with pytest.raises(UserError, match=r"has no config.json"):
+        audit(str(tmp_path), str(tmp_path / "new"), OPTIONS)
+    moved = tmp_path / "moved"
+    shutil.copytree(case.workdir, moved)
+    changed = json.loads((moved / "data.json").read_text()) | {"train": "of other labels"}
+    (moved / "data.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="the train examples are not those"):
+        audit(str(moved), str(tmp_path / "new"), OPTIONS)
+    assert not (tmp_path / "new").exists()
+
+
+def test_marks_decide(case, finished, tmp_path):
+    folder, _, _ = finished
+    columns = table(folder)
+    first, second, third = (columns["id"][row] for row in (0, 1, 2))
+    marks = tmp_path / "marks.csv"
+    lines = [["id", "path", "given_label", "mark", "label"], [first, "", "", "relabel", NAMES[7]],
+             [second, "", "", "drop", ""], [third, "", "", "keep", columns["given_label"][2]]]  # fmt: skip
+    with open(marks, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+    counts = cleaned.write(folder, tmp_path / "cleaned.csv", 1.0, "drop", str(marks))  # P = 1 is kept, all else dropped
+    with open(tmp_path / "cleaned.csv", newline="", encoding="utf-8") as file:
+        rows = {int(row["id"]): row for row in csv.DictReader(file)}
+    assert rows[first]["label"] == NAMES[7] and rows[third]["label"] == rows[third]["given_label"]
+    assert second not in rows and counts["relabel"] == 1 and counts["keep"] == len(rows) - 1
+    assert rows[first]["path"] == str(case.folder / columns["path"][0])
+    for line, message in (
+        (["99999", "", "", "keep", ""], "line 2: id '99999'"),
+        ([str(first), "", "", "maybe", ""], "mark 'maybe', expected one of keep"),
+        ([str(first), "", "", "relabel", "Zebra"], "label 'Zebra' is no class"),
+    ):
+        with open(marks, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([lines[0], line])
+        with pytest.raises(UserError, match=message):
+            cleaned.write(folder, tmp_path / "no.csv", marks=str(marks))
+    assert not (tmp_path / "no.csv").exists()
+
+
+@pytest.mark.slow
+def test_out_of_fold_probabilities(case):
+    """Two more trainings; each example is predicted by the one that did without it."""
+    options = dataclasses.replace(OPTIONS, views=0, thumbnails=0, folds=2, fold_method="supervised")
+    folder = case.folder / "folds"
+    audit(case.workdir, str(folder), options)
+    columns, content = table(folder), to_cleanlab(str(folder))
+    assert content["pred_probs"].shape == (400, 10)
+    np.testing.assert_allclose(content["pred_probs"].sum(1), 1)
+    own = content["pred_probs"][np.arange(400), content["labels"]]
+    np.testing.assert_allclose(columns["self_confidence"], own, atol=1e-6)
+    whole = inference.load(case.workdir)
+    data = load_data(whole.config)
+    np.testing.assert_array_equal(content["labels"], data.train.labels)
+    # P(right) comes of both: the run's network, and these, which also look at the held-out images, each at its share.
+    held_out = np.empty((len(data.held_out), 10), np.float32)
+    folds = fold_of(data.train.ids, 2)
+    for fold in (0, 1):
+        trained = inference.load(folder / "folds" / str(fold))
+        assert trained.config.method.name == "supervised"
+        seen = load_data(trained.config).train.ids
+        np.testing.assert_array_equal(seen, data.train.ids[folds != fold])
+        rows = np.flatnonzero(folds == fold)
+        expected = inference.predict(trained, data.train.take(rows))
+        np.testing.assert_allclose(content["pred_probs"][rows], expected, atol=1e-5)
+        held_out[fold::2] = inference.predict(trained, data.held_out)[fold::2]
+    quality = label_quality.estimate(
+        label_quality.pooled([inference.predict(whole, data.train), content["pred_probs"]]),
+        data.train.labels,
+        label_quality.pooled([inference.predict(whole, data.held_out), held_out]),
+        data.held_out.labels,
+    )
+    np.testing.assert_allclose(columns["p_right"], quality.right, atol=1e-4)
+
+
+def test_divergence_by_hand():
+    same, opposite = np.array([[0.5, 0.5]]), np.array([[[1.0, 0]], [[0, 1.0]]])
+    assert label_quality.divergence(np.stack([same, same])) == pytest.approx(0)
+    assert label_quality.divergence(opposite) == pytest.approx(1)
+    assert label_quality.divergence(same[None]) == pytest.approx(0)
+    # H(0.75, 0.25) − (0 + log 2) / 2 over log 2, of (1, 0) and (0.5, 0.5).
+    expected = (-0.75 * np.log(0.75) - 0.25 * np.log(0.25)) / np.log(2) - 0.5
+    assert label_quality.divergence(np.stack([opposite[0], same])) == pytest.approx(expected)
+
+
+def test_judge_by_hand():
+    given, true = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 0])
+    judged = label_quality.judge(np.array([0.9, 0.2, 0.1, 0.4]), np.array([1, 1, 0, 2]), given, true)
+    # Wrong: 1 and 3. Pairs (wrong, right): (1, 0) and (3, 0) in order, (1, 2) and (3, 2) not. Lowest two: 2 and 1.
+    assert judged == {"noise_rate": 0.5, "auroc": 0.5, "precision": 0.5, "suggested_right": 0.5}
+    assert label_quality.judge(np.ones(2), given[:2], given[:2], given[:2]) == {"noise_rate": 0.0}
+
+
+@pytest.mark.parametrize("side, kind", [(8, "png"), (200, "jpeg")])
+def test_thumbnails(side, kind):
+    import base64
+    import io
+
+    image = np.zeros((side, side // 2, 3), np.uint8)
+    image[: side // 2] = 255
+    head, _, content = audit_page.thumbnail(image).partition(",")
+    assert head == f"data:image/{kind};base64"
+    picture = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert picture.size == (min(side, 96) // 2, min(side, 96))
+    assert picture.getpixel((1, 1))[0] > 250 and picture.getpixel((1, picture.size[1] - 2))[0] < 5
+
+
+def test_the_commands(case, finished, tmp_path):
+    out = finished[0]
+    arguments = [f"--workdir={case.workdir}", f"--out={out}", "--views=2", "--thumbnails=20"]
+    environment = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(case.folder / "cache")}
+    import os
+
+    def command(module, *flags):
+        done = subprocess.run(
+            [sys.executable, "-m", f"ieg_jax.{module}", *flags],
+            cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = command("audit", *arguments)  # finished already
+    assert code == 0 and "400 labels, " in text and "audit.html" in text and "calibrated on 30" in text
+    code, text = command("clean", f"--audit={out}", f"--out={tmp_path / 'c.csv'}", "--threshold=0.2")
+    assert code == 0 and "labels kept" in text and (tmp_path / "c.csv").exists()
+    code, text = command("clean", f"--audit={out}", f"--out={tmp_path / 'c.csv'}")
+    assert code == 1 and "is there already; name a new file" in text
+    assert jax.process_count() == 1

@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from ieg_jax.methods.parts import mixup
+
+
+def test_by_hand():
+    draw = mixup.Draw(
+        probe_index=jnp.array([[1, 1]]),
+        partner=jnp.array([[2, 1, 0, 3]]),
+        coefficient=jnp.array([[0.75, 1.0, 0.5, 0.9]]),
+    )
+    probe = mixup.resample(draw, jnp.array([[10.0], [20.0]]))
+    np.testing.assert_array_equal(probe, [[20], [20]])
+    mixed = mixup.mix(draw, [probe, jnp.array([[0.0], [4.0]])])
+    np.testing.assert_allclose(mixed, [[0.75 * 20], [20], [10], [4]])
+    first, second = mixup.split(mixed, 1, 2)
+    np.testing.assert_allclose(first, [[15], [20]])
+    np.testing.assert_allclose(second, [[10], [4]])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_nothing_leaves_its_group(groups):
+    size, blocks = 8 // groups, 3
+    draw = mixup.draw(jax.random.key(0), groups, size, 4 // groups, blocks, "exact")
+    assert sorted(draw.partner[0].tolist()) == list(range(blocks * size)), "a permutation"
+    owner = jnp.repeat(jnp.arange(groups, dtype=jnp.float32), size)
+    probe_owner = jnp.repeat(jnp.arange(groups, dtype=jnp.float32), 4 // groups)
+    picked = mixup.resample(draw, probe_owner)
+    np.testing.assert_array_equal(picked, owner)
+    for block in mixup.split(mixup.mix(draw, [picked, owner, owner]), groups, blocks):
+        np.testing.assert_allclose(block, owner, rtol=1e-6)
+
+
+def test_split_undoes_the_layout():
+    groups, blocks = 2, [jnp.arange(4.0), 10 + jnp.arange(4.0), 20 + jnp.arange(4.0)]
+    same = mixup.Draw(None, jnp.tile(jnp.arange(6), (2, 1)), jnp.ones((2, 6)))
+    for block, expected in zip(mixup.split(mixup.mix(same, blocks), groups, 3), blocks, strict=True):
+        np.testing.assert_array_equal(block, expected)
+
+
+@pytest.mark.parametrize("kind, alpha", [("exact", 0.5), ("exact", 0.75), ("exact", 2.0), ("approximate", 0.5)])
+def test_distribution_of_the_coefficient(kind, alpha):
+    coefficient = np.ravel(mixup.draw(jax.random.key(0), 1, 5000, 1, 2, kind, alpha).coefficient)
+    assert coefficient.min() >= 0.5
+    assert coefficient.max() <= 1.0
+    if kind == "exact":  # max(β, 1 − β) with β ~ Beta(α, α)
+        cdf = lambda x: 1 - 2 * stats.beta(alpha, alpha).cdf(1 - x)  # noqa: E731
+    else:  # 1 − U²/2
+        cdf = lambda x: 1 - np.sqrt(2 * (1 - np.clip(x, 0.5, 1)))  # noqa: E731
+    assert stats.kstest(coefficient, cdf).pvalue > 1e-3

@@ -1,0 +1,156 @@
+"""The program of a run: shapes, and that no way of laying it out on devices changes what it computes."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import x64
+from jax.sharding import PartitionSpec
+from small_step import fixed_durations
+
+from ieg_jax import config as config_lib
+from ieg_jax import methods
+from ieg_jax.data.batches import EvalBatches, train_batches
+from ieg_jax.data.load import load_data
+from ieg_jax.plan import hlo
+from ieg_jax.runtime import mesh
+from ieg_jax.train import program
+
+SHAPE = program.DataShape((8, 8, 1), (8, 8, 1), num_classes=4, num_examples=100, num_ids=100, num_trusted=8)
+BATCH = 32
+
+
+def build(config, **overrides):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({"batch_size": BATCH, "eval_batch_size": BATCH, "mesh.data": 1, **overrides})
+    config = config_lib.resolve(config)
+    return program.build(config, mesh.create(config), SHAPE, fixed_durations())
+
+
+def random_batch(shapes, seed):
+    rng = np.random.default_rng(seed)
+
+    def draw(name, shape):
+        if shape.dtype == np.int32:
+            return rng.integers(0, 4, shape.shape, dtype=np.int32)
+        values = rng.uniform(-1, 1, shape.shape).astype(shape.dtype)
+        return (values > 0).astype(shape.dtype) if name == "mask" else values
+
+    return {name: jax.device_put(draw(name, shape), shape.sharding) for name, shape in shapes.items()}
+
+
+def three_steps(run):
+    """Path -> array of the state and the window after three steps, and the evaluation of a batch."""
+    state, window = run.init(jax.random.key(0)), run.empty_window()
+    for seed in range(3):
+        state, window = run.train_step(state, window, random_batch(run.batch, seed), jax.random.key(5))
+    evaluated = run.eval_step(state.params, state.batch_stats, state.method, random_batch(run.evaluation[3], 9))
+    leaves = jax.tree_util.tree_leaves_with_path((state, window, evaluated))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Results of one device and the whole batch at once, by (method, batch_groups)."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    "method, overrides",
+    [
+        ("ieg", {"microbatches": 4}),
+        ("l2r", {"microbatches": 2}),
+        ("gce", {"mesh.data": 8}),
+        ("elr", {"mesh.data": 8}),
+        ("co_teaching", {"mesh.data": 8}),
+        ("co_teaching", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}),
+        pytest.param("ieg", {"model.remat": True}, marks=pytest.mark.slow),
+        ("ieg", {"mesh.data": 2, "mesh.fsdp": 4}),
+        ("ieg", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2, "model.remat": True}),
+        pytest.param(
+            "ieg",
+            {"mesh.data": 1, "mesh.fsdp": 4, "batch_groups": 1, "optimizer.name": "adam"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_layout_changes_nothing(tiny_config, plain, method, overrides):
+    """In float64: batch norm's statistics, ω, λ, every loss, the optimiser's state and the accuracy."""
+    tiny_config.method.name, tiny_config.model.dtype, tiny_config.model.width = method, "float64", 2.0
+    groups = {"batch_groups": overrides.get("batch_groups", 8)}
+    if "optimizer.name" in overrides:
+        groups["optimizer.name"] = overrides["optimizer.name"]
+    with x64():
+        key = (method, *groups.values())
+        if key not in plain:
+            plain[key] = three_steps(build(tiny_config, **groups))
+        found = three_steps(build(tiny_config, **{**groups, **overrides}))
+    assert found.keys() == plain[key].keys()
+    for path, expected in plain[key].items():
+        np.testing.assert_allclose(found[path], expected, rtol=1e-9, atol=1e-11, err_msg=path)
+
+
+def test_fsdp_splits_parameters_average_and_momentum(tiny_config):
+    tiny_config.model.width = 2.0  # 16 channels
+    run = build(tiny_config, **{"mesh.data": 2, "mesh.fsdp": 4})
+    state = run.init(jax.random.key(0))
+    for tree in (state.params, state.ema_params, state.opt_state.trace):
+        kernel = tree["conv1"]["kernel"]
+        assert kernel.shape == (3, 3, 16, 16)
+        assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 16, 4)}
+    head = state.params["head"]
+    assert head["kernel"].sharding.spec == PartitionSpec("fsdp"), "16 features before 4 classes: the longer axis"
+    assert {shard.data.shape for shard in head["bias"].addressable_shards} == {(1,)}
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((state.batch_stats, state.step)))
+
+
+def test_a_memory_is_split_by_rows_and_never_gathered(tiny_config):
+    """Of 1,024 rows each of eight devices has 128; what a step sends between them is no larger than a batch."""
+    tiny_config.method.name = "elr"
+    run = build(tiny_config, **{"mesh.data": 8, "batch_groups": 8})
+    state = run.init(jax.random.key(0))
+    assert {shard.data.shape for shard in state.method["target"].addressable_shards} == {(128, 4)}
+    compiled = run.train_step.lower(run.state, run.window, run.batch, run.rng).compile()
+    sent = [array.shape for one in hlo.find_collectives(hlo.parse(compiled.as_text())) for array in one.arrays]
+    assert sent and not [shape for shape in sent if 1024 in shape or 128 in shape]
+
+
+def test_rows_that_devices_do_not_divide_are_on_each(tiny_config):
+    tiny_config.method.name = "elr"
+    run = build(tiny_config, **{"mesh.data": 3, "batch_size": 33, "eval_batch_size": 33})
+    assert run.state.method["target"].sharding.is_fully_replicated
+
+
+def test_an_array_that_cannot_be_split_is_left_whole(tiny_config):
+    tiny_config.mesh.data, tiny_config.mesh.fsdp = 2, 4
+    tiny_config.trusted.batch_size = tiny_config.eval_batch_size = 16
+    shardings = mesh.create(tiny_config)
+    shapes = {"odd": np.zeros((3, 3, 5)), "scalar": np.zeros(()), "tie": np.zeros((8, 8))}
+    specs = {name: place.spec for name, place in shardings.split(shapes).items()}
+    assert specs == {"odd": PartitionSpec(), "scalar": PartitionSpec(), "tie": PartitionSpec(None, "fsdp")}
+
+
+def test_microbatches_need_less_memory(tiny_config):
+    """Of activations: with eight parts, less than a third of them (what is left are images, logits and gradients)."""
+    tiny_config.batch_groups = 8
+
+    def temporary(microbatches):
+        run = build(tiny_config, batch_size=256, microbatches=microbatches)
+        compiled = run.train_step.lower(run.state, run.window, run.batch, run.rng).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < temporary(1) / 3
+
+
+@pytest.mark.parametrize("method", methods.REGISTRY)
+def test_shapes_are_those_of_the_pipeline(tiny_config, method):
+    tiny_config.method.name, tiny_config.trusted.batch_size = method, 8
+    data = load_data(tiny_config)
+    shardings = mesh.create(tiny_config)
+    shape = program.data_shape(tiny_config, data)
+    batch = next(train_batches(tiny_config, data, methods.get(method).streams, 0, 1, shardings.batch))
+    evaluated = next(iter(EvalBatches(tiny_config, data.evaluation, shardings.batch)))
+    for promised, found in (
+        (program.batch_shape(tiny_config, shape), batch),
+        (program.evaluation_batch_shape(tiny_config, shape), evaluated),
+    ):
+        assert {k: (v.shape, v.dtype) for k, v in promised.items()} == {k: (v.shape, v.dtype) for k, v in found.items()}
