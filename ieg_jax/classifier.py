@@ -3,7 +3,7 @@
     clf = IEGClassifier(augment="grey").fit(X, y, X_trusted, y_trusted)
     clf.predict(X_new), clf.label_quality_, clf.suspects(20)
 
-`fit` writes the arrays into a work folder, has `train.train_and_evaluate` train there, and reads from it what the
+`fit` writes the arrays into a work folder, has `train.loop.train_and_evaluate` train there, and reads from it what the
 attributes hold. So what it computes is what the commands compute from the same configuration (`config_`).
 """
 
@@ -78,7 +78,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
       classes_: `[K]` labels, sorted.
       label_quality_: `[N]` float32, P(given label is right), in the order of X; 1 for rows that are `trusted`.
       suggested_labels_: `[N]` the most probable other class of each; of rows that are `trusted` their label.
-      quality_: `label_quality.Quality` of the rows that are not `trusted`, classes as numbers.
+      quality_: `audit.quality.Quality` of the rows that are not `trusted`, classes as numbers.
       noise_rate_: share of their labels that are wrong.
       noise_interval_: (low, high) around it, 95 %.
       transition_matrix_: `[K, K]`, P(given = classes_[j] | true = classes_[i]).
@@ -137,7 +137,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
           ValueError: for arguments that cannot be used, before anything is compiled.
-          StorageError, NonFiniteError: see `train.train_and_evaluate`.
+          StorageError, NonFiniteError: see `train.loop.train_and_evaluate`.
           KeyboardInterrupt: after SIGINT or SIGTERM; with `workdir` the same call goes on from there.
         """
         check_choice("method", self.method, methods.REGISTRY)

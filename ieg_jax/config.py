@@ -241,6 +241,7 @@ def check_unread(
         name, value = f"{prefix}{key}", get(group, key)
         # The argument `reference` sets its keys whatever the method and the network are.
         allowed = (usual, *REFERENCE.get(name, ()), *((AUTO,) if name in AUTOMATIC else ()))
+        value = tuple(value) if isinstance(value, list) else value  # what a config.json has for a tuple
         if key in reads[choice] or value in allowed:
             continue
         readers = ", ".join(name for name, keys in reads.items() if key in keys)

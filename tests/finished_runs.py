@@ -1,4 +1,4 @@
-"""Work folders as a training leaves them, without the training."""
+"""Writes work folders as a training leaves them, without the training."""
 
 import json
 
@@ -9,12 +9,12 @@ EXPERIMENT = Experiment("one", "configs/digits.py:method=ieg,noise_rate=0.4", {"
 
 
 def write_run(store, experiment=EXPERIMENT, seed=0, accuracy=0.9, finished=True):
-    """A work folder as training leaves it."""
+    """Writes the work folder of a run, and returns it."""
     folder = store.work_folder(experiment, seed)
     folder.mkdir(parents=True, exist_ok=True)
     config = results.load_config(experiment, seed).to_dict()
-    config["trusted"]["batch_size"] = config["batch_size"]  # as a run writes it down
-    config["eval_batch_size"] = 17  # how it is computed, not what
+    config["trusted"]["batch_size"] = config["batch_size"]  # a run writes the number for which 0 stands
+    config["eval_batch_size"] = 17  # this says how the run is computed, so it is no setting
     (folder / "config.json").write_text(json.dumps(config))
     rows = [
         {"step": s, "test/accuracy": accuracy * s / 400, "trust/clean": 0.75, "loss/total": 1.0} for s in range(400)

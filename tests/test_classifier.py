@@ -25,8 +25,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
 
 import ieg_jax
-from configs import default, own_data
 from configs import features as features_config
+from configs import own_data
 from ieg_jax import classifier, inference, models
 from ieg_jax.audit import quality as label_quality
 from ieg_jax.classifier import IEGClassifier
@@ -423,8 +423,7 @@ def test_bad_input_to_predict(fitted):
 # ---- What comes from elsewhere.
 
 
-def test_defaults_are_those_of_the_configurations():
-    assert classifier._defaults().to_dict() == default.get_config().to_dict()
+def test_defaults_for_features_are_those_of_their_configuration():
     features = features_config.get_config()
     assert (features.augment.standard, features.augment.strong) == classifier.FEATURES_AUGMENT
     assert features.schedule.base_lr == classifier.FEATURES_RATE

@@ -42,10 +42,10 @@ def test_reference_sets_every_key_on_which_paper_and_authors_differ():
         default.get_config("reference=book")
 
 
-def test_the_readme_names_every_key_of_the_reference_switch():
-    readme = (ROOT / "README.md").read_text()
+def test_the_page_on_the_paper_names_every_key_of_the_reference_switch():
+    page = (ROOT / "docs" / "paper.md").read_text()
     for key in config_lib.REFERENCE:
-        assert f"`{key}`" in readme
+        assert f"`{key}`" in page
 
 
 @pytest.mark.parametrize(

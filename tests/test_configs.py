@@ -73,7 +73,8 @@ IN_PROCESS = [name for name in FILES if name not in PUBLISHED]
 
 
 @pytest.mark.parametrize(
-    "name, arguments", [*((name, "") for name in IN_PROCESS), ("quickstart.py", "reference=paper")]
+    "name, arguments",
+    [*((name, "") for name in IN_PROCESS), pytest.param("quickstart.py", "reference=paper", marks=pytest.mark.slow)],
 )
 def test_one_step(name, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -197,6 +198,7 @@ def published(name, folder):
 
 SMALL = [
     "--config.model.name=tiny",
+    "--config.model.depth=10",  # tiny does not read it, so it must have its default
     "--config.num_train_steps=1",
     "--config.batch_size=8",
     "--config.eval_batch_size=50",

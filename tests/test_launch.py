@@ -51,7 +51,7 @@ def programs(tmp_path):
 def launch(programs, tmp_path):
     """Runs a script and returns the finished process."""
 
-    def call(name, *arguments, env=None, timeout=20):
+    def call(name, *arguments, env=None, timeout=60):
         return subprocess.run(
             [LAUNCH / name, *arguments],
             cwd=ROOT,
@@ -323,7 +323,7 @@ def wait_for(condition):
 
 def test_local_all_end_well(local, tmp_path):
     process = local(0, 0, 0)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert output == "output of 0\n"
     assert "3 processes with 1 devices each" in errors
@@ -344,7 +344,7 @@ def test_local_all_end_well(local, tmp_path):
 )
 def test_local_ends_the_others_when_one_dies(local, tmp_path, actions, message):
     process = local(*actions)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.match(f"error: {message}", errors.splitlines()[-1])
     assert len(errors.splitlines()) == (2 if len(actions) > 1 else 1)
@@ -360,7 +360,7 @@ def test_local_passes_signals_on(local, tmp_path, sent):
     notes = tmp_path / "notes"
     wait_for(lambda: notes.read_text().count("ready") == 2)
     process.send_signal(sent)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert sorted(notes.read_text().splitlines()) == ["0 TERM", "0 ready", "1 TERM", "1 ready"]
     assert errors.splitlines()[-1] == f"stopped by {sent.name}; the same command goes on from the last checkpoint"
@@ -368,7 +368,7 @@ def test_local_passes_signals_on(local, tmp_path, sent):
 
 def test_local_kills_what_does_not_stop(local, tmp_path):
     process = local("wait", 5, arguments=["--grace-seconds=1"], STUBBORN="yes")
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "killed, since they did not end by themselves: process 0" in errors.splitlines()[-1]
     assert "process 1 of 2 exited with code 5" in errors.splitlines()[-1]
@@ -381,7 +381,7 @@ def test_local_kills_at_the_second_signal(local, tmp_path):
     process.send_signal(signal.SIGTERM)
     wait_for(lambda: notes.read_text().count("TERM") == 2)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "process 0 1" in errors.splitlines()[-1]
 
@@ -907,7 +907,7 @@ def test_slurm_requeues_before_the_time_limit(slurm, state, requeued):
     process = slurm("wait", state)
     wait_for(lambda: "ready" in slurm.notes.read_text())
     process.send_signal(signal.SIGUSR1)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
     assert slurm.notes.read_text().splitlines() == ["ready", "scancel --signal=TERM 7", "step TERM", *requeued]
 
@@ -923,7 +923,7 @@ def test_slurm_requeues_before_the_time_limit(slurm, state, requeued):
 )
 def test_slurm_exit_codes(slurm, task, state, restarts, code, notes, message):
     process = slurm(task, state, restarts)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert slurm.notes.read_text().splitlines() == notes
     assert message in errors
@@ -931,7 +931,7 @@ def test_slurm_exit_codes(slurm, task, state, restarts, code, notes, message):
 
 def test_slurm_preemptions_do_not_count(slurm):
     process = slurm(1, restarts=3, preempted="2026-11-24T06:27:19")
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert slurm.notes.read_text().splitlines() == ["scontrol requeue 7"]
     assert "preempted; the job goes back into the queue" in errors
 

@@ -16,10 +16,11 @@ FLOORS = [
     {"train", "inference"},
     {"data"},
     {"runtime", "methods", "models"},
-    {"cli", "config", "files", "hardware"},
+    {"cli"},
+    {"config", "files", "hardware"},
     {"errors"},
 ]
-COMMANDS = {"main", "quickstart", "predict", "export", "clean", "embed", "semantic_noise"}
+COMMANDS = {"main", "quickstart", "predict", "export", "clean", "semantic_noise"}
 COMMANDS_OF_DATA = {"doctor", "prepare", "contact_sheet", "semantic_noise"}
 
 

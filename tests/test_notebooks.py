@@ -37,11 +37,12 @@ def test_what_is_kept(path):
     "name, expected",
     [
         ("quickstart", ["1,287 training images, 72% of their labels are wrong", "ieg:", "--logdir"]),
-        (
+        pytest.param(
             "own_data_and_audit",
             ["of the labels are wrong", "labels in cleaned.csv are wrong", "path,class,probability"],
+            marks=pytest.mark.slow,
         ),
-        ("new_method", ["q = 1 half the absolute error", "gce:"]),
+        pytest.param("new_method", ["q = 1 half the absolute error", "gce:"], marks=pytest.mark.slow),
     ],
 )
 def test_runs(name, expected, tmp_path):

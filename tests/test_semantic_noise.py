@@ -74,10 +74,10 @@ def test_summary_by_hand():
 
 
 def test_labels_of_digits_and_back_as_noise(tiny_config, tmp_path, monkeypatch):
-    digits = sources.REGISTRY["digits"](tiny_config.data)
+    digits = sources.REGISTRY["digits"].read(tiny_config.data)
     order = np.random.default_rng(0).permutation(1297)
     shuffled = dataclasses.replace(digits, train=digits.train.take(order))
-    monkeypatch.setitem(sources.REGISTRY, "digits", lambda data: shuffled)
+    monkeypatch.setitem(sources.REGISTRY, "digits", sources.Reader(lambda data: shuffled))
     tiny_config.num_train_steps = tiny_config.eval_every_steps = tiny_config.log_every_steps = 40
     overridden = ["num_train_steps", "num_train_epochs"]
     config = semantic_labels.training_config(tiny_config, 0.05, "tiny", overridden)

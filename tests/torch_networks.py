@@ -2,7 +2,7 @@
 
     python tests/torch_networks.py            # needs torch, torchvision and timm, which nothing else here does
 
-writes data/torch_networks.npz: for each network the names and shapes of its state dict and the logits, computed in
+writes fixtures/torch_networks.npz: for each network the names and shapes of its state dict and the logits, computed in
 float64. Weights and images are not in it, they come from numpy's RandomState, whose numbers never change. Written on
 2026-11-24 with torch 2.14.1, torchvision 0.29.1, timm 1.0.31.
 """

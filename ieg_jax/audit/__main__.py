@@ -26,7 +26,7 @@ from ieg_jax.audit.options import Options
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    """Defines the flags. This does not happen at import because other commands have flags of the same names."""
     usual = Options()
     flags.DEFINE_string("workdir", None, "Work folder of the run.", required=True)
     flags.DEFINE_string("out", None, "New folder, or that of an audit to go on with.", required=True)

@@ -14,7 +14,7 @@ from ieg_jax import cli
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    """Defines the flags. This does not happen at import because other commands have flags of the same names."""
     flags.DEFINE_string("out", None, "The picture, a .png file.", required=True)
     flags.DEFINE_bool("overwrite", False, "Replace the file if it exists.")
     config_flags.DEFINE_config_file("config", None, f"Shows its policies too. {cli.CONFIG_HELP}", lock_config=True)

@@ -13,7 +13,7 @@ from ieg_jax import cli
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    """Defines the flags. This does not happen at import because other commands have flags of the same names."""
     cli.define_config_flag()
     flags.DEFINE_string("out", None, "New folder for the report and the contact sheet.", required=True)
     flags.DEFINE_bool("quick", False, "Do not read every image in search of duplicates.")

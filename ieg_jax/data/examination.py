@@ -28,7 +28,6 @@ from ieg_jax.errors import UserError
 from ieg_jax.methods.base import Stream
 
 ROWS_SHOWN = 25  # in a table with a row for each class
-SIZES_READ = 500  # records that are decoded to find their sizes
 
 
 def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Console) -> list[str]:
@@ -205,13 +204,8 @@ def _sizes(split: Split) -> str:
     if split.in_memory:
         height, width, channels = split.images.shape[1:]
         return f"{height}×{width}×{channels}, {split.images.dtype}, in memory"
-    if isinstance(split.images, images.FileImages):
-        found, which = split.images.sizes, "files"
-    else:
-        rows = np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int))
-        read = split.images.reader()
-        found = np.array([images.readable(lambda r: read(r).whole(), row, split.names[row]).shape[:2] for row in rows])
-        which = f"records, {len(rows)} looked at"
+    found = sources.image_sizes(split)
+    which = "files" if isinstance(split.images, images.FileImages) else f"records, {len(found)} looked at"
     low, middle, high = found.min(0), np.median(found, 0).astype(int), found.max(0)
     return (
         f"height {low[0]} to {high[0]} (median {middle[0]}), width {low[1]} to {high[1]} (median {middle[1]}), {which}"

@@ -18,7 +18,7 @@ from ieg_jax import cli
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not when it is imported, for other commands have flags of the same names."""
+    """Defines the flags. This does not happen at import because other commands have flags of the same names."""
     cli.define_config_flag()
     flags.DEFINE_string("out", None, "Folder for the records, local or on a bucket.", required=True)
     flags.DEFINE_integer("examples_per_shard", 1024, "Images in one file.", lower_bound=1)

@@ -1,4 +1,7 @@
-"""Predictions of a trained network, here (`trained`) or in a program that serves it (`exported`)."""
+"""Predicts with a trained network, here (`trained`) or in a program that serves it (`exported`).
+
+The module `predictions` writes the tables of the command `ieg_jax.predict`; it is not imported here.
+"""
 
 from ieg_jax.inference.exported import (
     INPUTS,

@@ -1,6 +1,7 @@
-"""A trained network for programs that serve it: its weights, or a function that needs no code of this package.
+"""Exports a trained network for programs that serve it.
 
-`export_stablehlo` writes the function for jax alone, and `export_saved_model` for TensorFlow.
+`export` writes its weights. `export_stablehlo` and `export_saved_model` write a function that needs no code of this
+package, but only jax or only TensorFlow.
 """
 
 import dataclasses
@@ -20,21 +21,22 @@ from ieg_jax.inference.trained import SIGNATURE, Trained
 from ieg_jax.models import own, pretrained
 from ieg_jax.runtime.workdir import class_name, provenance
 
-STABLEHLO = "model.stablehlo"  # of an exported folder with a function
-PLATFORMS = ("cpu", "tpu", "cuda")  # that one file runs on
-INPUTS = {"uint8": (0, 255), "float32": (0.0, 1.0)}  # dtypes of the images of a function: black, white
+STABLEHLO = "model.stablehlo"  # the file of a function in an exported folder
+PLATFORMS = ("cpu", "tpu", "cuda")  # an exported function runs on each of them
+INPUTS = {"uint8": (0, 255), "float32": (0.0, 1.0)}  # dtype of the images that a function takes -> (black, white)
 
 
 def export(trained: Trained, folder: epath.Path) -> None:
-    """Writes the weights alone, for serving: no optimiser, no method, nothing that only training needs.
+    """Writes the weights for serving, without the optimiser's state and whatever else only training needs.
 
     Args:
       trained: from `load`.
-      folder: is made. It gets `weights.npz`, an array for each path such as `params/head/kernel`, which numpy reads
-        without this package, and `model.json`: configuration, classes, step.
+      folder: is made. It gets `weights.npz`, with an array for each path such as `params/head/kernel`, which numpy
+        reads without this package; and `model.json`, with the configuration, the classes, the step and the shape of
+        images.
 
     Raises:
-      UserError: for a network that is not of the registry, which the folder could not name.
+      UserError: for a network that is not in the registry, because the folder could not say how to build it.
     """
     if isinstance(trained.network, own.OwnNetwork):
         raise UserError(
@@ -57,10 +59,10 @@ def export(trained: Trained, folder: epath.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A function that was exported, with what it says about itself.
+    """An exported function and its signature.
 
     Attributes:
-      call: images `[n, H, W, C]`, of any n -> probabilities `[n, K]` float32.
+      call: the function: images `[n, H, W, C]`, for any n -> probabilities `[n, K]` float32.
       signature: the contents of `signature.json`.
     """
 
@@ -69,14 +71,14 @@ class Served:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """`[K]`, in the order of the probabilities."""
+        """The names of the classes, `[K]`, in the order of the probabilities."""
         return tuple(self.signature["class_names"])
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """The probabilities of the classes.
+        """Computes the probabilities of the classes.
 
         Args:
-          images: `[n, H, W, C]`, n at least 1, of the dtype and range in the signature.
+          images: `[n, H, W, C]`, n at least 1, with the dtype and range that the signature says.
 
         Returns:
           `[n, K]` float32.
@@ -96,16 +98,16 @@ class Served:
 
 
 def export_stablehlo(trained: Trained, folder: epath.Path, dtype: str = "uint8") -> None:
-    """Writes the prediction as a program, weights included, that jax alone runs on any of PLATFORMS.
+    """Writes the prediction as a program with its weights, which jax alone runs on any of PLATFORMS.
 
     Args:
       trained: from `load`.
-      folder: is made. It gets `model.stablehlo` (`jax.export`) and `signature.json`.
-      dtype: of the images: uint8, 0 to 255, or float32, 0 to 1. `augment.evaluation` is not part of the function; what
-        it makes of an image goes in.
+      folder: is made. It gets `model.stablehlo` (see `jax.export`) and `signature.json`.
+      dtype: of the images: uint8, from 0 to 255, or float32, from 0 to 1. The function does not apply
+        `augment.evaluation`; it takes images to which this has been applied.
 
     Raises:
-      UserError: see `_served`.
+      UserError: for a network of features.
     """
     served, shape = _served(trained, dtype)
     (number,) = jax.export.symbolic_shape("n")
@@ -118,10 +120,10 @@ def export_stablehlo(trained: Trained, folder: epath.Path, dtype: str = "uint8")
 
 
 def load_stablehlo(folder: epath.PathLike) -> Served:
-    """What `export_stablehlo` wrote, ready to be called: no network is built, no weights are read besides.
+    """Loads what `export_stablehlo` wrote. The file is all that is needed, for the weights are in it.
 
     Raises:
-      UserError: where there is no such thing, and where this jax cannot read it.
+      UserError: where the folder has no such file, and where this version of jax cannot read it.
     """
     folder = epath.Path(folder)
     if not (folder / STABLEHLO).exists():
@@ -129,7 +131,7 @@ def load_stablehlo(folder: epath.PathLike) -> Served:
     signature = json.loads((folder / SIGNATURE).read_text())
     try:
         exported = jax.export.deserialize(bytearray((folder / STABLEHLO).read_bytes()))
-    except Exception as error:  # whatever the library meets in a damaged file, or one of another age
+    except Exception as error:  # a file that is damaged, or too old or too new, makes jax raise errors of any kind
         raise UserError(
             f"{folder / STABLEHLO} cannot be read by jax {jax.__version__} ({first_line(error)}); it was written by "
             f"jax {signature['versions']['jax']}: export it anew"
@@ -142,12 +144,13 @@ def export_saved_model(trained: Trained, folder: epath.Path, dtype: str = "uint8
 
     Args:
       trained: from `load`.
-      folder: is made. It gets the SavedModel, with the signature `serving_default`, `image` -> `probabilities`, and
-        `signature.json`.
+      folder: is made. It gets `signature.json` and the SavedModel, whose signature `serving_default` maps `image` to
+        `probabilities`.
       dtype: as for `export_stablehlo`.
 
     Raises:
-      UserError: see `_served`; and where this TensorFlow is too old for this jax, before anything is written.
+      UserError: for a network of features, and where this version of TensorFlow is too old for this version of jax. In
+        both cases nothing is written.
     """
     import tensorflow as tf
     from jax.experimental import jax2tf
@@ -166,7 +169,7 @@ def export_saved_model(trained: Trained, folder: epath.Path, dtype: str = "uint8
     )
     try:
         module.serve(tf.zeros([1, *shape], dtype))
-    except tf.errors.OpError as error:  # a program of newer operations than this TensorFlow has
+    except tf.errors.OpError as error:  # the program has operations that this version of TensorFlow does not know
         raise UserError(
             f"TensorFlow {tf.__version__} cannot run what jax {jax.__version__} makes for it: "
             f"{error.message.splitlines()[0][:200]}; take --format=stablehlo, or versions of the same age (jax 0.10.2 "
@@ -177,7 +180,7 @@ def export_saved_model(trained: Trained, folder: epath.Path, dtype: str = "uint8
 
 
 def load_saved_model(folder: epath.PathLike) -> Served:
-    """What `export_saved_model` wrote, run by TensorFlow."""
+    """Loads what `export_saved_model` wrote; TensorFlow runs it."""
     import tensorflow as tf
 
     folder = epath.Path(folder)
@@ -187,12 +190,12 @@ def load_saved_model(folder: epath.PathLike) -> Served:
 
 
 def largest_difference(trained: Trained, served: Served, count: int = 3) -> float:
-    """How far the probabilities of a function are from those of the network that it was made of, on random images.
+    """Returns the largest difference of the probabilities of a network and of the function made from it.
 
     Args:
       trained: the network.
       served: the function.
-      count: images.
+      count: on how many random images they are compared.
     """
     _, *shape = served.signature["input"]["shape"]
     pixels = np.random.default_rng(0).integers(0, 256, (count, *shape)).astype(np.uint8)
@@ -202,20 +205,20 @@ def largest_difference(trained: Trained, served: Served, count: int = 3) -> floa
 
 
 def _served(trained: Trained, dtype: str) -> tuple[Callable[[jax.Array], jax.Array], tuple[int, int, int]]:
-    """The function images `[n, H, W, C]` of `dtype` -> probabilities `[n, K]` float32, and (H, W, C).
+    """Returns the function images `[n, H, W, C]` of `dtype` -> probabilities `[n, K]` float32, and (H, W, C).
 
     Raises:
-      UserError: for features, whose mean and deviation are not part of the weights.
+      UserError: for a network of features, because the mean and deviation of features are not part of the weights.
     """
     data = trained.config.data
     if data.name == "features":
         raise UserError("a network of features is exported with --format=weights alone; ieg_jax.predict takes these")
-    # From the devices: constants of the function must not be tied to those that are here.
+    # The constants of the function must be numpy arrays, for arrays of jax would tie it to the devices that are here.
     arrays = jax.device_get(trained.arrays)
 
     def served(image: jax.Array) -> jax.Array:
         image = image.astype(jnp.float32)
-        image = image / 127.5 - 1.0 if dtype == "uint8" else image * 2.0 - 1.0  # as `data.images.to_float`
+        image = image / 127.5 - 1.0 if dtype == "uint8" else image * 2.0 - 1.0  # as `data.images.to_float` does
         return trained.probabilities(*arrays, image).astype(jnp.float32)
 
     return served, trained.image_shape
@@ -224,6 +227,7 @@ def _served(trained: Trained, dtype: str) -> tuple[Callable[[jax.Array], jax.Arr
 def _write_signature(
     trained: Trained, folder: epath.Path, dtype: str, shape: tuple[int, int, int], more: dict[str, Any]
 ) -> None:
+    """Writes `signature.json`; `more` has the format of the function and its platforms."""
     versions = provenance()["versions"]
     about = {
         **more,

@@ -1,4 +1,4 @@
-"""Predictions for images, lists, folders and arrays, written as a table."""
+"""Predicts for image files, folders, lists and arrays, and writes a table."""
 
 import contextlib
 import csv
@@ -25,19 +25,20 @@ from ieg_jax.data.splits import check_images_and_labels, distinct, in_lines, mak
 from ieg_jax.errors import StorageError, UserError, first_line
 from ieg_jax.inference.trained import load, predictor
 
-ENDINGS = (".csv", ".parquet")  # of the table
-LISTS, ARRAYS = (".csv", ".parquet", ".pq"), (".npy", ".npz")
-AT_ONCE = 512  # images that are decoded and predicted before their rows are written
+ENDINGS = (".csv", ".parquet")  # how the name of a table may end
+LISTS, ARRAYS = (".csv", ".parquet", ".pq"), (".npy", ".npz")  # how the names of lists and arrays end
+AT_ONCE = 512  # about so many images are decoded and predicted before their rows are written
 
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """Images that are predicted in one go.
+    """The images of one argument of the command.
 
     Attributes:
-      path: of the array, "" for image files.
-      paths: of each image file; for an array the number of rows is that of `images`.
-      images: uint8 or float32 `[n, H, W, C]`, or features `[n, 1, 1, D]`; None for image files.
+      path: path of the array; "" for image files.
+      paths: path of each image file; empty for an array.
+      images: for an array uint8 or float32 `[n, H, W, C]`, or features `[n, 1, 1, D]`; None for image files, and for
+        features that have not been read yet.
     """
 
     path: str
@@ -53,10 +54,10 @@ class Rows:
     """Some rows of the table.
 
     Attributes:
-      paths: `[n]`, of the image or of the array it is in.
-      indices: `[n]` places in that array; None for image files.
-      probabilities: `[n, K]` float32, nan where there is an error.
-      errors: `[n]`, "" = none.
+      paths: `[n]`, path of the image file, or of the array that the image is in.
+      indices: `[n]`, place in that array; None for image files.
+      probabilities: `[n, K]` float32; nan where there is an error.
+      errors: `[n]`, why the image cannot be read; "" = it can.
     """
 
     paths: Sequence[str]
@@ -73,25 +74,27 @@ def predict(
     probabilities: bool = False,
     unreadable: str = "skip",
 ) -> str:
-    """Writes a table of predictions; images that cannot be read are named on standard error too.
+    """Writes a table of predictions, unless there is an error.
+
+    Images that cannot be read have no prediction; some of them are also named on standard error.
 
     Args:
-      workdir: of a run, or exported weights.
-      arguments: what to predict, see `ieg_jax.predict`.
+      workdir: the work folder of a run, or a folder with exported weights.
+      arguments: the arguments of `ieg_jax.predict`: image files, folders, lists and arrays.
       out: new file, .csv or .parquet.
-      checkpoint: see `trained.load`.
-      probabilities: a column for each class besides.
+      checkpoint: the argument `step` of `trained.load`.
+      probabilities: whether each class gets a column.
       unreadable: see `predictions`.
 
     Returns:
       A line that says what was written.
 
     Raises:
-      UserError: for what cannot be predicted or written, before the first prediction; and where no image can be read.
-      StorageError: where there is no room for the table. In either case there is none.
+      UserError: before the first prediction, for arguments that cannot be predicted and a table that cannot be written;
+        and where no image can be read.
+      StorageError: where there is no room for the table.
     """
     table_path, places = _check_out(out), _check_places(arguments)
-
     trained = load(workdir, checkpoint)
     inputs = find_inputs(places, trained.config.data.name == "features")
     count, bad = 0, []
@@ -109,14 +112,14 @@ def predict(
 
 
 def find_inputs(places: Sequence[pathlib.Path], is_features: bool = False) -> list[Input]:
-    """What there is to predict; image files are listed, not opened, and arrays are read and checked.
+    """Finds what there is to predict. Image files are listed but not opened; arrays are read and checked.
 
     Args:
       places: image files, folders, lists and arrays, which exist.
-      is_features: that the arrays are of features; they are not read here (see `predictions`).
+      is_features: whether the network takes features. Their arrays are read later, by `predictions`.
 
     Raises:
-      UserError: for folders and lists without images, and arrays that are no images.
+      UserError: for folders and lists without images, and for arrays that do not hold images.
     """
     found = []
     for place in places:
@@ -134,19 +137,20 @@ def find_inputs(places: Sequence[pathlib.Path], is_features: bool = False) -> li
 
 
 def predictions(trained: Any, inputs: Sequence[Input], unreadable: str = "skip") -> Iterator[Rows]:
-    """Predicts some hundred images after another, in order.
+    """Predicts some hundred images at a time, in order.
 
     Args:
       trained: from `inference.load`.
       inputs: from `find_inputs`.
-      unreadable: skip = images that cannot be read get an error; refuse = all are decoded first.
+      unreadable: skip = the rows of images that cannot be read have an error; refuse = all images are decoded before
+        the first prediction, and one that cannot be read is an error of the command.
 
     Yields:
-      Their rows.
+      The rows of these images.
 
     Raises:
-      UserError: before the first row, for arrays of a shape that the network was not trained on, files that cannot be
-        brought to its shape, and, with refuse, files that cannot be read.
+      UserError: before the first row, for arrays of another shape than that of the network, for files that cannot be
+        brought to its shape, and, with refuse, for files that cannot be read.
     """
     if trained.config.data.name == "features":
         inputs = [
@@ -167,16 +171,17 @@ def predictions(trained: Any, inputs: Sequence[Input], unreadable: str = "skip")
 
 
 def _configured(trained: Any, inputs: Sequence[Input]) -> Any:
-    """The network with a configuration that fits the inputs.
+    """Returns the network with a configuration that fits the inputs.
 
     Raises:
-      UserError: where they do not fit the network.
+      UserError: where the inputs do not fit the network.
     """
     config, shape = ConfigDict(trained.config.to_dict()), trained.image_shape
-    # A batch no larger than what there is to predict: the rest would be padding.
+    # A batch that is larger than the number of images would mostly be padding.
     config.eval_batch_size = min(config.eval_batch_size, AT_ONCE, sum(map(len, inputs)))
 
     def made(size: tuple[int, int, int] | None) -> tuple[int, int, int]:
+        """Returns the shape after resizing and `augment.evaluation`; None stands for image files of various sizes."""
         if config.data.image_size and config.data.name != "features":
             size = (config.data.image_size,) * 2 + (3 if size is None else size[-1],)
         return image_shape(config, "evaluation", size)
@@ -191,7 +196,7 @@ def _configured(trained: Any, inputs: Sequence[Input]) -> Any:
     if any(one.images is None for one in inputs):
         try:
             made(None)
-        except UserError:  # each file has a size of its own: the data set had one, so make it that
+        except UserError:  # all images of the run had the same size, so files of other sizes are resized to it
             if shape[0] != shape[1]:
                 raise UserError(
                     f"the network was trained on arrays of {shape[0]}×{shape[1]} pixels, and image files are only made "
@@ -202,7 +207,7 @@ def _configured(trained: Any, inputs: Sequence[Input]) -> Any:
 
 
 def _refuse(paths: Sequence[str]) -> None:
-
+    """Decodes all images, and raises UserError where one cannot be read."""
     checked = images.check(np.array(paths, object))
     bad = [f"{path}: {one.error}" for path, one in zip(paths, checked, strict=True) if one.error]
     if bad:
@@ -213,7 +218,7 @@ def _refuse(paths: Sequence[str]) -> None:
 
 
 def _predict_array(predict: Callable, trained: Any, one: Input, start: int, count: int) -> Rows:
-
+    """Predicts at most `count` images of an array, from the place `start`."""
     pixels = one.images[start : start + count]
     split = sources.resize(make_split(pixels, np.zeros(len(pixels))), trained.config.data.image_size)
     indices = range(start, start + len(pixels))
@@ -221,7 +226,7 @@ def _predict_array(predict: Callable, trained: Any, one: Input, start: int, coun
 
 
 def _predict_files(predict: Callable, trained: Any, paths: Sequence[str], unreadable: str) -> Rows:
-
+    """Predicts image files; those that cannot be read get an error."""
     names = np.array(paths, object)
     checked = images.check(names)
     errors = [one.error for one in checked]
@@ -234,12 +239,13 @@ def _predict_files(predict: Callable, trained: Any, paths: Sequence[str], unread
     probabilities = np.full((len(names), trained.num_classes), np.nan, np.float32)
 
     def fill(rows: np.ndarray) -> None:
+        """Predicts these rows. If that fails, it tries each half of them, until only files that are to blame fail."""
         if not len(rows):
             return
         try:
             content = images.load_resized(files[rows], size, names[rows]) if size else files[rows]
             probabilities[rows] = predict(make_split(content, np.zeros(len(rows)), names=names[rows]))
-        except UserError as error:  # a file has gone or changed since it was checked: find it
+        except UserError as error:  # a file has disappeared or changed since it was checked
             if unreadable == "refuse":
                 raise
             if len(rows) == 1:
@@ -253,10 +259,10 @@ def _predict_files(predict: Callable, trained: Any, paths: Sequence[str], unread
 
 
 class PredictionFile:
-    """Writes rows as .csv or .parquet, under another name until it is complete; to be used as a context."""
+    """A table, .csv or .parquet, that has another name until it is complete. It is a context manager."""
 
     def __init__(self, out: pathlib.Path, class_names: Sequence[str], inputs: Sequence[Input], probabilities: bool):
-        """Says which columns there are.
+        """Decides which columns there are; nothing is written before the context is entered.
 
         Args:
           out: the file, whose ending says the format.
@@ -312,17 +318,18 @@ class PredictionFile:
             raise StorageError(f"{self._out} cannot be written: {first_line(error)}") from error
 
     def _open(self, resources: contextlib.ExitStack, place: pathlib.Path) -> Callable[[dict[str, list]], None]:
-        """Opens the file at `place`; returns what writes columns to it."""
+        """Opens the file at `place`, and returns the function that writes to it: columns, by name."""
         if self._out.suffix.lower() == ".parquet":
             schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in self._columns.items()])
             writer = resources.enter_context(parquet.ParquetWriter(place, schema))
-            # Paths that are no UTF-8 cannot be told in full.
+            # Texts in a .parquet file are UTF-8, and a path may have bytes that are not.
             return lambda columns: writer.write_table(
                 pa.table({name: [_readable(cell) for cell in cells] for name, cells in columns.items()}, schema)
             )
         file = resources.enter_context(place.open("w", encoding="utf-8", errors="surrogateescape", newline=""))
         plain = csv.writer(file, lineterminator="\n")
-        quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)  # Python 3.11 leaves \r without quotes
+        # A cell with \r needs quotes, which Python 3.11 only writes where it is told to.
+        quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         plain.writerow(self._columns)
 
         def write(columns: dict[str, list]) -> None:
@@ -335,11 +342,12 @@ class PredictionFile:
 
 
 def _readable(cell: Any) -> Any:
+    """Replaces bytes of a text that are not UTF-8 by the sign for that; other values stay as they are."""
     return cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(cell, str) else cell
 
 
 def _check_out(out: str) -> pathlib.Path:
-    """The path of the table; raises UserError where it is there already, or its ending names no format."""
+    """Returns the path of the table; raises UserError where the file exists, or where its ending names no format."""
     path = pathlib.Path(out).expanduser()
     if path.suffix.lower() not in ENDINGS:
         raise UserError(f"--out={out}: expected a name that ends in {' or '.join(ENDINGS)}")
@@ -349,7 +357,7 @@ def _check_out(out: str) -> pathlib.Path:
 
 
 def _check_places(arguments: Sequence[str]) -> list[pathlib.Path]:
-    """The paths that the command names; raises UserError where there is none, or one does not exist."""
+    """Returns the paths that the command names; raises UserError where there is none, or where one does not exist."""
     if not arguments:
         raise UserError("nothing to predict; name image files, folders, lists (.csv, .parquet) or arrays (.npy, .npz)")
     places = [pathlib.Path(argument).expanduser() for argument in arguments]
@@ -360,6 +368,7 @@ def _check_places(arguments: Sequence[str]) -> list[pathlib.Path]:
 
 
 def _list_folder(folder: pathlib.Path) -> list[str]:
+    """Returns the paths of the images in a folder and its subfolders."""
     paths = [str(path) for path in image_files.images_below(folder, set())]
     if not paths:
         raise UserError(f"{folder}: no images in it (files ending in {', '.join(sorted(image_files.SUFFIXES))})")
@@ -367,7 +376,7 @@ def _list_folder(folder: pathlib.Path) -> list[str]:
 
 
 def _read_list(file: pathlib.Path) -> list[str]:
-    """The paths in a list, relative to it."""
+    """Returns the paths in a list; the list has them relative to itself."""
     cells = [(row["path"] or "").strip() for _, row in image_files.list_rows(file, ["path"])]
     paths = [str(file.parent / cell) for cell in cells if cell]
     if not paths:
@@ -376,7 +385,10 @@ def _read_list(file: pathlib.Path) -> list[str]:
 
 
 def _read_array(file: pathlib.Path) -> np.ndarray:
-    """Images `[n, H, W, C]`, C = 1 or 3, uint8 or floats in [0, 1]; of an .npz file `images`, or its only array."""
+    """Reads images `[n, H, W, C]`, C = 1 or 3, uint8 or floats in [0, 1], from an .npy or .npz file.
+
+    Of an .npz file it takes the only array, or the array `images`.
+    """
     try:
         content = np.load(file, allow_pickle=False)
         if isinstance(content, np.lib.npyio.NpzFile):

@@ -1,8 +1,4 @@
-"""Predictions of a network that was trained: from a work folder to probabilities, here or in a program that serves it.
-
-What is served is a function that needs no code of this package: `export_stablehlo` writes it for jax alone, and
-`export_saved_model` for TensorFlow.
-"""
+"""Loads a trained network from a work folder or from exported weights, and predicts with it."""
 
 import dataclasses
 import functools
@@ -31,8 +27,8 @@ from ieg_jax.runtime import mesh
 from ieg_jax.runtime.checkpoints import restore_weights
 from ieg_jax.runtime.workdir import BEST, NETWORK, best_step, check_network, class_name
 
-SIGNATURE = "signature.json"  # of an exported folder with a function: how to call it
-LUMA = (0.299, 0.587, 0.114)  # grey of red, green and blue, ITU-R BT.601, as Pillow makes it
+SIGNATURE = "signature.json"  # the file of an exported folder that says how to call its function
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey, as in Pillow (ITU-R BT.601)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +36,15 @@ class Trained:
     """A trained network, or the R networks of a method that has several.
 
     Attributes:
-      config: the run's.
-      network: the module.
-      params: its weights, averaged where the run kept an average, on every device; with R networks each array has them
-        on its leading axis.
-      batch_stats: its moving averages of batch norm, likewise.
+      config: the configuration of the run.
+      network: the module of one network.
+      params: its weights on every device, averaged where the run kept an average. For R networks every array has a
+        leading axis of this length.
+      batch_stats: its moving averages of batch norm, in the same form.
       num_classes: K.
       step: updates made so far.
       class_names: `[K]`, in the order of the classes.
-      image_shape: (H, W, C) of the images that the network sees, after `augment.evaluation`; of features (1, 1, D).
+      image_shape: (H, W, C) of the images that the network sees, after `augment.evaluation`; for features (1, 1, D).
       memory: what the method remembers, where its predictions need it; else None.
     """
 
@@ -64,13 +60,22 @@ class Trained:
 
     @property
     def arrays(self) -> tuple[Any, Any, Any]:
-        """What `probabilities` takes besides images."""
+        """The arguments of `probabilities` before the images."""
         return self.params, self.batch_stats, self.memory
 
     def probabilities(self, params: Any, batch_stats: Any, memory: Any, images: jax.Array) -> jax.Array:
-        """The method's prediction, pure: images `[n, H, W, 1 or 3]` in [-1, 1], or features -> `[n, K]`.
+        """Predicts as the method does. This is a pure function, for `jax.jit`.
 
-        Grey images are repeated for a network of colours, and a network of grey gets the luma of colours.
+        For a network of colours grey images are repeated; for a network of grey images colours become their luma.
+
+        Args:
+          params: see `arrays`.
+          batch_stats: see `arrays`.
+          memory: see `arrays`.
+          images: `[n, H, W, 1 or 3]` float32 in [-1, 1], or features `[n, 1, 1, D]`.
+
+        Returns:
+          Probabilities `[n, K]`.
         """
         channels = self.image_shape[2]
         if images.shape[-1] == 1 and channels == 3:
@@ -92,13 +97,14 @@ def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Mod
     """Loads a checkpoint of a run, finished or interrupted, or what `export` wrote. Nothing is written.
 
     Args:
-      workdir: the run's work folder, or a folder that was exported; local or on a bucket.
-      step: which checkpoint of a run, perhaps as text; None = the newest that is not damaged, BEST = see `best_step`.
-      network: of a run that was trained with one of its own (`train.loop.train_and_evaluate`), that one.
+      workdir: the work folder of the run, or a folder with exported weights; local or on a bucket.
+      step: which checkpoint of a run, as a number or as text; None = the newest that is not damaged; BEST = the best,
+        see `runtime.workdir.best_step`.
+      network: the network of the run, where it was given to `train.loop.train_and_evaluate`; else None.
 
     Raises:
-      UserError: where there is no run, or none that has saved a checkpoint; for a step of exported weights, which
-        have one only; and for another network than the run's.
+      UserError: where the folder has no run, or a run without that checkpoint; for another step than that of exported
+        weights; and for another network than the run's.
     """
     folder = epath.Path(workdir)
     if isinstance(step, str) and step != BEST:
@@ -140,6 +146,13 @@ def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Mod
 
 
 def _check_parameters(network: nn.Module, params: Any, shape: tuple[int, int, int]) -> None:
+    """Raises UserError unless the parameters have the shapes that the network would give them.
+
+    Args:
+      network: from `own.adapt`.
+      params: as in the checkpoint.
+      shape: (H, W, C) of the images.
+    """
     images = jax.ShapeDtypeStruct((network.batch_groups, *shape), jnp.float32)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     made = flatten_dict(jax.eval_shape(functools.partial(network.init, train=True), rng, images)["params"], sep="/")
@@ -154,8 +167,14 @@ def _check_parameters(network: nn.Module, params: Any, shape: tuple[int, int, in
 
 
 def _load_exported(folder: epath.Path) -> Trained:
+    """Loads what `export` wrote."""
     about = json.loads((folder / pretrained.MODEL).read_text())
     config = ConfigDict(about["config"])
+    if not about.get("image_shape"):
+        raise UserError(
+            f"{folder / pretrained.MODEL} does not say what images the network sees, as an older version wrote it: add "
+            f'"image_shape": [height, width, channels] of the images after augment.evaluation, or [1, 1, D] of features'
+        )
     with np.load(io.BytesIO((folder / pretrained.WEIGHTS).read_bytes()), allow_pickle=False) as arrays:
         tree = unflatten_dict(dict(arrays), sep="/")
     tree = jax.device_put(tree, mesh.create(for_these_devices(config)).replicated)
@@ -174,12 +193,13 @@ def _load_exported(folder: epath.Path) -> Trained:
 
 
 def predict(trained: Trained, split: Split) -> np.ndarray:
-    """The probabilities of the classes, as the method predicts them, of each example as `augment.evaluation` makes it.
+    """Predicts the probabilities of the classes for each example of a split, after `augment.evaluation`.
+
+    For a network of colours grey images are repeated; for a network of grey images colours become their luma.
 
     Args:
       trained: from `load`.
-      split: the examples; their labels are not looked at. Grey images are repeated for a network of colours, and of
-        colours a network of grey gets the luma.
+      split: the examples; their labels have no effect.
 
     Returns:
       `[n, K]` float32, in the order of the split.
@@ -188,14 +208,14 @@ def predict(trained: Trained, split: Split) -> np.ndarray:
 
 
 def predictor(trained: Trained) -> Callable[..., np.ndarray]:
-    """`predict` for one split after another: it is compiled once for all of them.
+    """Returns a function that predicts for one split after another, and is compiled only once for all of them.
 
     Args:
       trained: from `load`.
 
     Returns:
-      (split, `view` = None) -> probabilities; with a number, of the augmented view of that number instead
-      (`data.batches.EvalBatches`).
+      (split, view = None) -> probabilities, as from `predict`. Where `view` is a number, the images are augmented as in
+      training in place of `augment.evaluation`, see `data.batches.EvalBatches`.
     """
     config = for_these_devices(trained.config)
     shardings = mesh.create(config)
@@ -206,22 +226,25 @@ def predictor(trained: Trained) -> Callable[..., np.ndarray]:
     )
 
     def predict(split: Split, view: int | None = None) -> np.ndarray:
-        # Fetched batch by batch, so that no more images than those of one batch wait on the devices.
+        # Each result is fetched before the next batch is sent, so that only one batch of images is on the devices.
         parts = [
             np.asarray(forward(*trained.arrays, batch["image"]), np.float32)
             for batch in EvalBatches(config, split, shardings.batch, view)
         ]
-        return np.concatenate(parts)[: len(split)]  # the padding is at the end
+        return np.concatenate(parts)[: len(split)]  # the last batch is padded at its end
 
     return predict
 
 
 def for_these_devices(config: ConfigDict) -> ConfigDict:
-    """A copy with all devices that are here and an evaluation batch that they divide; the run may have had others."""
+    """Returns a copy of a run's configuration that fits the devices that are here, which may not be those of the run.
+
+    It uses all devices, and the evaluation batch is made a multiple of their number.
+    """
     config = ConfigDict(config.to_dict())
     count = len(jax.devices())
     config.mesh.data, config.mesh.fsdp = -1, 1
     config.eval_batch_size = math.ceil(config.eval_batch_size / count) * count
-    # Of no use here, but a mesh wants to divide them too.
+    # These batches are not used, but `mesh.create` refuses sizes that the devices do not divide.
     config.batch_size = config.trusted.batch_size = config.eval_batch_size
     return config

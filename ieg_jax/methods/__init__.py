@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from ieg_jax import config as config_lib
 from ieg_jax.config import Key, one_of
 from ieg_jax.methods import co_teaching, eg, elr, gce, ieg, l2r, mixmatch, supervised, trusted_only
-from ieg_jax.methods.base import Method, read
+from ieg_jax.methods.base import ALL_VIEWS, USUAL_VIEWS, Method, read
 
 # name -> module
 REGISTRY = {
@@ -61,10 +61,14 @@ def tune(config: ConfigDict, **values: Any) -> None:
 
 
 def choose(config: ConfigDict, name: str) -> None:
-    """Gives a configuration another method; keys that this one does not read take their defaults."""
+    """Gives a configuration another method; what this one does not read takes its default."""
     config.method.name = name
-    reads = get(name).keys
-    config.update_from_flattened_dict({key: value for key, value in defaults().items() if key not in reads})
+    method = get(name)
+    config.update_from_flattened_dict({key: value for key, value in defaults().items() if key not in method.keys})
+    if all(stream.views is not ALL_VIEWS for stream in method.streams.values()):
+        config.augment.num_views = USUAL_VIEWS
+    if all(stream.size == "batch_size" for stream in method.streams.values()):
+        config.trusted.batch_size = 0
 
 
 def validate(config: ConfigDict) -> None:

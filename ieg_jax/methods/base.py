@@ -43,6 +43,7 @@ from ieg_jax.methods.parts import losses, optimizers
 
 NOISY, TRUSTED = "noisy", "trusted"
 MAIN = "main"
+USUAL_VIEWS = 2  # augment.num_views in configs/default.py
 ALL_VIEWS = None
 # Rows of a memory are a multiple of this, whatever the number of devices: a checkpoint can move between them.
 ROWS_UNIT = 1024

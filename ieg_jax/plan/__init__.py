@@ -1,1 +1,1 @@
-"""Compiling the train step for hardware that is not here: `python -m ieg_jax.plan`."""
+"""Compiles the train step for hardware that is not here: `python -m ieg_jax.plan`."""

@@ -1,8 +1,8 @@
-"""The command: `python -m ieg_jax.plan --config=configs/cifar100.py --topology=v5e:4x4`.
+"""Says what a step would cost on a TPU: `python -m ieg_jax.plan --config=configs/cifar100.py --topology=v5e:4x4`.
 
-It compiles the train step for a TPU slice that is not here and prints, for each chip, the memory that a step needs,
-its operations, the bytes that it moves, what it sends to other chips, and how fast it can be at best: before
-anything is paid for. docs/tpu.md says how to read it. It needs libtpu (`pip install -e '.[plan]'`) and no TPU.
+The command compiles the train step for a TPU slice before anyone pays for one. For each chip it prints the device
+memory that a step needs, its operations, the bytes that it moves, what it sends to other chips, and how fast it can be
+at best. docs/tpu.md says how to read this. The command needs libtpu (`pip install -e '.[plan]'`), but no TPU.
 """
 
 import sys
@@ -24,23 +24,24 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "sweep",
         [],
-        "Compile variants too, any of: batch (half and double the size, as long as it fits), remat (off and on), "
-        "batch_groups (1 and the number of chips).",
+        "Compile variants too, any of: batch (half the size, and double the size as long as it fits), remat (off and "
+        "on), batch_groups (1 and the number of chips).",
     )
-    flags.DEFINE_string("out", "", "A file for everything as JSON; an older one is replaced.")
+    flags.DEFINE_string("out", "", "A file for everything as JSON; an older file is replaced.")
     flags.adopt_module_key_flags(cli)
 
 
 def main(argv: list[str]) -> None:
-    """Compiles, prints and writes the report."""
+    """Compiles the step, prints the report and writes it."""
     del argv
     values = flags.FLAGS
     for name in values.sweep:
         check_choice("--sweep", name, SWEEPS)
     prepare_environment()
-    from ieg_jax.plan.run import run  # after the environment: it imports jax
+    # This imports jax, which reads the environment.
+    from ieg_jax.plan.run import run
 
-    # Tables in a file are not to be squeezed into the 80 columns that are assumed there.
+    # Where the output is no terminal, rich would squeeze the tables into 80 columns.
     run(values.config, values.topology, values.sweep, values.out, Console(width=None if sys.stdout.isatty() else 120))
 
 

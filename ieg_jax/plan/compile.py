@@ -1,8 +1,8 @@
-"""Compiling the train step ahead of time, for a TPU slice that is not here, and what the compiled program needs.
+"""Compiles the train step for a TPU slice that is not here, and asks the compiler what the program needs.
 
-The TPU compiler is part of the package libtpu and runs on any Linux machine. What it found out is kept in the user's
-cache folder, because it takes minutes for a large network: `requests/` leads from a configuration to a program without
-tracing it anew, `programs/` from a program to what the compiler said of it.
+The TPU compiler is part of the package libtpu and runs on any Linux machine. It takes minutes for a large network, so
+its answers are kept in the user's cache folder, in two parts. A file in `requests/` says which program a configuration
+leads to, so that the step need not be traced again. A file in `programs/` has what the compiler said of a program.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ from ieg_jax.plan import hlo
 from ieg_jax.runtime import mesh
 from ieg_jax.train import check, durations, program
 
-# Packages whose code a compiled program depends on.
+# The packages whose code can change what is compiled. If it changes, the step is traced again.
 PROGRAM_CODE = ("train", "methods", "models", "runtime", "plan", "data")
-FORMAT = 1  # of the cached files; to be raised when what they hold changes its meaning
+FORMAT = 1  # of the cached files; it must be raised when their contents change their meaning
 
-# What is offered for rent; the compiler takes other shapes too.
+# The shapes of slices that are offered for rent. The compiler would take others too.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _CUBES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8))
 SHAPES = {"v4": _CUBES, "v5e": _FLAT, "v5p": (*_CUBES, (8, 8, 16), (8, 16, 16)), "v6e": _FLAT}
@@ -47,7 +47,13 @@ SHAPES = {"v4": _CUBES, "v5e": _FLAT, "v5p": (*_CUBES, (8, 8, 16), (8, 16, 16)),
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A TPU slice: its chip, the shape in which its chips are joined, and jax's devices, one for each chip."""
+    """A TPU slice.
+
+    Attributes:
+      name: the chip and the shape in which chips are joined, such as v5e:4x4.
+      chip: what one of its chips can do.
+      devices: jax's devices, one for each chip.
+    """
 
     name: str
     chip: Chip
@@ -56,20 +62,21 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler said of one program; numbers are of one device and one step.
+    """What the compiler said of one program. Numbers are those of one device and one step.
 
     Attributes:
-      memory: bytes of HBM: `arguments`, `outputs` that take no argument's place, `temporary`, `code`; empty where the
-        program does not fit.
+      memory: bytes of HBM for `arguments`, for `outputs` that take no argument's place, for `temporary` arrays and for
+        the `code`; empty where the program does not fit.
       refused: the first line of the compiler's refusal, "" where the program fits.
-      needed: bytes of HBM that it needs in all; 0 where it does not fit and the compiler does not say.
-      flops: XLA's count, loop bodies as often as they run.
-      xla_bytes: XLA's count of the bytes that instructions read and write, wherever they lie; loop bodies count once.
-      xla_seconds: XLA's `optimal_seconds`, sane for small programs only.
+      needed: bytes of HBM that the program needs in all; 0 where it does not fit and the compiler does not say.
+      flops: XLA's count of operations, with loop bodies counted as often as they run.
+      xla_bytes: XLA's count of the bytes that instructions read and write, in HBM or on the chip; it counts loop bodies
+        once.
+      xla_seconds: XLA's `optimal_seconds`; it makes sense for small programs only.
       traffic: bytes read from and written to HBM, see `hlo.memory_traffic`.
-      collectives: see `hlo.Collective`; dicts with kind, name, arrays (text), count, group, bytes, sent_bytes, source.
-      unknown_loops: loops that are counted as if they ran once.
-      compile_seconds: on this machine.
+      collectives: dicts with the attributes and properties of `hlo.Collective`; their arrays are texts.
+      unknown_loops: names of the loops that are counted as if they ran once.
+      compile_seconds: seconds that compiling took on this machine.
     """
 
     memory: dict[str, int]
@@ -86,14 +93,14 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A train step of a configuration on a slice.
+    """The train step of a configuration on a slice.
 
     Attributes:
-      config: with everything resolved.
-      num_chips: that the mesh has.
+      config: the configuration, in which everything is resolved.
+      num_chips: how many chips the mesh has.
       arguments: bytes of one device's part of each argument, see `argument_bytes`.
-      forward_flops: of one forward pass of the whole batch, over all chips, by XLA's count before compilation.
-      seconds: of tracing and lowering, on this machine.
+      forward_flops: operations of a forward pass of the whole batch on all chips, by XLA's count before compilation.
+      seconds: seconds for `trace` and `lower` on this machine.
       compiled: what the compiler said.
     """
 
@@ -106,7 +113,7 @@ class Step:
 
 
 def open_slice(topology: str) -> Slice:
-    """Describes the slice `chip:shape`, e.g. `v5e:4x4` or `v5p:2x2x4`, with jax's devices to compile for.
+    """Returns the slice `chip:shape`, such as `v5e:4x4` or `v5p:2x2x4`, with jax's devices to compile for.
 
     Raises:
       UserError: for a chip or shape that is not offered; the message lists those that are.
@@ -118,7 +125,7 @@ def open_slice(topology: str) -> Slice:
         raise UserError(f"--topology={topology}: {name} comes in slices of {', '.join(shapes)} chips")
     options: dict[str, Any] = {}
     if name == "v4":
-        options["chip_config_name"] = "megacore"  # a v4 chip's two cores work as one device, as they do on Cloud TPU
+        options["chip_config_name"] = "megacore"  # the two cores of a v4 chip are one device, as on Cloud TPU
     if math.prod(shapes[text]) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
@@ -129,9 +136,10 @@ def open_slice(topology: str) -> Slice:
 
 
 def data_shape(config: ConfigDict) -> tuple[ConfigDict, program.DataShape]:
-    """The configuration with all that follows from the data, and their shapes: of a published set, else loaded.
+    """Returns the configuration with everything that follows from the data, and the shapes of the data.
 
-    The number of training examples is that before damaged ones are left out; it only sets how long an epoch is.
+    The shapes of published data sets are known. Other data are loaded. The number of a published set's training
+    examples includes those that a run may leave out as damaged; it only sets the length of an epoch.
     """
     known = published.find(config.data)
     if known is None:
@@ -142,7 +150,11 @@ def data_shape(config: ConfigDict) -> tuple[ConfigDict, program.DataShape]:
     if config.trusted.source == "train":
         fraction = config.trusted.fraction
         num_trusted = round(fraction * known.num_train) if fraction else config.trusted.per_class * known.num_classes
-    num_examples = max(1, known.num_train - num_trusted - config.data.validation_size)
+    num_examples = known.num_train - num_trusted - config.data.validation_size
+    num_examples = min(num_examples, config.data.train_size or num_examples)
+    if config.data.folds:
+        num_examples = round(num_examples * (1 - 1 / config.data.folds))
+    num_examples = max(1, num_examples)
     side = None if known.image is None else min(known.image[:2])
     config = config_lib.resolve(config, config_lib.Facts(num_examples, config.data.image_size, side))
     return config, program.DataShape(
@@ -156,7 +168,7 @@ def data_shape(config: ConfigDict) -> tuple[ConfigDict, program.DataShape]:
 
 
 def check_divisible(config: ConfigDict, num_chips: int) -> None:
-    """Raises UserError where the chips do not divide a batch; the message has flags that work, nearest to the old."""
+    """Raises UserError where the chips do not divide a batch. The message has the nearest values that they divide."""
     if config.mesh.data != -1:
         num_chips = config.mesh.data * config.mesh.fsdp
     units = {
@@ -184,7 +196,7 @@ def compile_step(config: ConfigDict, slice_: Slice, tell: Callable[[str], None] 
     Args:
       config: the configuration.
       slice_: from `open_slice`.
-      tell: is told what is about to take long.
+      tell: is called with a text before anything that takes long.
 
     Raises:
       UserError: for a configuration that cannot be used with this slice.
@@ -215,7 +227,7 @@ def compile_step(config: ConfigDict, slice_: Slice, tell: Callable[[str], None] 
     program_file = _file("programs", lowered.as_text(), slice_.name)
     compiled = _read(program_file)
     if not compiled:
-        tell("compiling it: minutes for a large network, longer where memory is short")
+        tell("compiling it: minutes for a large network, longer where this machine has little memory")
         compiled = dataclasses.asdict(compile_program(lowered))
         _write(program_file, compiled)
     request = {
@@ -231,7 +243,7 @@ def compile_step(config: ConfigDict, slice_: Slice, tell: Callable[[str], None] 
 
 
 def compile_program(lowered: jax.stages.Lowered) -> Compiled:
-    """Compiles a lowered program and asks the compiler about it; one that does not fit is an answer too."""
+    """Compiles a lowered program, and returns what the compiler said; it may be that the program does not fit."""
     began = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -247,7 +259,14 @@ def compile_program(lowered: jax.stages.Lowered) -> Compiled:
 
 
 def describe(memory: Any, cost: Mapping[str, float], text: str, compile_seconds: float) -> Compiled:
-    """Gathers what is to be known of a compiled program from XLA's analyses and its text."""
+    """Gathers what XLA's analyses and the program's text say about a compiled program.
+
+    Args:
+      memory: from `jax.stages.Compiled.memory_analysis`.
+      cost: from `jax.stages.Compiled.cost_analysis`.
+      text: from `jax.stages.Compiled.as_text`.
+      compile_seconds: seconds that compiling took.
+    """
     module = hlo.parse(text)
     parts = {
         "arguments": memory.argument_size_in_bytes,
@@ -283,7 +302,7 @@ def describe(memory: Any, cost: Mapping[str, float], text: str, compile_seconds:
 
 
 def refusal_bytes(message: str) -> int:
-    """The HBM that a refused program needs, in bytes, from the compiler's message; 0 where it does not say."""
+    """Reads from the compiler's message how many bytes of HBM a refused program needs; 0 where it does not say."""
     for pattern in (
         r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
         r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)",
@@ -295,7 +314,10 @@ def refusal_bytes(message: str) -> int:
 
 
 def argument_bytes(run: program.Program) -> dict[str, int]:
-    """Bytes of one device's part of what a step takes, without padding: the state in its parts, window and batch."""
+    """Returns the bytes of one device's part of each argument of a step, without padding.
+
+    The state is divided into its parts. Beside it are the window of metrics and the batch.
+    """
     state = run.state
     parts = {
         "parameters": state.params,
@@ -316,9 +338,11 @@ def argument_bytes(run: program.Program) -> dict[str, int]:
 
 
 def least_forward_passes(config: ConfigDict) -> float | None:
-    """The forward passes of a batch that a step must cost at least, a backward pass counting as two; None = not known.
+    """Returns how many forward passes of a batch a step must cost at least, where a backward pass counts as two.
 
-    It is not known where the lookahead moves some layers only, or its gradient also flows through the pseudo labels.
+    It returns None where this is not known: where the lookahead moves only some layers, or where its gradient also
+      flows
+    through the pseudo labels.
     """
     if config.meta.layers != ".*" or config.meta.pseudo_label_gradient:
         return None
@@ -326,6 +350,7 @@ def least_forward_passes(config: ConfigDict) -> float | None:
 
 
 def _forward_flops(config: ConfigDict, shape: program.DataShape, variables: Any) -> float:
+    """Returns the operations of a forward pass of a whole batch, as XLA counts them before it optimises."""
     network = models.create(config.model, shape.num_classes, config.batch_groups)
     images = jax.ShapeDtypeStruct((config.batch_size, *shape.image), jnp.float32)
 
@@ -336,7 +361,7 @@ def _forward_flops(config: ConfigDict, shape: program.DataShape, variables: Any)
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on; "" for a package that is not installed."""
+    """Returns the versions of the packages on which a result depends; "" for one that is not installed."""
     found = {}
     for name in ("jax", "jaxlib", "libtpu"):
         try:
@@ -347,7 +372,7 @@ def versions() -> dict[str, str]:
 
 
 def _sources_digest() -> str:
-    """A hash of the package's code that makes programs: where it changed, a program must be traced anew."""
+    """Returns a hash of the code in PROGRAM_CODE."""
     root = pathlib.Path(__file__).parents[1]
     digest = hashlib.sha256()
     for folder in PROGRAM_CODE:
@@ -357,17 +382,19 @@ def _sources_digest() -> str:
 
 
 def _folder(kind: str) -> pathlib.Path:
+    """Returns the folder of cached `requests` or `programs`."""
     return cache_folder() / "plan" / kind
 
 
 def _file(kind: str, *key: str) -> pathlib.Path:
-    """The cached file of a key; versions and the flags of the compiler are part of every key."""
+    """Returns the cached file of a key. Versions and the flags of the compiler are part of every key."""
     flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     everything = json.dumps([FORMAT, versions(), flags, *key], sort_keys=True)
     return _folder(kind) / f"{hashlib.sha256(everything.encode()).hexdigest()[:32]}.json"
 
 
 def _read(file: pathlib.Path) -> dict[str, Any] | None:
+    """Reads a cached file; returns None where it does not exist or cannot be read."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):
@@ -375,7 +402,7 @@ def _read(file: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _write(file: pathlib.Path, content: dict[str, Any]) -> None:
-    """Writes a cached file; where that is not possible the result is not kept."""
+    """Writes a cached file. Where that is not possible, the result is simply not kept."""
     with contextlib.suppress(OSError, StorageError):
         file.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(file, content)

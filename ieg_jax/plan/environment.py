@@ -1,4 +1,4 @@
-"""What libtpu and jax must find in the environment before they are loaded."""
+"""Sets the environment variables that libtpu and jax read when they are loaded."""
 
 import importlib.util
 import os
@@ -7,7 +7,7 @@ from ieg_jax.errors import UserError
 
 
 def prepare_environment() -> None:
-    """Sets what libtpu and jax must find when they are loaded: that there is no TPU and none is to be looked for.
+    """Tells libtpu and jax that there is no TPU, so that they do not look for one. This must precede their import.
 
     Raises:
       UserError: where libtpu is not installed.
@@ -16,11 +16,11 @@ def prepare_environment() -> None:
         raise UserError("the TPU compiler is not installed: pip install -e '.[plan]' (package libtpu, Linux on x86-64)")
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",  # no metadata server is asked
+        "TPU_SKIP_MDS_QUERY": "1",  # do not ask a metadata server, which is only there on Google Cloud
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two of these commands at once do not lock each other out
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several of these commands can run at once
         "TPU_LOG_DIR": "disabled",
         "TPU_STDERR_LOG_LEVEL": "3",
         "TF_CPP_MIN_LOG_LEVEL": "3",

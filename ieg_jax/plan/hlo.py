@@ -1,7 +1,7 @@
-"""What a compiled program does, read from the text that XLA prints of it: collectives, loops, memory traffic.
+"""Reads from the text of a compiled program what it does: its collectives, its loops, its traffic with HBM.
 
 XLA's own cost analysis counts the body of a loop once and says nothing about collectives. Here every instruction is
-counted as often as it runs. The text is that of `jax.stages.Compiled.as_text()`; the grammar is XLA's HLO.
+counted as often as it runs. The text is that of `jax.stages.Compiled.as_text()`, in XLA's language HLO.
 """
 
 import collections
@@ -20,7 +20,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](?:\{([\d,]*)(:[^{}]*)?\})?")
 _REFERENCE = re.compile(r"%([\w.\-]+)")
-# They name memory, or wait for what another instruction moves.
+# These instructions move nothing between HBM and the chip: they only give arrays another name, or they stand for other
+# instructions, which are counted themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "while", "call", "conditional", "opt-barrier", "domain", "add-dependency", "iota",
@@ -29,13 +30,13 @@ _FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """The type of one array: dtype and shape as XLA names them, and where and how it lies.
+    """The type of an array, and where it lies.
 
     Attributes:
-      dtype: e.g. `f32`.
+      dtype: the name that XLA has for it, such as `f32`.
       shape: sizes of the axes.
-      on_chip: whether it lies in a memory other than the main one (HBM): on a TPU in its vector or scalar memory.
-      padded: elements with the padding.
+      on_chip: whether it lies in the chip's own vector or scalar memory, and not in HBM.
+      padded: number of elements, with the padding that its layout adds.
     """
 
     dtype: str
@@ -45,17 +46,17 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Size without padding."""
+        """Bytes without padding."""
         return math.ceil(math.prod(self.shape) * _BITS.get(self.dtype, 0) / 8)
 
     @property
     def padded_bytes(self) -> int:
-        """Size with the padding that the tiles of its layout need."""
+        """Bytes with the padding that fills up the tiles of its layout."""
         return math.ceil(self.padded * _BITS.get(self.dtype, 0) / 8)
 
     @property
     def hbm_bytes(self) -> int:
-        """What it takes in main memory, padding included; 0 for an array on the chip."""
+        """Bytes that it takes in HBM, with padding; 0 for an array on the chip."""
         return 0 if self.on_chip else self.padded_bytes
 
     def __str__(self) -> str:
@@ -64,20 +65,36 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `name = arrays opcode(operands), attributes`; a tuple's arrays are listed flat."""
+    """One line of the program: `name = arrays opcode(operands), attributes`.
+
+    Attributes:
+      name: is unique in its computation.
+      opcode: what it does, such as `add`.
+      arrays: the results; those of nested tuples are listed flat.
+      operands: names of the instructions whose results it takes.
+      literal: the text in the brackets, from which the operands are read; of a parameter it is its number.
+      attributes: the text behind the brackets.
+      root: whether its result is that of the computation.
+    """
 
     name: str
     opcode: str
     arrays: tuple[Array, ...]
     operands: tuple[str, ...]
-    literal: str  # what stands in the brackets, such as the number of a parameter
+    literal: str
     attributes: str
     root: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: its computations by name, each a list of instructions in the order in which they run."""
+    """A program.
+
+    Attributes:
+      computations: name -> instructions in the order in which they run.
+      entry: name of the computation with which the program starts.
+      num_partitions: over how many devices the program is split.
+    """
 
     computations: dict[str, list[Instruction]]
     entry: str
@@ -85,16 +102,16 @@ class Module:
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
-        """How often each computation runs in one run of the program.
+        """How often each computation runs in one run of the program; name -> count.
 
-        Of a conditional every branch is counted as taken; a loop whose count XLA does not know (see `unknown_loops`)
-        as running once.
+        Every branch of a conditional is counted as taken. The body of a loop is counted once where the text does not
+        say how often it runs (see `unknown_loops`).
         """
         return _count_runs(self, loops=True)
 
     @functools.cached_property
     def unknown_loops(self) -> list[str]:
-        """The loops that run and whose count XLA does not know."""
+        """Names of the loops of which the text does not say how often their body runs."""
         return [
             instruction.name
             for name, computation in self.computations.items()
@@ -109,11 +126,11 @@ class Collective:
 
     Attributes:
       kind: one of KINDS.
-      name: of the instruction.
-      arrays: what it works on, of one device: the results, for a reduce-scatter the operands.
-      count: how often it runs.
-      group: devices that take part together.
-      source: the operation of the model that it comes from, as jax names it; that of one array where XLA joined many.
+      name: name of the instruction.
+      arrays: the results on one device; for a reduce-scatter the operands, which are larger.
+      count: how often it runs in one run of the program.
+      group: how many devices take part together.
+      source: jax's name of the operation from which it comes; where XLA joined several, that of one of them.
     """
 
     kind: str
@@ -125,12 +142,12 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Size of the arrays, all runs together."""
+        """Bytes of the arrays in all runs together."""
         return self.count * sum(array.bytes for array in self.arrays)
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each device must send at least, all runs together, by the usual ring algorithms."""
+        """Bytes that each device sends in all runs together, if it uses the usual ring algorithm."""
         share = (self.group - 1) / self.group
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return factor * self.bytes
@@ -140,7 +157,7 @@ def parse(text: str) -> Module:
     """Parses the text of an HLO module.
 
     Raises:
-      ValueError: where it has no entry computation.
+      ValueError: where the text has no entry computation.
     """
     computations: dict[str, list[Instruction]] = {}
     partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n") + 1])
@@ -161,7 +178,7 @@ def parse(text: str) -> Module:
 
 
 def parse_instruction(line: str) -> Instruction | None:
-    """Parses one line of a computation; None for one that is no instruction."""
+    """Parses one line of a computation; returns None for a line that is no instruction."""
     name = _NAME.match(line)
     if not name:
         return None
@@ -176,17 +193,17 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def parse_arrays(text: str) -> tuple[Array, ...]:
-    """The arrays in the text of a type, `f32[8,3]{1,0:T(8,128)S(1)}` or a tuple of such; tokens are left out."""
+    """Returns the arrays in the text of a type: `f32[8,3]{1,0:T(8,128)S(1)}`, or a tuple. Tokens are left out."""
     return tuple(
         _array(dtype, sizes, order, layout) for dtype, sizes, order, layout in _ARRAY.findall(text) if dtype in _BITS
     )
 
 
 def trip_count(loop: Instruction, module: Module) -> int | None:
-    """How often a `while` runs its body; None where that cannot be seen.
+    """Returns how often a `while` runs its body; None where the text does not say it.
 
-    XLA writes it down where it knows it. Otherwise it is read from a condition that compares a counter with a
-    constant, taken to start at 0 and to rise by 1, as jax's loops do.
+    XLA writes the number down where it knows it. Otherwise it is read from a condition that compares a counter with a
+    constant. The counter is assumed to start at 0 and to rise by 1, as in jax's loops.
     """
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
     if known:
@@ -201,10 +218,10 @@ def trip_count(loop: Instruction, module: Module) -> int | None:
 
 
 def find_collectives(module: Module) -> list[Collective]:
-    """The collectives that run, those that move most first.
+    """Returns the collectives that run, in descending order of the bytes that they send.
 
-    One that is split into a start and a done part, or spread by XLA over several fusions so that it runs beside other
-    work, is one: its parts have one channel.
+    XLA may split a collective into a start and a done instruction, or spread it over several fusions so that it runs
+    beside other instructions. It still counts as one, which is recognised because all its parts have the same channel.
     """
     found: dict[tuple[str, str], Collective] = {}
     for name, computation in module.computations.items():
@@ -217,7 +234,7 @@ def find_collectives(module: Module) -> list[Collective]:
             if kind not in KINDS:
                 continue
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # a TPU's fusion of an all-reduce with the slice that is kept of it
+                kind = "reduce-scatter"  # on a TPU: an all-reduce of which only a slice is kept
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
             key = (kind, channel[1] if channel else f"{name}/{instruction.name}")
             source = re.search(r'op_name="([^"]*)"', instruction.attributes)
@@ -235,11 +252,11 @@ def find_collectives(module: Module) -> list[Collective]:
 
 
 def memory_traffic(module: Module) -> int:
-    """Bytes that a run reads from and writes to main memory (HBM), padding included.
+    """Returns the bytes that one run of the program reads from and writes to HBM, with padding.
 
-    Each instruction outside fusions reads its operands once and writes its results once, those on the chip excepted;
-    of arrays that are only sliced or updated in place, the slice counts. What a program needs in truth can be a little
-    more, where a convolution reads an image several times.
+    Each instruction outside fusions is assumed to read its operands once and to write its results once, except arrays
+    on the chip. Where an array is only sliced, or updated in place, the slice counts. The true number can be a little
+    larger, where a convolution reads an image several times.
     """
     total = 0
     for name in _run_by_control_flow(module):
@@ -250,9 +267,10 @@ def memory_traffic(module: Module) -> int:
 
 
 def loop_factor(module: Module) -> float:
-    """FLOPs of the convolutions and matrix products, over what they are when each loop body is counted once.
+    """Returns by how much XLA's count of a program's operations is too small, because it counts each loop body once.
 
-    By this XLA's count of a program's FLOPs, which does the latter, is to be multiplied. 1 without loops.
+    It is the ratio of the operations of convolutions and matrix products with loop bodies counted as often as they run,
+    and counted once; 1 for a program without loops.
     """
     total = once = 0
     runs_once = _count_runs(module, loops=False)
@@ -265,20 +283,28 @@ def loop_factor(module: Module) -> float:
 
 
 def _array(dtype: str, sizes: str, order: str, layout: str) -> Array:
+    """Makes an array of the parts of its text.
+
+    Args:
+      dtype: such as `f32`.
+      sizes: sizes of the axes, such as `8,3`.
+      order: the axes from the fastest one in memory to the slowest, such as `1,0`.
+      layout: tiles and memory space, such as `:T(8,128)S(1)`.
+    """
     shape = tuple(int(size.replace("<=", "")) for size in sizes.split(",") if size.strip())
     padded = list(shape)
     tile = re.search(r"T\(([\d,]+)\)", layout or "")
     if tile and order:
-        # The tile lies over the axes that are minor in memory, its last number on the most minor one.
-        minor_to_major = [int(axis) for axis in order.split(",")]
-        for axis, size in zip(minor_to_major, reversed([int(size) for size in tile[1].split(",")]), strict=False):
+        # A tile spans the fastest axes of the array. Its last number is its size along the fastest one.
+        fastest_first = [int(axis) for axis in order.split(",")]
+        for axis, size in zip(fastest_first, reversed([int(size) for size in tile[1].split(",")]), strict=False):
             padded[axis] = math.ceil(padded[axis] / size) * size
     space = re.search(r"S\((\d+)\)", layout or "")
     return Array(dtype, shape, bool(space) and int(space[1]) > 0, math.prod(padded))
 
 
 def _closing(text: str, start: int) -> int:
-    """Place of the bracket that closes the one at `start`."""
+    """Returns the place of the bracket that closes the one at `start`."""
     depth = 0
     for place in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -288,12 +314,16 @@ def _closing(text: str, start: int) -> int:
 
 
 def _attribute(instruction: Instruction, name: str) -> str:
+    """Returns an attribute of an instruction that names a computation; "" where it has no such attribute."""
     match = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)
     return match[1] if match else ""
 
 
 def _callees(instruction: Instruction, module: Module) -> list[tuple[str, int]]:
-    """The computations that an instruction runs, and how often. Those that add two numbers are not among them."""
+    """Returns the computations that an instruction runs, and how often.
+
+    The computation that a reduction applies to pairs of numbers is left out.
+    """
     opcode = instruction.opcode
     if opcode == "while":
         times = trip_count(instruction, module) or 1
@@ -311,7 +341,7 @@ def _callees(instruction: Instruction, module: Module) -> list[tuple[str, int]]:
 
 
 def _run_by_control_flow(module: Module) -> list[str]:
-    """Computations whose instructions run one after the other: all but the insides of fusions and the like."""
+    """Returns the computations whose instructions run one after the other, which those inside fusions do not."""
     names, queue = [], [module.entry]
     while queue:
         name = queue.pop()
@@ -325,9 +355,10 @@ def _run_by_control_flow(module: Module) -> list[str]:
 
 
 def _count_runs(module: Module, loops: bool) -> dict[str, int]:
-    """How often each computation runs; with `loops` false, as if each loop ran its body once."""
+    """Returns how often each computation runs; with `loops` False, as if each loop ran its body once."""
     counts: dict[str, int] = collections.Counter({module.entry: 1})
-    # Callees stand before their callers in the text, so the counts of all callers are complete when one is reached.
+    # In the text a computation stands before those that call it. In reverse order, the counts of all its callers are
+    # complete when a computation is reached.
     for name in reversed(module.computations):
         for instruction in module.computations[name]:
             for callee, times in _callees(instruction, module):
@@ -336,19 +367,19 @@ def _count_runs(module: Module, loops: bool) -> dict[str, int]:
 
 
 def _moved(kind: str, instruction: Instruction, types: dict[str, tuple[Array, ...]]) -> tuple[Array, ...]:
-    """The arrays that a collective works on."""
+    """Returns `Collective.arrays` of an instruction; `types` is name -> arrays of the instructions beside it."""
     operands = tuple(array for name in instruction.operands for array in types.get(name, ()))
     if kind == "reduce-scatter" and operands:
         return operands
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # (operands, results, flags): as many results as operands.
+        # It returns (operands, results, flags), with as many results as operands.
         half = len(operands) or 1
         return instruction.arrays[half : 2 * half]
     return instruction.arrays
 
 
 def _group_size(attributes: str, module: Module) -> int:
-    """Devices in one group of a collective, from any of the forms in which XLA writes groups."""
+    """Returns how many devices are in one group of a collective. XLA writes groups in several forms."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return max(2, len(set(re.findall(r"\d+", pairs[1]))))
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
@@ -362,7 +393,7 @@ def _group_size(attributes: str, module: Module) -> int:
 
 
 def _product_flops(instruction: Instruction, types: dict[str, tuple[Array, ...]]) -> int:
-    """Twice the multiplications of a convolution or matrix product, those with padding included; 0 for the rest."""
+    """Returns twice the multiplications of a convolution or matrix product, with those of padding; else 0."""
     if instruction.opcode not in ("convolution", "dot") or not instruction.arrays:
         return 0
     left, right = (types.get(name, ()) for name in instruction.operands[:2])
@@ -380,7 +411,7 @@ def _product_flops(instruction: Instruction, types: dict[str, tuple[Array, ...]]
 
 
 def _traffic(instruction: Instruction, by_name: dict[str, Instruction], module: Module) -> int:
-    """Bytes between main memory and the chip's own that one instruction moves."""
+    """Returns the bytes that one instruction reads from and writes to HBM."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done"):
         return 0
@@ -391,7 +422,7 @@ def _traffic(instruction: Instruction, by_name: dict[str, Instruction], module: 
         piece = instruction.arrays[len(operands[0])]
         return piece.padded_bytes + piece.hbm_bytes
     if opcode.endswith("-start") and opcode != "all-reduce-start":
-        return written  # the result repeats the operands
+        return written  # its result contains the operands too, so this counts reading and writing
     if opcode in ("slice", "dynamic-slice", "gather"):
         return 2 * written
     if opcode == "dynamic-update-slice":
@@ -402,7 +433,7 @@ def _traffic(instruction: Instruction, by_name: dict[str, Instruction], module: 
 
 
 def _fusion_traffic(instruction: Instruction, operands: list[tuple[Array, ...]], module: Module) -> int:
-    """`_traffic` of a fusion: of operands that it only slices, or updates in place, the slices alone count."""
+    """Returns `_traffic` of a fusion. Of an operand that it only slices or updates in place, the slices alone count."""
     inside = {step.name: step for step in module.computations.get(_attribute(instruction, "calls"), [])}
     users: dict[str, list[Instruction]] = collections.defaultdict(list)
     for step in inside.values():

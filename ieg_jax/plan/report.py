@@ -1,4 +1,4 @@
-"""What is printed about a compiled step."""
+"""Prints what is known about a compiled step."""
 
 import dataclasses
 import math
@@ -6,18 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from ieg_jax.hardware import GIB, Chip
 from ieg_jax.plan import hlo
 from ieg_jax.plan.compile import least_forward_passes
 from ieg_jax.plan.roofline import roofline
 
-SANE = 0.3  # XLA's own estimate of the time is shown from this share of the bound up; below it is wrong
+# XLA's own estimate of the time is shown only where it is at least this share of the bound. A shorter one is wrong.
+SANE = 0.3
 
 
 def summarize(step: Any, chip: Chip) -> dict[str, Any]:
-    """What the report shows of a step (an `plan.compile.Step`), as plain values; bytes and FLOPs are of one chip."""
+    """Returns a row: what the report shows of a step, as plain values. Bytes and FLOPs are those of one chip.
+
+    Args:
+      step: a `plan.compile.Step`.
+      chip: for which it was compiled.
+    """
     compiled, config = step.compiled, step.config
     by_kind: dict[str, dict[str, float]] = {}
     for one in compiled.collectives:
@@ -58,14 +64,20 @@ def summarize(step: Any, chip: Chip) -> dict[str, Any]:
 
 
 def fixed_bytes(row: Mapping[str, Any]) -> int:
-    """Bytes of a step's HBM that surely do not grow with the batch: the state and the program."""
+    """Returns the bytes of HBM that surely do not grow with the batch, those of the state and of the program."""
     changing = ("batch", "window of metrics")
     state = sum(size for name, size in row["arguments"].items() if name not in changing)
     return state + row["memory"].get("code", 0)
 
 
 def notes(row: Mapping[str, Any], chip: Chip, largest: int) -> list[str]:
-    """What binds, and what can be done about it, in plain sentences."""
+    """Says in plain sentences what limits the step, and what can be done about it.
+
+    Args:
+      row: from `summarize`.
+      chip: for which it was compiled.
+      largest: the estimate of the largest batch that fits; -1 = not known.
+    """
     said = []
     groups, chips = row["batch_groups"], row["num_chips"]
     if not row["fits"]:
@@ -111,7 +123,15 @@ def notes(row: Mapping[str, Any], chip: Chip, largest: int) -> list[str]:
 
 
 def print_report(console: Console, row: Mapping[str, Any], slice_: Any, largest: int, measured: int) -> None:
-    """Prints everything about one step."""
+    """Prints everything about one step.
+
+    Args:
+      console: where to print.
+      row: from `summarize`.
+      slice_: a `plan.compile.Slice`.
+      largest: the estimate of the largest batch that fits; -1 = not known.
+      measured: of how many compiled batch sizes the estimate is made.
+    """
     chip = slice_.chip
     console.print(
         f"\n[bold]{row['model']}, {row['method']}, batch {row['batch_size']} on {row['num_chips']} {chip.name} chips "
@@ -123,7 +143,7 @@ def print_report(console: Console, row: Mapping[str, Any], slice_: Any, largest:
     if row["refused"]:
         console.print(f"[red]The compiler refuses the program:[/red] {row['refused']}", markup=True, highlight=False)
     if row["memory"]:
-        console.print(_work_table(row, chip))
+        console.print(_time_table(row, chip))
         console.print(_collective_table(row))
     sizes = "one compiled size, all that is temporary taken as proportional to the batch" if measured == 1 else (
         f"{measured} compiled sizes, memory taken as linear in the batch"
@@ -139,9 +159,9 @@ def print_report(console: Console, row: Mapping[str, Any], slice_: Any, largest:
         console.print(f"• {note}", highlight=False)
 
 
-def sweep_table(rows: list[Mapping[str, Any]]) -> Table:
-    """One line for each variant."""
-    table = Table(title="variants, per chip")
+def sweep_table(rows: list[Mapping[str, Any]]) -> RichTable:
+    """Returns a table with one line for each variant."""
+    table = RichTable(title="variants, per chip")
     for heading in (
         "batch", "batch_groups", "remat", "HBM GiB", "fits", "operations", "HBM traffic", "sent", "bound ms", "binds",
         "images/s",
@@ -163,8 +183,9 @@ def sweep_table(rows: list[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _memory_table(row: Mapping[str, Any], chip: Chip) -> Table:
-    table = Table(title="memory of a chip (HBM)")
+def _memory_table(row: Mapping[str, Any], chip: Chip) -> RichTable:
+    """Returns the table that says what takes how much device memory."""
+    table = RichTable(title="memory of a chip (HBM)")
     table.add_column("what")
     table.add_column("GiB", justify="right")
     for name, size in row["arguments"].items():
@@ -183,9 +204,10 @@ def _memory_table(row: Mapping[str, Any], chip: Chip) -> Table:
     return table
 
 
-def _work_table(row: Mapping[str, Any], chip: Chip) -> Table:
+def _time_table(row: Mapping[str, Any], chip: Chip) -> RichTable:
+    """Returns the table of what a chip does in a step, and how long each part takes at least."""
     bound = row["bound"]
-    table = Table(title="work of a chip in a step, and the least time for it")
+    table = RichTable(title="work of a chip in a step, and the least time for it")
     table.add_column("what")
     for heading in ("amount", "at best", "ms"):
         table.add_column(heading, justify="right")
@@ -207,8 +229,9 @@ def _work_table(row: Mapping[str, Any], chip: Chip) -> Table:
     return table
 
 
-def _collective_table(row: Mapping[str, Any], largest: int = 6) -> Table:
-    table = Table(title="sent between chips in a step, per chip")
+def _collective_table(row: Mapping[str, Any], largest: int = 6) -> RichTable:
+    """Returns the table of what chips send to each other, with the `largest` collectives of each kind."""
+    table = RichTable(title="sent between chips in a step, per chip")
     for heading in ("what", "count", "size", "sent", "largest array", "comes from"):
         table.add_column(heading, justify="right" if heading in ("count", "size", "sent") else "left")
     for kind, total in row["by_kind"].items():
@@ -230,7 +253,7 @@ def _collective_table(row: Mapping[str, Any], largest: int = 6) -> Table:
 
 
 def _si(value: float, unit: str) -> str:
-    """Three digits with a decimal prefix: 1.23 GB."""
+    """Formats a value with three digits and a decimal prefix, such as 1.23 GB."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {prefix}{unit}" if value / size < 1000 else f"{value / size:.0f} {prefix}{unit}"
@@ -238,10 +261,10 @@ def _si(value: float, unit: str) -> str:
 
 
 def _end_of(text: str, length: int = 40) -> str:
-    """The last characters of a text: of a path of operations those that tell most."""
+    """Returns the last characters of a text. They tell most about an operation, whose name is a path."""
     return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
 def _largest_array(arrays: list[str]) -> str:
-
+    """Returns the array with the most bytes; arrays are texts such as `f32[8,3]`."""
     return max(arrays, key=lambda text: hlo.parse_arrays(text)[0].bytes)

@@ -1,4 +1,4 @@
-"""The least time of a step, and the largest batch that fits."""
+"""Computes the least time of a step, and estimates the largest batch that fits."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,9 +8,14 @@ from ieg_jax.hardware import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The least time of a step, in seconds, by what the chip can do at best.
+    """The least times, in seconds, that a step spends on operations, on its device memory and on sending.
 
-    The three kinds of work are taken to overlap perfectly, so a step takes at least the longest of them.
+    The three are assumed to overlap perfectly, so a step takes at least the longest of them.
+
+    Attributes:
+      compute: for the operations.
+      memory: for reading and writing device memory (HBM).
+      interconnect: for sending to other chips.
     """
 
     compute: float
@@ -19,23 +24,23 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """The bound."""
+        """The least time of a step."""
         return max(self.compute, self.memory, self.interconnect)
 
     @property
     def binds(self) -> str:
-        """Which of the three it is."""
+        """The name of the longest of the three."""
         return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
 
 
 def roofline(chip: Chip, flops: float, traffic: float, sent_bytes: float) -> Roofline:
-    """The bound on the time of a step (Williams et al. 2009, with a third line for the interconnect).
+    """Computes the least time of a step (Williams et al. 2009, with the interconnect as a third bound).
 
     Args:
-      chip: what it can do at best.
+      chip: what a chip can do at best.
       flops: operations of one chip in a step.
-      traffic: bytes that it reads from and writes to HBM.
-      sent_bytes: bytes that it sends to other chips.
+      traffic: bytes that one chip reads from and writes to HBM in a step.
+      sent_bytes: bytes that one chip sends to other chips in a step.
     """
     return Roofline(
         compute=flops / chip.peak_flops,
@@ -45,16 +50,16 @@ def roofline(chip: Chip, flops: float, traffic: float, sent_bytes: float) -> Roo
 
 
 def largest_batch(needed: Mapping[int, int], fixed: int, usable: int, unit: int) -> int:
-    """Estimates the largest batch that fits, memory taken as linear in the batch.
+    """Estimates the largest batch that fits. Device memory is assumed to be linear in the batch.
 
     Args:
-      needed: batch size -> bytes of HBM that a chip needs for it, of one or more compiled programs.
-      fixed: bytes that do not grow with the batch, used where there is one size only: the state.
+      needed: batch size -> bytes of HBM that a chip needs for it, from one or more compiled programs.
+      fixed: bytes of HBM that do not grow with the batch; used only where `needed` has a single size.
       usable: bytes of HBM that a program can have.
-      unit: the batch must be a multiple of it.
+      unit: the batch must be a multiple of this.
 
     Returns:
-      A multiple of `unit`; 0 where not even one unit fits.
+      A multiple of `unit`; 0 where not even a batch of this size fits.
     """
     sizes = sorted(needed)
     small, large = sizes[0], sizes[-1]

@@ -1,4 +1,4 @@
-"""From a configuration and a topology to the printed report."""
+"""Compiles a configuration and its variants for a slice, and reports what comes out."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def run(config: ConfigDict, topology: str, sweeps: Sequence[str], out: str, cons
 
     Args:
       config: the configuration.
-      topology: of the slice, such as `v5e:4x4`.
+      topology: the slice, such as `v5e:4x4`.
       sweeps: which variants are compiled too: batch, remat, batch_groups.
       out: a file for everything as JSON; "" = none.
       console: where to print.
@@ -64,7 +64,7 @@ def run(config: ConfigDict, topology: str, sweeps: Sequence[str], out: str, cons
 
 
 def _compile(config: ConfigDict, slice_: Slice) -> dict[str, Any]:
-    """The row of one variant; what takes long is said on standard error."""
+    """Returns `report.summarize` of one variant. Before anything that takes long, a line goes to standard error."""
     what = (
         f"{config.model.name}, {config.method.name}, batch {config.batch_size}, batch_groups {config.batch_groups}, "
         f"remat {config.model.remat}, for {slice_.name}"

@@ -59,7 +59,7 @@ class Table:
     Attributes:
       name: on the command line.
       title: for people.
-      rows: at least one; all have the same columns.
+      rows: at least one; the columns that any of them has are shown.
     """
 
     name: str
@@ -169,7 +169,7 @@ def _paper_experiment(row: dict[str, Any]) -> Experiment | None:
         return None
     if dataset.startswith("webvision"):
         return _webvision(row)
-    # The paper does not say which network the numbers come from that it took from other papers.
+    # The paper names no network for numbers of other papers; the experiment has the network of most other rows.
     model = _MODELS[row.get("network", "wrn28_10")]
     classes = 10 if dataset == "cifar10" else 100
     trusted = row.get("trusted_total", 10 * classes) // classes

@@ -1,7 +1,7 @@
-"""The paper's figures with our runs in them, and those of the smaller experiments.
+"""Draws the paper's figures with our runs in them, and figures of the smaller experiments.
 
-Filled marks and lines are runs of this code, mean over the seeds with a bar of one standard deviation; open marks are
-what the paper prints. Where nothing was run yet, the figure says so.
+Filled marks and lines are runs of this code: the mean over the seeds, with a bar of one standard deviation. Open marks
+are what the paper prints. A figure without any runs says so.
 """
 
 from collections.abc import Callable
@@ -12,52 +12,75 @@ import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 
+from ieg_jax import methods
 from ieg_jax.errors import check_choice
 from ieg_jax.reproduce import experiments, results
 from ieg_jax.reproduce.experiments import Experiment
 
 matplotlib.use("Agg")
 
+# The colours of methods in all figures. Methods that are not named here share the other colours, see `color`.
 COLORS = {
     "ieg": "tab:green", "supervised": "tab:gray", "l2r": "tab:blue", "eg": "tab:purple", "trusted_only": "tab:orange",
 }  # fmt: skip
-NAMES = {"ieg": "IEG", "l2r": "L2R", "eg": "EG (no noisy label)", "trusted_only": "trusted only"}
+OTHER_COLORS = ("tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+
+
+def color(method: str) -> str:
+    """Returns the colour in which all figures draw a method of the registry."""
+    others = [name for name in methods.REGISTRY if name not in COLORS]
+    return COLORS[method] if method in COLORS else OTHER_COLORS[others.index(method) % len(OTHER_COLORS)]
 
 
 class Finished:
-    """The finished cells that a figure draws from."""
+    """Reads the finished runs that a figure shows."""
 
     def __init__(self, store: results.Store, seeds: int):
+        """Takes the runs with the seeds 0 ... `seeds` − 1 from `store`."""
         self._store, self._seeds = store, seeds
 
-    def cells(self, experiment: Experiment) -> list[dict[str, Any]]:
-        """Of every seed that is finished; settings that differ from the experiment's are an error."""
+    def runs(self, experiment: Experiment) -> list[dict[str, Any]]:
+        """Returns the finished runs of an experiment, at most one for each seed.
+
+        Raises:
+          UserError: where a run has other settings than the experiment.
+        """
         found = (self._store.find(experiment, seed) for seed in range(self._seeds))
-        return [cell for cell in found if cell is not None]
+        return [run for run in found if run is not None]
 
     def points(self, rated: dict[float, Experiment]) -> np.ndarray:
-        """`[n, 3]`: noise rate, mean, standard deviation (0 of one seed) of the rates that have been run."""
-        found = {rate: results.spread(self.cells(experiment)) for rate, experiment in rated.items()}
+        """Returns the accuracy at the last step, in percent, for each noise rate that has been run.
+
+        Args:
+          rated: noise rate -> experiment.
+
+        Returns:
+          `[n, 3]`: noise rate, mean over the seeds, standard deviation (0 for a single seed).
+        """
+        found = {rate: results.spread(self.runs(experiment)) for rate, experiment in rated.items()}
         points = [(rate, spread.mean, spread.std or 0.0) for rate, spread in found.items() if spread]
         return np.array(points).reshape(-1, 3)
 
     def curve(self, experiment: Experiment, name: str) -> np.ndarray | None:
-        """`[n, 2]`: step, mean over the seeds of a metric; None where it was not run."""
-        curves = [np.array(cell["curves"][name]) for cell in self.cells(experiment) if name in cell["curves"]]
+        """Returns `[n, 2]`: step, mean of the metric `name` over the seeds; None where no run has the metric."""
+        curves = [np.array(run["curves"][name]) for run in self.runs(experiment) if name in run["curves"]]
         return np.mean(curves, axis=0) if curves else None
 
 
 def draw(name: str, store: results.Store, seeds: int, folder: epath.Path) -> list[epath.Path]:
-    """Draws the figure `name` (of FIGURES) as PNG and SVG.
+    """Draws a figure as PNG and SVG.
 
     Args:
-      name: of the figure.
-      store: where finished runs are.
-      seeds: seeds 0 ... seeds − 1 are drawn.
-      folder: where to; made where it is missing.
+      name: one of FIGURES.
+      store: where the runs are.
+      seeds: the runs with the seeds 0 ... `seeds` − 1 are drawn.
+      folder: the folder for the files; it is made where it is missing.
 
     Returns:
       The two files.
+
+    Raises:
+      UserError: for another name, and where a run has other settings than its experiment.
     """
     check_choice("figure", name, FIGURES)
     figure = FIGURES[name](Finished(store, seeds))
@@ -90,8 +113,8 @@ def _figure_1(finished: Finished) -> plt.Figure:
         of_paper = paper("2", method, network="wrn28_10")
         _rates(axes, method, finished.points(rated), of_paper)
     semi = [row for row in printed if row["table"] == "6" and row["method"] == "eg" and row["network"] == "wrn28_10"]
-    axes.axhline(semi[0]["top1"], color=COLORS["eg"], ls=":", lw=1, label="EG*, paper")
-    _level(axes, "eg", finished.cells(experiments.cifar("cifar100", "eg", rate=0.8)))
+    axes.axhline(semi[0]["top1"], color=color("eg"), ls=":", lw=1, label="EG*, paper")
+    _level(axes, "eg", finished.runs(experiments.cifar("cifar100", "eg", rate=0.8)))
     axes.set(xlabel="noise rate (uniform)", ylabel="test accuracy, %", title="CIFAR-100", ylim=(0, 100))
     _legend(axes)
     return figure
@@ -106,10 +129,10 @@ def _figure_2(finished: Finished) -> plt.Figure:
         rated = {rate: experiments.cifar("cifar100", "ieg", rate=rate, **more) for rate in experiments.EXTREME_RATES}
         points = finished.points(rated)
         if len(points):
-            bottom.errorbar(*points.T, fmt=f"o{style}", color=COLORS["ieg"], label=label)
+            bottom.errorbar(*points.T, fmt=f"o{style}", color=color("ieg"), label=label)
     paper = [(r["ratio"], r["top1"]) for r in experiments.paper_rows() if r["table"] == "A2"]
     extreme = np.array([point for point in paper if point[0] in experiments.EXTREME_RATES])
-    bottom.plot(*extreme.T, "o", mfc="none", color=COLORS["ieg"], label="with λ, paper (Table A2)")
+    bottom.plot(*extreme.T, "o", mfc="none", color=color("ieg"), label="with λ, paper (Table A2)")
     bottom.set(xlabel="noise rate (uniform)", ylabel="test accuracy, %", title="CIFAR-100, extreme noise")
     _legend(bottom)
     return figure
@@ -133,17 +156,17 @@ def _digits(finished: Finished) -> plt.Figure:
         rated = {rate: experiments.digits(method, rate) for rate in experiments.DIGITS_RATES}
         _rates(left, method, finished.points(rated), np.zeros((0, 3)))
     for method in ("eg", "trusted_only"):
-        _level(left, method, finished.cells(experiments.digits(method, 0.0)))
+        _level(left, method, finished.runs(experiments.digits(method, 0.0)))
     left.set(xlabel="noise rate (uniform)", ylabel="test accuracy, %", title="Digits: noise", ylim=(0, 102))
     _legend(left)
     rows = experiments.tables()["digits-ablation"].rows
     names = list(dict.fromkeys(row.columns["what"] for row in rows))
-    for rate, color in ((0.4, "tab:olive"), (0.8, "tab:green")):
-        of_rate = [results.spread(finished.cells(row.experiment)) for row in rows if row.columns["rate"] == rate]
+    for rate, shade in ((0.4, "tab:olive"), (0.8, "tab:green")):
+        of_rate = [results.spread(finished.runs(row.experiment)) for row in rows if row.columns["rate"] == rate]
         places = [place for place, spread in enumerate(of_rate) if spread]
         means = [of_rate[place].mean for place in places]
         errors = [of_rate[place].std or 0.0 for place in places]
-        right.errorbar(means, places, xerr=errors, fmt="o", ms=8, color=color, capsize=2, label=f"{rate:.0%} noise")
+        right.errorbar(means, places, xerr=errors, fmt="o", ms=8, color=shade, capsize=2, label=f"{rate:.0%} noise")
     right.set(xlabel="test accuracy, %", title="Digits: components", yticks=range(len(names)), yticklabels=names)
     right.invert_yaxis()
     right.grid(axis="y", color="0.9")
@@ -159,9 +182,9 @@ def _fashion(finished: Finished) -> plt.Figure:
             experiment = experiments.fashion(method) if needs_no_label else experiments.fashion(method, noise, rate)
             curve = finished.curve(experiment, "test/accuracy")
             if curve is not None:
-                label = f"{NAMES.get(method, method)} ({100 * curve[-1, 1]:.1f})"
-                axes.plot(curve[:, 0], 100 * curve[:, 1], color=COLORS[method], label=label)
-        clean = results.spread(finished.cells(experiments.fashion("supervised", "uniform", 0.0)))
+                label = f"{methods.get(method).title} ({100 * curve[-1, 1]:.1f})"
+                axes.plot(curve[:, 0], 100 * curve[:, 1], color=color(method), label=label)
+        clean = results.spread(finished.runs(experiments.fashion("supervised", "uniform", 0.0)))
         if clean:
             axes.axhline(clean.mean, color="black", ls="--", lw=1, label=f"true labels ({clean.mean:.1f})")
         axes.set(xlabel="step", ylabel="test accuracy, %", ylim=(50, 92), title=f"{rate:.0%} {noise} noise")
@@ -170,6 +193,7 @@ def _fashion(finished: Finished) -> plt.Figure:
     return figure
 
 
+# name on the command line -> the function that draws it
 FIGURES: dict[str, Callable[[Finished], plt.Figure]] = {
     "1": _figure_1,
     "2": _figure_2,
@@ -181,34 +205,51 @@ FIGURES: dict[str, Callable[[Finished], plt.Figure]] = {
 
 
 def _rated(table: experiments.Table) -> dict[float, Experiment]:
+    """Returns noise rate -> experiment of a table."""
     return {row.columns["rate"]: row.experiment for row in table.rows}
 
 
 def _rates(axes: plt.Axes, method: str, ours: np.ndarray, paper: np.ndarray) -> None:
-    """Accuracy against the noise rate: ours as a line, the paper's as open marks."""
-    label, color = NAMES.get(method, method), COLORS[method]
+    """Draws the accuracy against the noise rate: ours as a line, the paper's as open marks.
+
+    Args:
+      axes: where to draw.
+      method: a name in `methods.REGISTRY`.
+      ours: `[n, 3]`: rate, mean, standard deviation; n may be 0.
+      paper: the same for the paper.
+    """
+    label = methods.get(method).title
     if len(ours):
-        axes.errorbar(*ours.T, fmt="o-", color=color, capsize=2, label=label)
+        axes.errorbar(*ours.T, fmt="o-", color=color(method), capsize=2, label=label)
     if len(paper):
-        axes.errorbar(*paper.T, fmt="o", mfc="none", color=color, capsize=2, label=f"{label}, paper")
+        axes.errorbar(*paper.T, fmt="o", mfc="none", color=color(method), capsize=2, label=f"{label}, paper")
 
 
 def _level(axes: plt.Axes, method: str, found: list[dict[str, Any]]) -> None:
+    """Draws a horizontal line at the mean accuracy of the finished runs of a method, if there are any."""
     spread = results.spread(found)
     if spread:
-        axes.axhline(spread.mean, color=COLORS[method], ls="--", lw=1.4, label=f"{NAMES.get(method, method)}")
+        axes.axhline(spread.mean, color=color(method), ls="--", lw=1.4, label=methods.get(method).title)
 
 
 def _trust(axes: plt.Axes, finished: Finished, experiment: Experiment) -> None:
-    for which, color in (("clean", "tab:green"), ("noisy", "tab:red")):
+    """Draws the mean λ of examples with true and with wrong labels against the step."""
+    for which, shade in (("clean", "tab:green"), ("noisy", "tab:red")):
         curve = finished.curve(experiment, f"trust/{which}")
         if curve is not None:
-            axes.plot(*curve.T, color=color, label=f"label is {'true' if which == 'clean' else 'wrong'}")
+            axes.plot(*curve.T, color=shade, label=f"label is {'true' if which == 'clean' else 'wrong'}")
     axes.set(xlabel="step", ylabel="mean λ", ylim=(0, 1))
     _legend(axes)
 
 
 def _training_curves(finished: Finished, curves: dict[str, Experiment], title: str) -> plt.Figure:
+    """Draws the accuracy on the test set and on the training labels against the step.
+
+    Args:
+      finished: the runs.
+      curves: label -> experiment.
+      title: of the figure.
+    """
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     for number, (label, experiment) in enumerate(curves.items()):
         for name, style in (("test/accuracy", "-"), ("train/accuracy", ":")):
@@ -222,7 +263,7 @@ def _training_curves(finished: Finished, curves: dict[str, Experiment], title: s
 
 
 def _legend(axes: plt.Axes, **more: Any) -> None:
-    """The legend, or in its place what is missing."""
+    """Adds the legend, and where no run of ours is drawn a text that says so."""
     ours = [label for label in axes.get_legend_handles_labels()[1] if "paper" not in label]
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=9, **more)

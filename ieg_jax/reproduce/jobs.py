@@ -1,4 +1,4 @@
-"""Running experiments as processes, several at a time."""
+"""Runs experiments as processes, several at a time."""
 
 import concurrent.futures
 import dataclasses
@@ -20,7 +20,7 @@ from ieg_jax.errors import UserError
 from ieg_jax.reproduce import results
 from ieg_jax.reproduce.experiments import Experiment
 
-# What --scale=tiny sets. Networks of a depth and a width that can be chosen become small.
+# The keys that --scale=tiny sets. Networks whose size can be chosen become small.
 TINY = {
     "batch_size": 16,
     "num_train_epochs": 0.0,
@@ -39,12 +39,12 @@ TINY = {
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """What the flags --scale, --set and --foreign change of every experiment.
+    """What the flags --scale, --set and --foreign change in every experiment.
 
     Attributes:
-      tiny: small networks and few steps, see TINY.
-      keys: `key=value` texts.
-      foreign: `name:folder` texts, where the foreign images of open-set noise are.
+      tiny: whether networks are small and steps are few, see TINY.
+      keys: texts `key=value`, each a key of the configuration that is set.
+      foreign: texts `name:folder`, each a source of open-set noise and where its images are.
     """
 
     tiny: bool = False
@@ -52,10 +52,11 @@ class Changes:
     foreign: Sequence[str] = ()
 
     def of(self, experiment: Experiment) -> Experiment:
-        """The experiment with the changes.
+        """Returns the experiment with the changes.
 
         Raises:
-          UserError: for a text in `keys` that is no key=value, or whose key does not exist.
+          UserError: for a text in `keys` that is not key=value, for a key that does not exist or is neither a text nor
+            a number, and for a value of another type than the key's.
         """
         keys = dict(experiment.keys)
         if "noise.open_set" in keys:
@@ -75,7 +76,7 @@ class Changes:
                 keys[key] = kind(value)
             except ValueError:
                 raise UserError(f"--set={pair}: expected {kind.__name__}") from None
-        if self.tiny:  # of a network with one size the rest stays
+        if self.tiny:  # a key of TINY that the network does not read would be refused
             network = results.load_config(experiment, 0).model.name
             reads = {f"model.{key}" for key in models.REGISTRY[network].READS}
             keys = {key: value for key, value in keys.items() if key not in TINY or key[:6] != "model." or key in reads}
@@ -83,7 +84,7 @@ class Changes:
 
 
 def command_line(experiment: Experiment, seed: int, folder: epath.Path) -> list[str]:
-    """The command of one run."""
+    """Returns the command of one run."""
     keys = [f"--config.{key}={value}" for key, value in experiment.keys.items()]
     config = f"--config={experiment.specification(seed)}"
     return ["python", "-m", "ieg_jax.main", config, *keys, f"--workdir={folder}"]
@@ -92,21 +93,21 @@ def command_line(experiment: Experiment, seed: int, folder: epath.Path) -> list[
 def run(
     wanted: Iterable[Experiment], store: results.Store, seeds: int, jobs: int, dry_run: bool, console: Console
 ) -> None:
-    """Runs every experiment with every seed, several at a time, and skips what is finished.
+    """Runs every experiment with every seed, several at a time, except for runs that are finished already.
 
-    A run that fails does not stop the others; its last lines are shown.
+    A run that fails does not stop the others; the last lines that it printed are shown.
 
     Args:
-      wanted: with the changes that the user asked for.
-      store: of the results.
-      seeds: how many: 0, 1, ...
-      jobs: how many run at a time; the processors are divided among them.
-      dry_run: the commands are printed and nothing is run.
-      console: where to say how it goes.
+      wanted: the experiments, with the changes that the user asked for.
+      store: where the runs are.
+      seeds: how many seeds: 0, 1, ...
+      jobs: how many runs there are at a time; the processors are divided among them.
+      dry_run: whether the commands are only printed.
+      console: where to print what happens.
 
     Raises:
-      UserError: before anything is run, where a configuration, a key or a finished run with other settings is in the
-        way; at the end, where runs failed.
+      UserError: before anything is run, for a configuration or a key that is wrong, and for a finished run with other
+        settings; at the end, where runs failed.
     """
     pending, finished = [], 0
     wanted = list(wanted)
@@ -122,7 +123,7 @@ def run(
             line = shlex.join(command_line(experiment, seed, store.work_folder(experiment, seed)))
             console.print(line, soft_wrap=True, highlight=False)
         return
-    # As Ctrl-C: a signal to this process alone would leave the runs behind.
+    # SIGTERM is treated like Ctrl-C. If it only ended this process, the runs would go on without it.
     signal.signal(signal.SIGTERM, _interrupt)
     failed = set()
     processes = Processes(min(jobs, max(1, len(pending))))
@@ -137,13 +138,12 @@ def run(
                     failed.add((experiment.name, seed))
                     console.print(f"{what}: failed\n{tail}", highlight=False, markup=False)
                     continue
-                cell = store.keep(experiment, seed)
-                result = cell["result"]
-                accuracy = results.spread([cell])
-                console.print(f"{what}: {accuracy} %, {result['wall_seconds']:.0f} s", highlight=False, markup=False)
+                kept = store.keep(experiment, seed)
+                accuracy, seconds = results.spread([kept]), kept["result"]["wall_seconds"]
+                console.print(f"{what}: {accuracy} %, {seconds:.0f} s", highlight=False, markup=False)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            processes.stop()  # each run saves its state and ends; the same command goes on from there
+            processes.stop()
             raise
     if failed:
         names = "; ".join(f"{name}, seed {seed}" for name, seed in sorted(failed))
@@ -158,6 +158,7 @@ class Processes:
     """Runs commands as processes, each on its share of the processors."""
 
     def __init__(self, count: int):
+        """Divides the processors among `count` processes, which run at the same time."""
         self.count = count
         processors = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._shares = [set(processors[i::count]) for i in range(count)] if len(processors) >= count > 1 else []
@@ -166,11 +167,16 @@ class Processes:
         self._lock = threading.Lock()
 
     def run(self, command: list[str]) -> tuple[int, str]:
-        """Runs it to its end; returns the exit status and the last lines that it printed (none of a single job)."""
+        """Runs a command to its end. At most `count` threads may do so at a time.
+
+        Returns:
+          The exit status, and the last lines that the command printed; "" where `count` is 1, for then it prints to the
+          terminal.
+        """
         with self._lock:
             slot = self._free.pop()
         try:
-            if self._shares:  # of this thread, from which the new process inherits it
+            if self._shares:  # this sets the processors of this thread, and the new process inherits them
                 os.sched_setaffinity(0, self._shares[slot])
             with tempfile.TemporaryFile("w+") as output:
                 streams = {} if self.count == 1 else {"stdout": output, "stderr": output}
@@ -186,7 +192,7 @@ class Processes:
                 self._running.discard(process)
 
     def stop(self) -> None:
-        """Asks every process to save its state and to end."""
+        """Sends SIGTERM to every process, upon which a run saves its state and ends."""
         with self._lock:
             for process in self._running:
                 process.terminate()

@@ -1,4 +1,4 @@
-"""The runs of the quickstart, their table and their picture."""
+"""Trains the runs of the quickstart, and shows them in a table and a picture."""
 
 import json
 import pathlib
@@ -6,15 +6,17 @@ import platform
 import statistics
 from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from ieg_jax import cli, files
+from ieg_jax import cli, files, methods
+from ieg_jax.reproduce.figures import color
 from ieg_jax.runtime.workdir import WorkFolder
 from ieg_jax.train.loop import train_and_evaluate
 
-# name -> (arguments of the configuration, what it stands for)
+# name -> (arguments of the configuration, a remark for the table). All but `clean` have the name of their method.
 RUNS = {
     "supervised": ("method=supervised", "plain training on the noisy labels"),
     "trusted_only": ("method=trusted_only", "plain training on the trusted images alone"),
@@ -22,7 +24,6 @@ RUNS = {
     "ieg": ("method=ieg", "this project"),
     "clean": ("method=supervised,noise_rate=0.0", "upper bound: plain training on true labels"),
 }
-COLORS = {"supervised": "tab:gray", "trusted_only": "tab:orange", "l2r": "tab:blue", "ieg": "tab:green"}
 
 
 def run(folder: pathlib.Path, seeds: Sequence[int], config_file: str, console: Console) -> None:
@@ -31,11 +32,11 @@ def run(folder: pathlib.Path, seeds: Sequence[int], config_file: str, console: C
     Args:
       folder: gets a work folder for each run, results.json and quickstart.png; finished runs are not trained again.
       seeds: at least one.
-      config_file: the configuration that is run.
+      config_file: the file of the configuration, with the arguments of configs/quickstart.py.
       console: for the table.
 
     Raises:
-      Interrupted: see `train_and_evaluate`; the same call goes on from there.
+      Interrupted: see `train.loop.train_and_evaluate`. The same call goes on from there.
     """
     found = {name: [] for name in RUNS}
     for seed in seeds:
@@ -50,15 +51,15 @@ def run(folder: pathlib.Path, seeds: Sequence[int], config_file: str, console: C
 
 
 def show_table(results: dict[str, list[dict]], console: Console) -> None:
-    """Prints test accuracies, mean ± standard deviation over the seeds.
+    """Prints the test accuracy of each run, mean ± sample standard deviation over the seeds.
 
     Args:
-      results: run name -> its result.json contents, one for each seed.
-      console: where to.
+      results: name of a run -> the contents of its result.json, one for each seed.
+      console: where to print.
     """
     first = results["ieg"][0]
     seeds = ", ".join(str(result["seed"]) for result in results["ieg"])
-    table = Table(
+    table = RichTable(
         title=f"{first['dataset']}: {first['noise_rate']:.0%} {first['noise']} noise "
         f"({first['noise_rate_effective']:.0%} of the labels wrong), {first['trusted_per_class']} trusted image(s) "
         f"per class",
@@ -79,18 +80,13 @@ def show_table(results: dict[str, list[dict]], console: Console) -> None:
 
 
 def draw_picture(folder: pathlib.Path, seed: int, path: pathlib.Path) -> None:
-    """Draws test accuracy against step for the four methods, and ω of clean and noisy examples.
+    """Draws the test accuracy of the four methods, and ω of examples with true and with wrong labels, against the step.
 
     Args:
-      folder: of the runs.
-      seed: which runs to draw.
-      path: of the PNG file.
+      folder: the folder of the runs.
+      seed: the seed whose runs are drawn.
+      path: the PNG file.
     """
-    import matplotlib  # plots
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = {name: WorkFolder(folder / f"{name}-{seed}", writes=False).rows() for name in RUNS}
     config = json.loads((folder / f"ieg-{seed}" / "config.json").read_text())
 
@@ -99,21 +95,23 @@ def draw_picture(folder: pathlib.Path, seed: int, path: pathlib.Path) -> None:
         return np.array(points).T
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, color in COLORS.items():
+    for name in (name for name in RUNS if name != "clean"):
         steps, accuracy = series(name, "test/accuracy")
-        label = f"{name} ({100 * accuracy[-1]:.0f})"
-        left.plot(steps, 100 * accuracy, color=color, lw=2.4 if name == "ieg" else 1.6, label=label)
+        label = f"{methods.get(name).title} ({100 * accuracy[-1]:.0f})"
+        left.plot(steps, 100 * accuracy, color=color(name), lw=2.4 if name == "ieg" else 1.6, label=label)
     clean = 100 * series("clean", "test/accuracy")[1][-1]
     left.axhline(clean, color="black", lw=1, ls="--", label=f"trained on true labels ({clean:.0f})")
     left.axhline(10, color="black", lw=1, ls=":", label="chance (10)")
     left.set(xlabel="step", ylabel="test accuracy, %", ylim=(0, 102), title="Test accuracy")
     left.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.1))
-    for key, color, label in (
+    for key, shade, label in (
         ("weight/clean", "tab:green", "label is true"), ("weight/noisy", "tab:red", "label is wrong"),
     ):  # fmt: skip
         for name, style in (("ieg", "-"), ("l2r", "--")):
             steps, weight = series(name, key)
-            right.plot(steps, weight * config["batch_size"], style, color=color, label=f"{name}, {label}")
+            right.plot(
+                steps, weight * config["batch_size"], style, color=shade, label=f"{methods.get(name).title}, {label}"
+            )
     right.axhline(1, color="black", lw=1, ls=":", label="uniform")
     right.set(xlabel="step", ylabel="mean ω, relative to uniform", ylim=(0, None), title="Example weights ω")
     right.legend(frameon=False, fontsize=9, loc="lower right", ncols=2)

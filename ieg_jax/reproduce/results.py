@@ -1,7 +1,9 @@
-"""Finished runs as small JSON files, and what is made of them: mean, spread, curves.
+"""Finds finished runs, keeps them as small JSON files, and computes mean and spread over the seeds.
 
-A cell is one experiment with one seed. It is read from its work folder, `<workdir>/<experiment>/<seed>`, or from where
-finished cells are kept, `<results>/<experiment>/<seed>.json`; either may be on a bucket.
+A finished run is one experiment that was trained with one seed. It is a dict with its `seed`, the `date` on which it
+was finished, its `settings` (see `settings`), its `result` (the contents of result.json) and its `curves` (the name of
+a metric -> a list of [step, value]). It is read from its work folder, `<workdir>/<experiment>/<seed>`, or from the file
+`<results>/<experiment>/<seed>.json`, where it was kept; either may be on a bucket.
 """
 
 import dataclasses
@@ -14,66 +16,65 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from ieg_jax import cli, files
+from ieg_jax import cli, files, methods, models
 from ieg_jax import config as config_lib
 from ieg_jax.errors import UserError
 from ieg_jax.reproduce.experiments import Experiment
 from ieg_jax.runtime.workdir import WorkFolder
 
-# Where data are, which says nothing about what they are; their fingerprint is in the work folder.
+# Keys that say where the data are. The same data may be elsewhere the next time.
 LOCATIONS = ("data.dir", "data.train", "data.test", "data.trusted", "noise.file")
-# What is kept of metrics.jsonl: the beginnings of names, and how many points of each.
+# Metrics whose names begin like this are kept, each with at most so many points.
 CURVES = ("test/accuracy", "validation/accuracy", "trusted/accuracy", "train/accuracy", "trust/", "weight/")
 MAX_POINTS = 60
 
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Where cells are.
+    """The places where runs are.
 
     Attributes:
       workdir: parent of the work folders.
-      results: folder of the finished cells that are kept; None = none are.
+      results: folder in which finished runs are kept; None = they are not kept.
     """
 
     workdir: epath.Path
     results: epath.Path | None
 
     def work_folder(self, experiment: Experiment, seed: int) -> epath.Path:
-        """The work folder of a run."""
+        """Returns the work folder of a run."""
         return self.workdir / experiment.name / str(seed)
 
     def kept_file(self, experiment: Experiment, seed: int) -> epath.Path | None:
-        """The file of a finished cell."""
+        """Returns the file in which a finished run is kept; None where runs are not kept."""
         return self.results / experiment.name / f"{seed}.json" if self.results is not None else None
 
     def find(self, experiment: Experiment, seed: int) -> dict[str, Any] | None:
-        """The finished cell, from its work folder or else from where it is kept; None where it is not finished.
+        """Returns a finished run, from its work folder or else from where it is kept; None where it is not finished.
 
         Raises:
-          UserError: where there is one with other settings.
+          UserError: where the run that is there has other settings than the experiment.
         """
         folder = self.work_folder(experiment, seed)
         kept = self.kept_file(experiment, seed)
-        cell = None
         if (folder / "result.json").exists():
-            cell = from_work_folder(folder, seed)
-            where = folder
+            finished, where = from_work_folder(folder, seed), folder
         elif kept is not None and kept.exists():
-            cell = json.loads(kept.read_text())
-            where = kept
-        if cell is not None:
-            changed = config_lib.differences(cell["settings"], settings(load_config(experiment, seed)))
-            if changed:
-                raise UserError(
-                    f"{where} has a run of {experiment.name} with other settings (there -> now):\n  "
-                    + "\n  ".join(changed)
-                    + "\nmove it away, or use another folder"
-                )
-        return cell
+            finished, where = json.loads(kept.read_text()), kept
+        else:
+            return None
+        there, now = without_unread(finished["settings"]), settings(load_config(experiment, seed))
+        changed = config_lib.differences(there, now)
+        if changed:
+            raise UserError(
+                f"{where} has a run of {experiment.name} with other settings (there -> now):\n  "
+                + "\n  ".join(changed)
+                + "\nmove it away, or use another folder"
+            )
+        return finished
 
     def state(self, experiment: Experiment, seed: int) -> str:
-        """`done`, `step n of N`, `not run`, or `other settings`."""
+        """Says how far a run is: `done`, `step <last logged step>`, `not run`, or `other settings`."""
         try:
             if self.find(experiment, seed) is not None:
                 return "done"
@@ -86,17 +87,17 @@ class Store:
         return f"step {rows[-1]['step'] if rows else 0}"
 
     def keep(self, experiment: Experiment, seed: int) -> dict[str, Any]:
-        """Writes the cell of a finished work folder to where cells are kept, and returns it."""
-        cell = from_work_folder(self.work_folder(experiment, seed), seed)
+        """Writes the finished run in a work folder to where runs are kept, unless there is one, and returns it."""
+        finished = from_work_folder(self.work_folder(experiment, seed), seed)
         file = self.kept_file(experiment, seed)
         if file is not None and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            files.write(file, dumps(cell))
-        return cell
+            files.write(file, dumps(finished))
+        return finished
 
 
 def load_config(experiment: Experiment, seed: int) -> ConfigDict:
-    """The configuration of a cell, as `main` would run it."""
+    """Returns the configuration of an experiment with one seed, as `ieg_jax.main` would run it."""
     config = cli.load_config(experiment.specification(seed))
     with config.unlocked():
         config.update_from_flattened_dict(experiment.keys)
@@ -104,29 +105,52 @@ def load_config(experiment: Experiment, seed: int) -> ConfigDict:
 
 
 def settings(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
-    """What a configuration changes of configs/default.py, flat; without what only says where or how it is run."""
+    """Returns the keys whose values differ from configs/default.py, flat.
+
+    Left out are keys that only say where the data are or how the run is computed, and keys that nothing reads.
+    """
     config = config.to_dict() if isinstance(config, ConfigDict) else config
     usual, given = flat(cli.load_config("configs/default.py").to_dict()), flat(config)
     if given["trusted.batch_size"] == given["batch_size"]:
-        given["trusted.batch_size"] = 0  # a run writes down the number that 0 stands for
-    for flat_config in (usual, given):  # the names of foreign sources say what they are, the folders where
+        given["trusted.batch_size"] = 0  # a run writes the number for which 0 stands into its config.json
+    for flat_config in (usual, given):  # of a source of foreign images, `name` or `name:folder`, only the name counts
         names = (source.partition(":")[0] for source in flat_config["noise.open_set"].split(","))
         flat_config["noise.open_set"] = ",".join(names)
     skipped = (*LOCATIONS, *config_lib.FREE)
-    return {
+    changed = {
         key: value
         for key, value in sorted(given.items())
         if value != usual.get(key, ...) and not key.startswith(skipped)
     }
+    return without_unread(changed)
+
+
+def without_unread(changed: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out keys of `method`, `meta` and `model` that the method and the network do not read: they change nothing.
+
+    Configurations once set such keys whatever the method was, and runs that were kept then have them.
+
+    Args:
+      changed: settings, flat; `method.name` and `model.name` are missing where they have their defaults.
+    """
+    usual = flat(cli.load_config("configs/default.py").to_dict())
+    method, network = (changed.get(key, usual[key]) for key in ("method.name", "model.name"))
+    unread = set()
+    if method in methods.REGISTRY:
+        reads = {"method.name", *methods.get(method).keys}
+        unread |= {key for key in changed if key.startswith(("method.", "meta.")) and key not in reads}
+    if network in models.REGISTRY:
+        unread |= {f"model.{key}" for key in models.UNSET if key not in models.REGISTRY[network].READS}
+    return {key: value for key, value in changed.items() if key not in unread}
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Flat, and as JSON has it: tuples are lists."""
+    """Returns a configuration as a flat dict, with lists in place of tuples as in JSON."""
     return json.loads(json.dumps(flatten_dict(config, sep=".")))
 
 
 def from_work_folder(folder: epath.Path, seed: int) -> dict[str, Any]:
-    """The cell of a finished work folder."""
+    """Returns the finished run in a work folder."""
     config = json.loads((folder / "config.json").read_text())
     result = json.loads((folder / "result.json").read_text())
     rows = WorkFolder(folder, writes=False).rows()
@@ -141,19 +165,24 @@ def from_work_folder(folder: epath.Path, seed: int) -> dict[str, Any]:
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Returns the curves of a run, with at most MAX_POINTS points each.
+
+    Args:
+      rows: the rows of metrics.jsonl.
+    """
     names = sorted({name for row in rows for name in row if name.startswith(CURVES) and "/auroc" not in name})
     curves = {}
     for name in names:
         points = [[row["step"], round(row[name], 4)] for row in rows if row.get(name) is not None]
         every = -(-len(points) // MAX_POINTS)
-        curves[name] = points[::-1][::every][::-1]  # the last one always
+        curves[name] = points[::-1][::every][::-1]  # counted from the end, so that the last point is kept
     return curves
 
 
-def dumps(cell: dict[str, Any]) -> str:
-    """JSON with one line for each value, so that a difference between two versions can be read."""
+def dumps(finished: dict[str, Any]) -> str:
+    """Returns a finished run as JSON with one line for each value, so that people can read a diff of two versions."""
     lines = []
-    for name, value in cell.items():
+    for name, value in finished.items():
         if name in ("settings", "result", "curves"):
             inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
             lines.append(f' "{name}": {{\n{inner}\n }}')
@@ -164,33 +193,41 @@ def dumps(cell: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over the seeds, in percent; the deviation is None for one seed."""
+    """The values of one measure over the seeds, in percent."""
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Of the values."""
+        """The mean of the values."""
         return statistics.mean(self.values)
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation (n − 1), as the paper's is taken to be."""
+        """The sample standard deviation (n − 1), which the paper's is assumed to be; None for a single value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + (f" ± {self.std:.1f}" if self.std is not None else "")
 
 
-# What a table shows of a run -> where result.json has it, behind the name of what accuracy was measured on.
+# What tables show of a run -> its key in result.json, without the name of the set on which accuracy was measured.
 MEASURES = {"last": "accuracy", "best on trusted": "accuracy_best_on_trusted", "best on test": "accuracy_best"}
 
 
 def spread(found: list[dict[str, Any]], measure: str = "last") -> Spread | None:
-    """A measure over the seeds of one experiment; None where no seed is finished."""
+    """Collects a measure over the seeds of one experiment.
+
+    Args:
+      found: the finished runs of the experiment.
+      measure: one of MEASURES.
+
+    Returns:
+      None where no run has the measure.
+    """
     values = []
-    for cell in found:
-        result = cell["result"]
+    for run in found:
+        result = run["result"]
         value = result.get(f"{result['best_chosen_on']}_{MEASURES[measure]}")
         if value is not None:
             values.append(100 * value)

@@ -1,4 +1,4 @@
-"""Semantic label noise: the mistakes of a network that was trained on few clean labels."""
+"""Makes semantic label noise: the mistakes of a network that was trained on few clean labels."""
 
 import dataclasses
 import json
@@ -19,12 +19,12 @@ from ieg_jax.train.loop import train_and_evaluate
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What the network says of a training set, in ascending order of ids.
+    """The labels that the network predicts for a training set, in ascending order of ids.
 
     Attributes:
-      predicted: `[N]` int32.
-      true: `[N]` int32, negative where not known.
-      trained_on: `[N]` bool, the clean share.
+      predicted: `[N]` int32, the predicted labels.
+      true: `[N]` int32, the true labels; negative where they are not known.
+      trained_on: `[N]` bool, whether the example is in the clean share on which the network was trained.
       class_names: `[K]`.
     """
 
@@ -35,21 +35,21 @@ class Labels:
 
 
 def training_config(config: ConfigDict, fraction: float, model: str, overridden: Iterable[str] = ()) -> ConfigDict:
-    """The configuration of the training on the clean share.
+    """Returns the configuration of the training on the clean share.
 
-    Data, batch size, standard augmentation and seeds are those of `config`. Set for good are the method
-    (`trusted_only`), the network, the trusted set (this share of each class) and no noise. The rest is what suits a
-    small set unless it is in `overridden`: no strong augmentation, SGD with momentum 0.9 and weight decay 5e-4, one
-    cosine from 0.05, 200 passes over the share, no average of the weights, and the network at its own width.
+    Data, batch size, standard augmentation and seeds are those of `config`. The user cannot change the method
+    (`trusted_only`), the network, the trusted set (this share of each class) and that there is no noise. The rest suits
+    a small training set, where the user has not set it: no strong augmentation, SGD with momentum 0.9 and weight decay
+    5e-4, one cosine from 0.05, 200 passes over the share, no average of the weights, and the network at its own width.
 
     Args:
-      config: any configuration. Not changed.
+      config: any configuration; it is not changed.
       fraction: share of each class, in (0, 1).
       model: one of `model.name`.
       overridden: keys that the user has set, such as `schedule.base_lr`.
 
     Raises:
-      UserError: for another fraction, and for an overridden key that is set for good.
+      UserError: for a fraction outside (0, 1), and for an overridden key that cannot be changed.
     """
     if not 0 < fraction < 1:
         raise UserError(f"--fraction: got {fraction}, expected a share of the training set between 0 and 1")
@@ -86,10 +86,10 @@ def training_config(config: ConfigDict, fraction: float, model: str, overridden:
         "ema.decay": 0.0,
     }
     if not {"num_train_steps", "num_train_epochs"} & overridden:
-        # An epoch is one pass over the other examples.
+        # An epoch is one pass over the examples outside the clean share.
         defaults |= {"num_train_steps": 0, "num_train_epochs": 200 * fraction / (1 - fraction)}
     if model != config.model.name:
-        # What the configuration says is meant for another network.
+        # The configuration's values are meant for another network.
         defaults |= {f"model.{key}": value for key, value in models.UNSET.items()}
     config = ConfigDict(config.copy_and_resolve_references())
     methods.choose(config, "trusted_only")
@@ -98,10 +98,10 @@ def training_config(config: ConfigDict, fraction: float, model: str, overridden:
 
 
 def check_out(path: str) -> epath.Path:
-    """Returns the path of the file to be written.
+    """Returns the path of the file that is to be written.
 
     Raises:
-      UserError: where it exists, its folder does not, or its suffix is neither .npy nor .json.
+      UserError: where the file exists, where its folder does not, or where its suffix is neither .npy nor .json.
     """
     out = epath.Path(path).expanduser()
     if out.suffix not in (".npy", ".json"):
@@ -122,10 +122,11 @@ def write_labels(config: ConfigDict, workdir: str, out: str) -> str:
       out: new file, .npy or .json.
 
     Returns:
-      What was written and how many of the labels are wrong, as text; "" on all processes but the first.
+      A text that says what was written and how many of the labels are wrong; "" on all processes but the first.
 
     Raises:
-      UserError: where `out` cannot be used, before anything is trained; and as `train_and_evaluate`.
+      UserError: where `out` cannot be used, before anything is trained. Whatever `train.loop.train_and_evaluate` raises
+        is passed on.
     """
     path = check_out(out)
     labels = make_labels(config, workdir)
@@ -136,14 +137,13 @@ def write_labels(config: ConfigDict, workdir: str, out: str) -> str:
 
 
 def make_labels(config: ConfigDict, workdir: str) -> Labels:
-    """Trains the network, or takes what is in the work folder, and predicts the training set.
+    """Trains the network, unless the work folder has it already, and predicts the labels of the training set.
+
+    Whatever `train.loop.train_and_evaluate` raises is passed on.
 
     Args:
       config: from `training_config`.
       workdir: folder for the training.
-
-    Raises:
-      As `train.train_and_evaluate`.
     """
     train_and_evaluate(config, workdir)
     source = sources.load(config.data)
@@ -159,7 +159,7 @@ def make_labels(config: ConfigDict, workdir: str) -> Labels:
 
 
 def summary(labels: Labels) -> str:
-    """How many of the labels are wrong, in all, off the clean share and in each class, as text."""
+    """Says how many of the labels are wrong: in all, outside the clean share, and in each class."""
     known = labels.true >= 0
     wrong, unseen = labels.predicted != labels.true, known & ~labels.trained_on
     width = max(map(len, labels.class_names))
@@ -173,4 +173,5 @@ def summary(labels: Labels) -> str:
 
 
 def _share(wrong: np.ndarray) -> str:
+    """Formats the share of true values in percent."""
     return f"{100 * wrong.mean():.1f} %" if len(wrong) else "– %"

@@ -61,7 +61,7 @@ def long(table: Table, gathered: dict[str, list[dict[str, Any]]]) -> list[list[s
       seeds.
     """
     with_paper = any(row.paper for row in table.rows)
-    headings = list(table.rows[0].columns)
+    headings = list(dict.fromkeys(heading for row in table.rows for heading in row.columns))
     lines = [[*headings, *(["paper"] if with_paper else []), "seeds", *results.MEASURES]]
     lines[0] += ["last − paper"] if with_paper else []
     for row in table.rows:

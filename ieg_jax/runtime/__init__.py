@@ -1,1 +1,1 @@
-"""What a run stands on: its work folder, checkpoints, processes, the mesh of devices, and what watches it."""
+"""Provides what a run needs around its training: work folder, checkpoints, processes, devices, and what watches it."""

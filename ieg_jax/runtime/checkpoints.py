@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax, the JAX ecosystem's library for them, which writes asynchronously and atomically."""
+"""Saves and restores checkpoints with Orbax, a library that writes them asynchronously and atomically."""
 
 import contextlib
 from collections.abc import Callable
@@ -31,17 +31,17 @@ def validate(checkpoint: ConfigDict) -> None:
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a work folder, one subfolder a step.
+    """The folder `checkpoints/` of a work folder, with a subfolder for each checkpoint, named by its step.
 
-    A checkpoint holds with its arrays a checksum of each, so that one that was damaged after it was written is
-    recognised whatever happened to it. Damaged ones are moved to `damaged_checkpoints/`, never deleted.
+    A checkpoint has a checksum of each of its arrays, so that any damage after it was written is noticed when it is
+    restored. Damaged checkpoints are moved to `damaged_checkpoints/` and never deleted.
     """
 
     def __init__(self, folder: epath.PathLike, checkpoint: ConfigDict):
-        """Opens the folder, making it where it is missing.
+        """Opens the folder, and makes it where it is missing.
 
         Args:
-          folder: path, local or on a bucket.
+          folder: the folder `checkpoints/`, local or on a bucket.
           checkpoint: the group `checkpoint` of the configuration.
         """
         self.folder = epath.Path(folder).resolve()
@@ -52,29 +52,29 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
-        # Named here, so that what is in a checkpoint can be asked before anything is saved or restored.
+        # Orbax can say what is in a checkpoint before anything was saved or restored only if it is told the handlers.
         handlers = {"tree": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         self._checksums = jax.jit(checksums)
 
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, None without one."""
+        """Returns the step of the newest complete checkpoint; None where there is none."""
         return self._manager.latest_step()
 
     def note_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Tells the metrics of steps, rows of metrics.jsonl, by which the best checkpoints are kept."""
+        """Takes note of metrics, by which the best checkpoints are kept; `rows` are rows of metrics.jsonl."""
         self._best.note(rows)
 
     def save(self, step: int, tree: Any, position: int) -> None:
-        """Starts to save a tree of arrays; the arrays are copied before this returns, written after it.
+        """Starts to save a tree of arrays. They are copied before this returns, and written in the background.
 
         Args:
-          step: updates made so far. A step that is there already is left as it is.
-          tree: e.g. the train state and the metrics window.
-          position: noisy examples seen so far, where the data goes on.
+          step: updates made so far. Where the newest checkpoint is that of this step, nothing is saved.
+          tree: the arrays, such as the train state and the window of metrics.
+          position: noisy examples seen so far; there the data go on.
 
         Raises:
-          StorageError: where this or the checkpoint before cannot be written.
+          StorageError: where this checkpoint, or the one before it, cannot be written.
         """
         if step == self._manager.latest_step():
             return
@@ -89,19 +89,19 @@ class Checkpoints:
             )
 
     def restore_newest(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Any, int] | None:
-        """Restores the newest checkpoint that is not damaged; newer ones are moved out of the way.
+        """Restores the newest checkpoint that is not damaged. Newer ones, which are damaged, are moved out of the way.
 
         Args:
-          like: tree of arrays (or `jax.ShapeDtypeStruct`) with the shapes, dtypes and shardings to restore to, whatever
-            the number of devices was when it was saved.
-          warn: called with a line about each damaged checkpoint.
+          like: a tree of arrays or `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings of the result. The
+            checkpoint may have been saved with another number of devices.
+          warn: is called with a line about each damaged checkpoint.
 
         Returns:
-          Step, tree and position of the data; None where nothing has been saved yet.
+          Step, tree and position (see `save`); None where nothing has been saved yet.
 
         Raises:
-          UserError: where the checkpoint holds another tree, such as that of another model.
-          StorageError: where all are damaged.
+          UserError: where the checkpoints hold another tree, such as that of another model.
+          StorageError: where all checkpoints are damaged.
         """
         found = sorted(self._manager.all_steps(), reverse=True)
         damaged: dict[int, str] = {}
@@ -114,11 +114,12 @@ class Checkpoints:
                     self._read_alone(step)
                 else:
                     restored = self._restore(step, like)
-            except UserError as error:  # of another model, or its list of arrays is damaged: the others will tell
+            except UserError as error:
+                # It is of another model, or its list of arrays is damaged. If an older one fits, it is the latter.
                 mismatch, damage = error, "its arrays are not those of this model"
-            except Exception as error:  # whatever the library meets in damaged files
+            except Exception as error:  # damaged files make the library raise errors of any kind
                 damage = first_line(error)
-            # All processes take the same one.
+            # All processes must take the same checkpoint, so what is damaged for one is damaged for all.
             damage = next(filter(None, processes.exchange(damage)), "")
             if not damage:
                 restored = restored or self._restore(step, like)
@@ -138,20 +139,22 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Waits until what was saved is complete; raises StorageError where it cannot be."""
+        """Waits until what was saved is written; raises StorageError where it cannot be written."""
         with self._storage_errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then ends the background threads."""
+        """Waits like `wait`, and then ends the background threads."""
         with self._storage_errors():
             self._manager.close()
 
     @property
     def _damaged(self) -> epath.Path:
+        """The folder to which damaged checkpoints are moved."""
         return self.folder.parent / "damaged_checkpoints"
 
     def _check_tree(self, step: int, like: Any) -> None:
+        """Raises UserError where a checkpoint has other arrays than `like`, ValueError where it does not say which."""
         saved, wanted = _shapes(self._manager.item_metadata(step)["tree"]), _shapes(like)
         if not saved:
             raise ValueError("its list of arrays cannot be read")
@@ -167,6 +170,7 @@ class Checkpoints:
             )
 
     def _restore(self, step: int, like: Any) -> tuple[Any, int]:
+        """Returns tree and position of a checkpoint; all processes take part. Raises where it is damaged."""
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(
             step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
@@ -176,9 +180,11 @@ class Checkpoints:
         return tree, data["position"]
 
     def _read_alone(self, step: int) -> None:
-        """Process 0 reads the whole checkpoint and raises where it is damaged.
+        """Reads a whole checkpoint on process 0, and raises there where it is damaged. Other processes do nothing.
 
-        Processes that restore together wait for each other, and so for ever for one of them that fails.
+        This precedes restoring it together, in which processes wait for each other: if one failed, the others would
+          wait
+        for ever.
         """
         if jax.process_index():
             return
@@ -198,17 +204,19 @@ class Checkpoints:
         _check_sums(found["tree"], found["data"]["checksums"], jax.jit(checksums))
 
     def _set_aside(self, step: int) -> None:
+        """Moves a checkpoint to `damaged_checkpoints/`."""
         self._damaged.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             target, number = self._damaged / str(step), 1
             while target.exists():
                 target, number = self._damaged / f"{step}-{number}", number + 1
             (self.folder / str(step)).rename(target)
-        processes.exchange("moved")  # before anyone looks again
+        processes.exchange("moved")  # all processes wait here until it is moved, and then list the checkpoints again
         self._manager.reload()
 
     @contextlib.contextmanager
     def _storage_errors(self):
+        """Turns every error into a StorageError that names the last good checkpoint."""
         try:
             yield
         except Exception as error:
@@ -218,7 +226,7 @@ class Checkpoints:
             ) from error
 
     def newest(self) -> str:
-        """Says which checkpoint the run can go on from, as the folder has it now."""
+        """Says in words from which checkpoint the run can go on; it lists the folder for this."""
         try:
             last = max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=None)
         except OSError as error:
@@ -227,16 +235,18 @@ class Checkpoints:
 
 
 class _Best(policy.PreservationPolicy):
-    """Keeps the `number` checkpoints with the greatest `sign` · `metric`, of equal ones the latest."""
+    """Tells Orbax to keep the `number` checkpoints with the greatest `sign` · `metric`, and the later of equal ones."""
 
     def __init__(self, number: int, metric: str, sign: int):
         self._number, self._metric, self._sign = number, metric, sign
         self._values: dict[int, float] = {}
 
     def note(self, rows: list[dict[str, Any]]) -> None:
+        """Takes note of the metric in rows of metrics.jsonl."""
         self._values |= {row["step"]: self._sign * row[self._metric] for row in rows if self._metric in row}
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Says for each checkpoint whether it is one of the best; Orbax calls this."""
         del context
         known = sorted((self._values[info.step], info.step) for info in checkpoints if info.step in self._values)
         best = {step for _, step in known[len(known) - self._number :]} if self._number else set()
@@ -244,16 +254,20 @@ class _Best(policy.PreservationPolicy):
 
 
 def checkpoints_exist(folder: epath.PathLike) -> bool:
-    """Whether a run has saved anything in `folder`, `checkpoints/` of its work folder."""
+    """Returns whether a run has saved anything in `folder`, the folder `checkpoints/` of its work folder."""
     folder = epath.Path(folder)
     return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def checksums(tree: Any) -> dict[str, jax.Array]:
-    """A checksum of each array: path -> uint32 scalar.
+    """Computes a checksum of each array of a tree.
 
-    The sum over the 32-bit words w_i of (2 i + 1) w_i modulo 2³². It is exact and does not depend on the order of
-    the summation, so it is the same however the array lies on devices; every change of a single word changes it.
+    It is the sum of (2 i + 1) w_i modulo 2³² over the array's 32-bit words w_i, or over its bytes or 16-bit words where
+    the type is smaller. This is exact and does not depend on the order of the summation, so it is the same however the
+    array is split over devices. Every change of a single word changes it.
+
+    Returns:
+      Path of an array in the tree -> uint32 scalar.
     """
 
     def checksum(leaf):
@@ -276,20 +290,20 @@ def restore_weights(
 ) -> tuple[int, Any, Any, Any]:
     """Reads the weights alone from a checkpoint; nothing is written.
 
-    Their shapes are taken from the checkpoint, so it does not matter which method and optimiser it belongs to.
+    Their shapes are taken from the checkpoint, so they are read whatever method and optimiser the run had.
 
     Args:
-      folder: `checkpoints/` of a work folder.
-      sharding: to put each array in.
+      folder: the folder `checkpoints/` of a work folder.
+      sharding: the sharding that each array gets.
       step: which checkpoint; None = the newest that is not damaged.
       with_memory: whether what the method remembers is read too.
 
     Returns:
-      The step, the averaged weights (the raw ones of a run without an average), the moving averages of batch norm, and
-      the memory of the method, or None.
+      The step; the averaged weights, or the weights themselves where the run keeps no average; the moving averages of
+      batch norm; and what the method remembers, or None.
 
     Raises:
-      UserError: where there is no complete checkpoint, not that one, or none that is not damaged.
+      UserError: where there is no complete checkpoint, or not that of this step, or where it is damaged or all are.
     """
     folder = epath.Path(folder).resolve()
     if not folder.exists():
@@ -305,7 +319,7 @@ def restore_weights(
         for candidate in found if step is None else [step]:
             try:
                 return candidate, *_weights(manager, candidate, sharding, with_memory)
-            except Exception as error:  # whatever the library meets in damaged files
+            except Exception as error:  # damaged files make the library raise errors of any kind
                 logging.warning("the checkpoint at step %d of %s is damaged (%s)", candidate, folder, first_line(error))
     raise UserError(f"{folder}: {'no checkpoint' if step is None else f'checkpoint {step}'} can be read, see above")
 
@@ -313,13 +327,14 @@ def restore_weights(
 def _weights(
     manager: ocp.CheckpointManager, step: int, sharding: jax.sharding.Sharding, with_memory: bool
 ) -> tuple[Any, Any, Any]:
+    """Returns what `restore_weights` returns, without the step, for one checkpoint. Raises where it is damaged."""
     state, window = manager.item_metadata(step)["tree"].tree
     weights = "params" if state["ema_params"] is None else "ema_params"
     wanted = {
         name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state[name])
         for name in (weights, "batch_stats", *(["method"] if with_memory else []))
     }
-    # What has a placeholder is not read.
+    # Orbax does not read arrays in whose place there is a placeholder.
     state, window = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, (state, window))
     target = ({**state, **wanted}, window)
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
@@ -335,18 +350,19 @@ def _weights(
 
 
 def _check_sums(tree: Any, saved: dict[str, int], checksums: Callable[[Any], dict[str, jax.Array]]) -> None:
+    """Raises ValueError where a checksum of the tree is not the one that was saved."""
     for name, value in jax.device_get(checksums(tree)).items():
         if saved[name] != int(value):
             raise ValueError(f"{name} is not what was saved")
 
 
 def _path(path: tuple) -> str:
-    """A path of a tree as text: `0/params/conv0/kernel`."""
+    """Returns the path of an array in a tree as text, such as `0/params/conv0/kernel`."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def _shapes(tree: Any) -> dict[str, tuple]:
-    """Path -> (shape, dtype name) for every array of a tree or of its metadata."""
+    """Returns path -> (shape, name of the dtype) for every array of a tree, or of a tree of metadata."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {
         _path(path): (

@@ -1,9 +1,9 @@
-"""The mesh of devices and how arrays lie on it.
+"""Builds the mesh of devices, and says how arrays are split over it.
 
-The mesh has two axes, `data` and `fsdp`. The leading axis of a batch is split over both. Parameters, their moving
-average and the optimiser's state are whole on each device, or, where `mesh.fsdp` is above 1, split over that axis
-(fully sharded data parallelism, Zhao et al. 2023): it divides their memory, and costs a gathering of the parameters
-in each forward and backward pass. The result does not depend on either number.
+The mesh has two axes, `data` and `fsdp`. The leading axis of a batch is split over both. Every device has all
+parameters, their moving average and the optimiser's state, unless `mesh.fsdp` is above 1: then they are split over the
+axis `fsdp` (fully sharded data parallelism, Zhao et al. 2023). They then take less device memory, and the parameters
+are gathered in each forward and backward pass. The result does not depend on the size of either axis.
 """
 
 import dataclasses
@@ -24,22 +24,28 @@ DATA, FSDP = "data", "fsdp"
 
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-    """A mesh with its shardings."""
+    """A mesh, and the shardings of arrays on it.
+
+    Attributes:
+      mesh: the devices.
+      batch: splits the leading axis of an array over all devices.
+      replicated: puts the whole array on each device.
+    """
 
     mesh: Mesh
-    batch: NamedSharding  # leading axis over all devices
-    replicated: NamedSharding  # the whole array on each device
+    batch: NamedSharding
+    replicated: NamedSharding
 
     @property
     def num_devices(self) -> int:
-        """Devices in the mesh."""
+        """How many devices are in the mesh."""
         return self.mesh.size
 
     def split(self, tree: Any) -> Any:
-        """A tree of shardings that splits each array of `tree` over the axis `fsdp`.
+        """Returns a tree of shardings that split the arrays of `tree` over the axis `fsdp` of the mesh.
 
-        Of each array the longest axis that the number of devices divides is split; one that has none, such as the
-        bias of an odd number of classes, is left whole.
+        Each array is split along its longest axis that can be divided evenly. An array without such an axis, for
+        instance the bias of an odd number of classes, is not split.
         """
         return jax.tree.map(lambda leaf: NamedSharding(self.mesh, _split(leaf.shape, self.mesh.shape[FSDP])), tree)
 
@@ -51,16 +57,17 @@ def validate(mesh: ConfigDict) -> None:
 
 
 def create(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Shardings:
-    """Builds the mesh that `config.mesh` names.
+    """Builds the mesh that `config.mesh` describes.
 
     Args:
       config: the configuration; `trusted.batch_size` must be resolved.
-      devices: to use; None = all there are, of all processes.
+      devices: the devices to choose from; None = those of all processes.
 
     Raises:
-      UserError: for more devices than there are, fewer than the processes have, or a batch that they do not divide.
+      UserError: for more devices than there are, for fewer than all devices where several processes run together, and
+        for a batch that the devices do not divide.
     """
-    # Each process holds consecutive rows of the batch, whatever order the devices are numbered in.
+    # The devices of a process must be neighbours in the mesh, because each process holds consecutive rows of the batch.
     devices = sorted(
         jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
     )
@@ -84,7 +91,7 @@ def create(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> S
     ):
         if size % count:
             raise UserError(f"{key}={size} is not a multiple of the {count} devices; change it or mesh.data")
-    # Auto: the compiler chooses how intermediate arrays lie (jax.make_mesh makes Explicit axes by default).
+    # With axes of type Auto the compiler chooses how intermediate arrays are split. The default would be Explicit.
     mesh = Mesh(np.asarray(devices[:count]).reshape(data, fsdp), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
     return Shardings(
         mesh=mesh,
@@ -94,11 +101,13 @@ def create(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> S
 
 
 def _split(shape: tuple[int, ...], parts: int) -> PartitionSpec:
+    """Says along which axis an array of this shape is split into parts."""
     if parts == 1:
         return PartitionSpec()
-    # The last of the longest: it is the output of a layer, and the fastest axis in memory.
     axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if not axes:
         return PartitionSpec()
+    # Of several axes with the greatest length the last one is split. In the kernel of a layer it is the axis of the
+    # outputs, and neighbours along it are also neighbours in device memory.
     longest = max(axes, key=lambda axis: (shape[axis], axis))
     return PartitionSpec(*[FSDP if axis == longest else None for axis in range(longest + 1)])

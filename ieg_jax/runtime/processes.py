@@ -1,7 +1,8 @@
-"""Several processes, one on each host of a pod, that run the same program together.
+"""Lets several processes, such as one on each host of a TPU pod, run the same program together.
 
-jax does the work; here is what a run needs besides: that all processes start with the same configuration and data,
-see the same work folder, fail together where one of them fails, and stop at the same step when one is told to stop.
+jax joins the processes and exchanges arrays. This module adds what a run needs besides: all processes start with the
+same configuration and data, they see the same work folder, they all fail where one fails, and they all stop at the same
+step when one is told to stop.
 """
 
 import contextlib
@@ -20,22 +21,24 @@ from jax.experimental import multihost_utils
 
 from ieg_jax.errors import UserError
 
-VISIBLE_WITHIN = 10.0  # seconds that a file may take to be seen on the other hosts
+VISIBLE_WITHIN = 10.0  # seconds until a file that one host has written must be seen on the others
 
 
 def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
-    """Joins the processes; must come before anything else that asks jax for devices.
+    """Joins the processes. This must come before anything that asks jax for devices.
+
+    Where no argument is given, jax finds out by itself: on Cloud TPU, GKE, Slurm and Open MPI, and from the environment
+    variable JAX_COORDINATOR_ADDRESS. If it finds nothing, this process runs alone.
 
     Args:
-      coordinator: `host:port` of process 0, where it will listen; "" = as jax finds out itself, on Cloud TPU, GKE,
-        Slurm and Open MPI or from JAX_COORDINATOR_ADDRESS, and otherwise a process by itself.
-      num_processes: of the run; 0 = as jax finds out.
-      process_id: of this one, from 0; -1 = as jax finds out.
+      coordinator: `host:port` at which process 0 will listen; "" = not given.
+      num_processes: how many processes there are; 0 = not given.
+      process_id: the number of this process, from 0; -1 = not given.
 
     Raises:
-      UserError: for arguments that do not fit together, and where the others cannot be reached.
+      UserError: for arguments that do not fit together, and where the other processes cannot be reached.
     """
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read where the devices are processors
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # jax reads this only where it uses processors
     given = (bool(coordinator), num_processes > 0, process_id >= 0)
     if any(given):
         _check_arguments(coordinator, num_processes, process_id)
@@ -43,13 +46,15 @@ def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
             return
         arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     elif os.environ.get("SLURM_NTASKS") == "1":
-        return  # jax would take one device of those that the task was given
+        return  # otherwise jax would use only one of the devices that Slurm gave to the task
     else:
         arguments = {}
     try:
         jax.distributed.initialize(**arguments)
     except ValueError as error:
-        if arguments or "coordinator_address" not in str(error):  # a cluster that is described in part
+        # jax asks for the coordinator's address where nothing describes a cluster. Any other error is a mistake in the
+        # description.
+        if arguments or "coordinator_address" not in str(error):
             raise UserError(
                 f"the processes cannot be joined: {error} Give --coordinator, --num_processes and --process_id"
             ) from None
@@ -61,7 +66,7 @@ def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
 
 
 def exchange(text: str) -> list[str]:
-    """Every process's `text`, in the order of the processes; all must call it at the same point."""
+    """Returns the `text` of every process, in order. All processes must call this at the same point."""
     if jax.process_count() == 1:
         return [text]
     content = np.frombuffer(text.encode(), np.uint8)
@@ -73,7 +78,7 @@ def exchange(text: str) -> list[str]:
 
 
 def from_first(text: str) -> str:
-    """The `text` of process 0, on all processes; all must call it at the same point."""
+    """Returns the `text` of process 0 on all processes. All processes must call this at the same point."""
     if jax.process_count() == 1:
         return text
     content = np.frombuffer(text.encode(), np.uint8)
@@ -86,10 +91,12 @@ def from_first(text: str) -> str:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A part of the program whose UserError on one process is raised on all; without it the others would wait.
+    """Raises a UserError that happens inside the context on one process on all of them.
+
+    Without it the others would go on and wait for that process for ever. All processes must enter it.
 
     Raises:
-      UserError: naming the processes it happened on.
+      UserError: names the processes on which it happened.
     """
     message = ""
     try:
@@ -106,7 +113,7 @@ def together() -> Iterator[None]:
 
 
 def check_same(what: str, text: str) -> None:
-    """Raises UserError unless `text`, e.g. the configuration, is the same on all processes."""
+    """Raises UserError unless `text` is the same on all processes; `what` says in the message what it is."""
     texts = exchange(text)
     others = [process for process, other in enumerate(texts) if other != texts[0]]
     if others:
@@ -117,7 +124,11 @@ def check_same(what: str, text: str) -> None:
 
 
 def check_shared(folder: epath.Path, flag: str) -> None:
-    """Makes the folder, and raises UserError unless all processes see in it what process 0 writes."""
+    """Raises UserError unless all processes see in `folder` what process 0 writes there.
+
+    Where several processes run, process 0 makes the folder if it is missing. `flag` is the folder's flag, for the
+    message.
+    """
     first = jax.process_index() == 0
     if jax.process_count() == 1:
         return
@@ -144,9 +155,10 @@ def check_shared(folder: epath.Path, flag: str) -> None:
 
 
 class StopRequest:
-    """SIGTERM or SIGINT to any process, turned into a step at which all of them stop. A context manager."""
+    """Turns SIGTERM or SIGINT to any process into a step at which all processes stop. It is a context manager."""
 
     def __init__(self):
+        """Changes nothing yet; signals are handled inside the context."""
         self._asked = threading.Event()
         self._previous = {}
 
@@ -154,7 +166,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             return self
         if jax.process_count() > 1:
-            # SIGTERM is jax's: its preemption service tells the other processes. Ctrl-C takes the same way.
+            # jax handles SIGTERM: its preemption service tells the other processes. Ctrl-C is turned into a SIGTERM.
             handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         else:
             handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._ask)
@@ -165,22 +177,25 @@ class StopRequest:
         self._restore()
 
     def requested(self, step: int) -> bool:
-        """Whether the run is to stop after `step`; all processes ask after each step and get the same answer."""
+        """Returns whether the run must stop after `step`. All processes ask after each step and get the same answer."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked.is_set()
 
     def _ask(self, *_) -> None:
+        """Handles the signal."""
         self._asked.set()
-        self._restore()  # a second one acts as usual
+        self._restore()  # so that a second signal ends the process at once
 
     def _restore(self) -> None:
+        """Puts back the handlers that were there before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
 
 def _check_arguments(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Raises UserError unless the arguments of `initialize` fit together."""
     host, _, port = coordinator.rpartition(":")
     if not (host and port.isdigit()):
         raise UserError(f"--coordinator={coordinator}: expected host:port of process 0, such as 10.0.0.2:1234")

@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and what it does when it does nothing: a clock, profiler traces, a watchdog."""
+"""Measures where the time of a run goes, traces steps for the profiler, and notices when a run stands still."""
 
 import contextlib
 import faulthandler
@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from ieg_jax.config import at_least
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError for a value of `profile` and `stall_minutes` that is not allowed."""
+    """Raises UserError for a value of the group `profile`, or of `stall_minutes`, that is not allowed."""
     checks = {
         "profile.start_step": at_least(0, "0 or a step, counted from 1"),
         "profile.num_steps": at_least(1),
@@ -30,39 +30,33 @@ def validate(config: ConfigDict) -> None:
 
 
 class Clock:
-    """Wall time of the training loop, divided among its parts.
+    """Divides the wall time of the training loop among parts of its Python code.
 
-    The parts are those of the Python loop. Steps are dispatched ahead of the device, so waiting for the device
-    shows up where the loop needs a result; that wait belongs to `compute`. `data` is time in which the loop had no
-    batch to dispatch: where it is near 0 the input pipeline keeps up.
+    The loop hands steps to the device before earlier ones are finished. It waits for the device only where it needs a
+    result, and counts this wait as `compute`. The part `data` is the time in which the loop waited for a batch: where
+    it is near 0, the input pipeline is fast enough.
     """
 
     def __init__(self, *parts: str):
-        """All parts start at 0."""
+        """Starts the first lap, in which each of the parts has taken 0 seconds."""
         self._seconds = dict.fromkeys(parts, 0.0)
         self._began = time.monotonic()
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Counts the time of a with-block as that of `part`."""
+        """Counts the time of a with-block for `part`."""
         began = time.monotonic()
         try:
             yield
         finally:
             self._seconds[part] += time.monotonic() - began
 
-    def waiting(self, part: str, items: Iterable[Any]) -> Iterator[Any]:
-        """Yields the items; the time that each takes to come counts as that of `part`."""
-        iterator = iter(items)
-        while True:
-            with self(part):
-                item = next(iterator, None)
-            if item is None:
-                return
-            yield item
-
     def lap(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the last lap, in all and of each part, `other` being the rest; begins a new lap."""
+        """Ends a lap and begins the next one.
+
+        Returns:
+          Seconds since the last lap: in all, and of each part, where `other` is the rest.
+        """
         now = time.monotonic()
         total, parts = now - self._began, dict(self._seconds)
         parts["other"] = max(0.0, total - sum(parts.values()))
@@ -71,66 +65,88 @@ class Clock:
 
 
 def flops_utilization(flops_per_step: float, seconds_per_step: float) -> float | None:
-    """The share of the peak compute that the steps use, by XLA's count of the operations of one device's program.
+    """Returns the share of the devices' peak compute that the steps use, also called MFU.
 
-    Also called MFU. None where the peak of these devices is not known, as it is for processors.
+    Args:
+      flops_per_step: operations of one device in a step, by XLA's count.
+      seconds_per_step: seconds of wall time.
+
+    Returns:
+      None where the peak of these devices is not known, as for processors.
     """
     chip = hardware.chip(jax.devices()[0].device_kind)
     return flops_per_step / seconds_per_step / chip.peak_flops if chip and seconds_per_step > 0 else None
 
 
 class Profiler:
-    """Traces some steps for TensorBoard's profiler: from a step on, or when a file asks for it.
+    """Traces some steps for TensorBoard's profiler, from a given step on or when a file asks for it.
 
-    The file is `PROFILE` in the work folder (`touch run/PROFILE`); it is looked for by `asked`, and removed. Process 0
-    traces itself, which on a pod is one host with its chips.
+    The file is `PROFILE` in the work folder (`touch run/PROFILE`). `look` looks for it, and removes it. Only process 0
+    makes traces; on a pod they show its host, with the chips of this host.
     """
 
     def __init__(self, folder: epath.Path, start_step: int, num_steps: int):
-        """Traces go to `folder`/plugins/profile, steps `start_step` (0 = none) and `num_steps` − 1 after it."""
+        """Prepares to trace; nothing is traced yet.
+
+        Args:
+          folder: the work folder. Traces are written to plugins/profile in it.
+          start_step: the first step that is traced; 0 = none until the file asks for it.
+          num_steps: how many steps a trace has.
+        """
         self._folder, self._num_steps = folder, num_steps
         self._start, self._stop = start_step, None
         self._acts = jax.process_index() == 0
 
-    def asked(self, step: int) -> bool:
-        """Looks for the file; where it is, the trace begins with the step after `step`."""
+    def look(self, step: int) -> None:
+        """Looks for the file after `step`; where it is there, a trace begins with the next step."""
         request = self._folder / "PROFILE"
-        if not self._acts or self._stop is not None or not request.exists():
-            return False
-        request.unlink()
-        self._start = step + 1
-        return True
+        if self._acts and self._stop is None and request.exists():
+            request.unlink()
+            self._start = step + 1
 
     def before(self, step: int) -> None:
-        """To be called before a step is dispatched."""
+        """Starts a trace if it is to begin with `step`. Must be called before each step."""
         if self._acts and step == self._start and self._stop is None:
             jax.profiler.start_trace(str(self._folder))
             self._stop = step + self._num_steps - 1
 
     def after(self, step: int, result: Any) -> bool:
-        """To be called after a step is dispatched, with something it computes; True where a trace was written."""
+        """Ends a trace if `step` is its last. Must be called after each step.
+
+        Args:
+          step: the step that was dispatched.
+          result: something that the step computes.
+
+        Returns:
+          Whether a trace was written.
+        """
         if self._stop is None or step < self._stop:
             return False
-        jax.block_until_ready(result)  # the device works behind the loop
+        jax.block_until_ready(result)  # the device may still be computing the step
         self.close()
         return True
 
     def close(self) -> None:
-        """Ends a trace that is going on."""
+        """Ends a trace if one is going on."""
         if self._stop is not None:
             jax.profiler.stop_trace()
             self._stop = None
 
 
 class Watchdog:
-    """Writes down the stacks of all threads when no step is finished for too long. A context manager.
+    """Writes down the stacks of all threads when no step is finished for too long. It is a context manager.
 
-    The usual reasons are a host that waits for another one, a bucket that does not answer, and data that stopped
-    coming; the stacks tell them apart. The run is not ended: what it waits for may come.
+    Usually a host then waits for another one, a bucket does not answer, or no more data come. The stacks say which. The
+    run is not ended, because what it waits for may still come.
     """
 
     def __init__(self, folder: epath.Path, minutes: float):
-        """Stacks go to standard error and to `folder`/stalled-<process>.txt; 0 minutes = never."""
+        """Prepares to watch; the watch begins with the context.
+
+        Args:
+          folder: the work folder. Stacks are written to stalled-<process>.txt in it, and to standard error.
+          minutes: how long no step may be finished; 0 = for ever.
+        """
         self._folder, self._seconds = folder, 60 * minutes
         self._last, self._told = time.monotonic(), False
         self._over = threading.Event()
@@ -145,10 +161,11 @@ class Watchdog:
         self._over.set()
 
     def alive(self) -> None:
-        """To be called after each step, and before and after anything that takes long."""
+        """Says that the run goes on. Must be called after each step, and before and after anything that takes long."""
         self._last, self._told = time.monotonic(), False
 
     def _watch(self) -> None:
+        """Looks several times in the allowed time whether the run goes on; this runs in a thread of its own."""
         while not self._over.wait(min(5.0, self._seconds / 4)):
             idle = time.monotonic() - self._last
             if idle >= self._seconds and not self._told:
@@ -156,29 +173,30 @@ class Watchdog:
                 self._tell(idle)
 
     def _tell(self, idle: float) -> None:
+        """Writes the stacks down, `idle` seconds after the last sign of life."""
         path = self._folder / f"stalled-{jax.process_index()}.txt"
         text = (
             f"{time.strftime('%Y-%m-%d %H:%M:%S')}, process {jax.process_index()}: no step was finished for "
             f"{idle / 60:.1f} minutes\n{_stacks()}"
         )
         print(f"{text}(also in {path})", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):  # the storage may be what is gone
+        with contextlib.suppress(OSError):  # the run may be waiting because its storage is gone
             path.write_text(text)
 
 
 def _stacks() -> str:
-    """The stacks of all threads, the newest call first."""
-    with tempfile.TemporaryFile("w+") as file:  # faulthandler writes to real files only
+    """Returns the stacks of all threads as text, with the newest call first."""
+    with tempfile.TemporaryFile("w+") as file:  # faulthandler can only write to a real file
         faulthandler.dump_traceback(file)
         file.seek(0)
         return file.read()
 
 
 def enable_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in a folder, so that a restarted run need not compile again.
+    """Lets jax keep compiled programs in a folder, so that a run that is started again need not compile them.
 
     Args:
-      folder: path, local or on a bucket; "" = none.
+      folder: the folder, local or on a bucket; "" = none.
     """
     if not folder:
         return

@@ -1,4 +1,7 @@
-"""The files of a work folder besides checkpoints and TensorBoard events, and the rules for coming back to one."""
+"""Reads and writes the files of a work folder, and decides whether a run may go on in it.
+
+Checkpoints and the events for TensorBoard, which are in it too, are written elsewhere.
+"""
 
 import json
 import pathlib
@@ -15,31 +18,31 @@ from ieg_jax import config as config_lib
 from ieg_jax import files
 from ieg_jax.errors import StorageError, UserError, first_line
 
-NETWORK = "network.json"  # what a run's network is, where it is not of the registry, and what images it sees
-BEST = "best"  # in place of a step
+NETWORK = "network.json"  # the class of a network that is not in the registry, and the shape of the images
+BEST = "best"  # stands for the step of the best checkpoint, see `best_step`
 
 
 class WorkFolder:
     """A work folder, local or on a bucket: config.json, noise.json, trusted.json, metrics.jsonl, result.json."""
 
     def __init__(self, path: epath.PathLike, writes: bool = True):
-        """Names the folder; nothing is written yet.
+        """Names the folder; nothing is read or written yet.
 
         Args:
-          path: the folder.
-          writes: False on all processes but the first: they read only.
+          path: the folder, local or on a bucket.
+          writes: False = all methods that write do nothing, as on all processes but the first.
         """
         self.path = epath.Path(path)
         self._writes = writes
 
     def check(self, config: ConfigDict) -> dict[str, Any] | None:
-        """Makes the folder where it is missing, and looks at what is in it.
+        """Makes the folder where it is missing, and checks that a run with this configuration may go on in it.
 
         Returns:
           The contents of result.json where the run is finished, else None.
 
         Raises:
-          UserError: where the folder cannot be written, or holds a run with another configuration.
+          UserError: where the folder cannot be written, or has a run with another configuration.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -67,10 +70,10 @@ class WorkFolder:
 
         Args:
           config: of the run.
-          data: `data.load.Data.fingerprint()`.
+          data: from `data.load.Data.fingerprint`, name of a split -> hash.
 
         Raises:
-          UserError: where the run was begun with other data.
+          UserError: where the folder has a run that was begun with other data.
         """
         old = self._read("data.json")
         changed = [] if old is None else [name for name in old.keys() | data.keys() if old.get(name) != data.get(name)]
@@ -83,7 +86,12 @@ class WorkFolder:
         self.write("data.json", data)
 
     def write_network(self, name: str | None, image_shape: tuple[int, int, int]) -> None:
-        """Writes network.json: the class of a network of one's own, else None, and (H, W, C) of what it sees."""
+        """Writes network.json.
+
+        Args:
+          name: the class of a network that is not in the registry; None for one of the registry.
+          image_shape: (H, W, C) of the images that the network sees.
+        """
         self.write(NETWORK, {"class": name, "image_shape": image_shape})
 
     def write(self, name: str, content: dict[str, Any] | list[Any]) -> None:
@@ -97,7 +105,11 @@ class WorkFolder:
             files.write_arrays(self.path / name, arrays)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a line cut short by a kill is left out."""
+        """Returns the rows of metrics.jsonl. A last line that is incomplete, because the run was killed, is left out.
+
+        Raises:
+          UserError: where another line is damaged.
+        """
         rows, lines = [], (self._read_text("metrics.jsonl") or "").splitlines()
         for number, line in enumerate(lines, start=1):
             try:
@@ -110,7 +122,7 @@ class WorkFolder:
         return rows
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drops the rows after `step`, which a resumed run writes again, and returns the others."""
+        """Removes the rows after `step`, which a run that goes on there writes again, and returns the others."""
         rows = self.rows()
         kept = [row for row in rows if row["step"] <= step]
         if self._writes:
@@ -118,7 +130,11 @@ class WorkFolder:
         return kept
 
     def append(self, row: dict[str, Any]) -> None:
-        """Adds a row, whose first key is `step`, to metrics.jsonl."""
+        """Adds a row to metrics.jsonl; its first key is `step`.
+
+        Raises:
+          StorageError: where it cannot be written.
+        """
         if self._writes:
             try:
                 with (self.path / "metrics.jsonl").open("a") as file:
@@ -127,10 +143,12 @@ class WorkFolder:
                 raise StorageError(f"{self.path / 'metrics.jsonl'} cannot be written: {first_line(error)}") from error
 
     def _read_text(self, name: str) -> str | None:
+        """Returns the text of a file; None where it does not exist."""
         path = self.path / name
         return path.read_text() if path.exists() else None
 
     def _read(self, name: str) -> dict[str, Any] | None:
+        """Returns the contents of a JSON file; None where it does not exist. Raises UserError where it is damaged."""
         text = self._read_text(name)
         try:
             return None if text is None else json.loads(text)
@@ -139,7 +157,11 @@ class WorkFolder:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of the packages that matter, and the commit of this project (None outside a git checkout)."""
+    """Returns the `versions` of packages on which results depend, and the `commit` of this project.
+
+    The version of a package that is not installed is None, and so is the commit outside of a git checkout. The commit
+    ends in `+changes` where files differ from it.
+    """
     names = ("ieg_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "clu", "numpy")
     versions = {}
     for name in names:
@@ -163,22 +185,23 @@ def provenance() -> dict[str, Any]:
 
 
 def class_name(network: nn.Module) -> str:
-    """What a network from outside of the registry is called in files."""
+    """Returns how files call a network that is not in the registry."""
     return type(network).__name__
 
 
 def check_network(folder: epath.Path, network: nn.Module | None) -> dict[str, Any] | None:
-    """What network.json of a work folder says; None where there is none.
+    """Checks that a network is of the class that network.json of a work folder names.
 
     Args:
       folder: the work folder.
-      network: the one at hand, None = that of the configuration.
+      network: the network that is at hand; None = that of the configuration.
 
     Returns:
-      `class`, of a network of one's own, else None, and `image_shape`, what the network sees.
+      The contents of network.json: `class`, of a network that is not in the registry, else None; and `image_shape`,
+      (H, W, C) of the images that the network sees. None where there is no such file.
 
     Raises:
-      UserError: where it is not of the same class.
+      UserError: where the network is of another class.
     """
     if not (folder / NETWORK).exists():
         return None
@@ -193,13 +216,13 @@ def check_network(folder: epath.Path, network: nn.Module | None) -> dict[str, An
 
 
 def best_step(folder: epath.PathLike) -> int:
-    """Step of the best checkpoint that a run has kept, by its `checkpoint.best_metric`; of equal ones the last.
+    """Returns the step of the best checkpoint that a run has kept, by `checkpoint.best_metric`; of equal ones the last.
 
     Args:
       folder: the work folder.
 
     Raises:
-      UserError: where no checkpoint was evaluated.
+      UserError: where metrics.jsonl has this metric for none of the checkpoints.
     """
     folder = epath.Path(folder)
     keys = json.loads((folder / "config.json").read_text())["checkpoint"]

@@ -7,7 +7,7 @@ from ieg_jax import methods, models
 from ieg_jax.config import at_least, within
 from ieg_jax.data import check as data_check
 from ieg_jax.errors import UserError
-from ieg_jax.methods.base import ALL_VIEWS
+from ieg_jax.methods.base import ALL_VIEWS, USUAL_VIEWS
 from ieg_jax.methods.parts import optimizers
 from ieg_jax.runtime import checkpoints, mesh, watch
 from ieg_jax.train import durations, schedules
@@ -41,7 +41,7 @@ def validate(config: ConfigDict) -> None:
     mesh.validate(config.mesh)
     watch.validate(config)
     _check_groups(config)
-    _check_views(config)
+    _check_streams(config)
 
 
 def _check_groups(config: ConfigDict) -> None:
@@ -59,11 +59,26 @@ def _check_groups(config: ConfigDict) -> None:
         )
 
 
-def _check_views(config: ConfigDict) -> None:
-    """A method that compares views needs strong ones."""
-    streams = methods.get(config.method.name).streams.values()
-    if config.augment.num_views < 2 and any(stream.views is ALL_VIEWS for stream in streams):
+def _check_streams(config: ConfigDict) -> None:
+    """A method that compares views needs strong ones; what is said of views and trusted batches must have a reader."""
+    name = config.method.name
+    streams = methods.get(name).streams.values()
+    views, trusted = config.augment.num_views, config.trusted.batch_size
+    if any(stream.views is ALL_VIEWS for stream in streams):
+        if views < 2:
+            raise UserError(
+                f"augment.num_views: got {views}, but method.name={name} needs at least 2 (the standard view and a "
+                f"strong one)"
+            )
+    elif views != USUAL_VIEWS:
         raise UserError(
-            f"augment.num_views: got {config.augment.num_views}, but method.name={config.method.name} "
-            f"needs at least 2 (the standard view and a strong one)"
+            f"augment.num_views={views}, but method.name={name} does not read it, for it has one view: set it to "
+            f"{USUAL_VIEWS}"
         )
+    if trusted not in (0, config.batch_size) and all(stream.size == "batch_size" for stream in streams):
+        raise UserError(
+            f"trusted.batch_size={trusted}, but method.name={name} does not read it, for it has no trusted batches "
+            f"beside the others: set it to 0"
+        )
+    if not (config.ema.warmup or config.ema.decay):
+        raise UserError("ema.warmup=False, but ema.decay=0 keeps no average that could be warmed up: set it to True")

@@ -128,7 +128,7 @@ def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Rep
             if logging:
                 with clock("metrics"):
                     row |= _summarize(run, progress, step, window)
-                    profiler.asked(step)
+                    profiler.look(step)
             if step in steps.eval_steps:
                 with clock("evaluation"):
                     row |= evaluation.evaluate(progress.state, run.evaluations, run.program.eval_step, watchdog.alive)

@@ -1,6 +1,6 @@
 """One whole IEG step of the authors' TensorFlow code, reproduced number by number.
 
-`data/authors_step_wrn16.npz` holds the state before the step, the batch, and what came out. The tolerances are
+`fixtures/authors_step_wrn16.npz` holds the state before the step, the batch, and what came out. The tolerances are
 a few times what two float32 back-ends of the authors' own code already differ by.
 """
 
@@ -59,7 +59,7 @@ def setup(golden, pseudo_label_gradient):
     config = default.get_config("reference=authors")
     config.meta.pseudo_label_gradient = pseudo_label_gradient
     optimizer = optimizers.create(config.optimizer)
-    context = base.Context(FrozenConfigDict(config), WideResNet(28, 1.0, 10), optimizer, 10)
+    context = base.Context(FrozenConfigDict(config), WideResNet(num_classes=10, depth=28, width=1.0), optimizer, 10)
     params = tree(golden, "before/var/")
     state = TrainState(
         step=jnp.asarray(40, jnp.int32),

@@ -1,10 +1,13 @@
 """What the methods have in common and where they differ: EG against IEG, and the components of the ablation."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_step import make, make_batch
 
+from ieg_jax.methods import ieg
+from ieg_jax.methods.base import Supervision
 from ieg_jax.methods.parts import losses
 
 RNG = jax.random.key(3)
@@ -77,6 +80,25 @@ def test_without_relabelling_labels_are_only_weighted():
     np.testing.assert_allclose(losses.cross_entropy(logits, context.one_hot(batch["label"])), by_hand, rtol=1e-5)
     by_hand = 0.5 * float((supervision.example_weights * by_hand).sum())
     assert float(aux.terms["weighted"]) == pytest.approx(by_hand, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["supervised", "l2r", "ieg", "eg", "trusted_only", "mixmatch"])
+def test_which_images_move_the_averages_of_batch_norm(name):
+    """The standard view does; where only the trusted set is trained on its strong view, in MixMatch the mixed pool."""
+    context, method, state, _ = make(name)
+    batch = jax.tree.map(jnp.asarray, make_batch())
+    uniform, label = jnp.full(16, 1 / 16), context.one_hot(batch["label"])
+    prepared = ieg.mixed_pool(context, batch, label, RNG) if name in ("ieg", "eg", "mixmatch") else None
+    supervision = Supervision(label, uniform, uniform, prepared)
+    _, aux = jax.jit(method.loss)(state.params, state, batch, supervision, RNG)
+    images = {"standard": batch["image"], "strong": batch["views"][:, 0], "other": batch["views"][:, 1]}
+    if prepared is not None:
+        images["pool"] = prepared[0]
+    moves = {"trusted_only": "strong", "mixmatch": "pool"}.get(name, "standard")
+    for kind, seen in images.items():
+        _, expected = context.forward(state.params, state.batch_stats, seen)
+        gaps = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (aux.batch_stats, expected)), strict=True)]
+        assert max(gaps) < 1e-5 if kind == moves else min(gaps) > 1e-4, kind
 
 
 def test_without_mixup_nothing_is_random():

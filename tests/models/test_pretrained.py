@@ -251,14 +251,22 @@ def test_images_with_other_channels():
     assert resnet50.from_config(group(conventions="own"), num_classes=2) == resnet50.ResNet50(2, 4)
 
 
-def exported(folder, model, **keys):
+def exported(folder, model, channels=3):
     """A folder as ieg_jax.export makes it, with weights from 0.5 to 1.5; (path, weights)."""
-    state = shapes(model, 10, keys.pop("channels", 3))
-    tree = {"params": state.params, "batch_stats": state.batch_stats}
+    tree = shapes(model, 10, channels)
     tree = jax.tree.map(lambda leaf: np.linspace(0.5, 1.5, leaf.size, dtype=np.float32).reshape(leaf.shape), tree)
     config = default.get_config()
     config.model = model
-    trained = inference.Trained(config, None, tree["params"], tree["batch_stats"], 10, 4, tuple("0123456789"))
+    trained = inference.Trained(
+        config=config,
+        network=None,
+        params=tree["params"],
+        batch_stats=tree["batch_stats"],
+        num_classes=10,
+        step=4,
+        class_names=tuple("0123456789"),
+        image_shape=(32, 32, channels),
+    )
     inference.export(trained, folder)
     return folder / pretrained.WEIGHTS, flatten_dict(tree, sep="/")
 

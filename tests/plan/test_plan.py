@@ -285,7 +285,8 @@ def test_shapes_of_ones_own_data_are_loaded(tmp_path):
 
 
 def test_what_follows_from_the_data_is_in_the_configuration(tmp_path):
-    np.savez(tmp_path / "own.npz", images=np.zeros((40, 30, 30, 3), np.uint8), labels=np.arange(40) % 4)
+    labels = np.arange(40) % 4
+    np.savez(tmp_path / "own.npz", images=np.zeros((40, 30, 30, 3), np.uint8), labels=labels, clean_labels=labels)
     config = own_data.get_config()
     config.data.name, config.data.train, config.trusted.source = "arrays", str(tmp_path / "own.npz"), "train"
     config.trusted.per_class = 1
@@ -361,8 +362,8 @@ def test_bytes_of_the_arguments():
     # The axis fsdp splits what it can: a sharded array counts with its part.
     config = small_config(8, **{"trusted.batch_size": 64})
     config.mesh.fsdp = 8
-    layout = mesh.create(config)
-    array = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=NamedSharding(layout.mesh, PartitionSpec("fsdp")))
+    shardings = mesh.create(config)
+    array = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=NamedSharding(shardings.mesh, PartitionSpec("fsdp")))
     state = dict.fromkeys(("ema_params", "opt_state", "batch_stats", "method", "rows", "examples"))
     fake = types.SimpleNamespace(state=types.SimpleNamespace(params=array, **state), window=None, batch=None)
     assert argument_bytes(fake)["parameters"] == 2 * 3 * 4

@@ -1,4 +1,4 @@
-"""The estimate of work, against what XLA counts."""
+"""The estimated cost of a training, against what XLA counts."""
 
 import jax
 import pytest
@@ -7,11 +7,12 @@ from runs import ROOT
 from small_step import make, make_batch
 
 from configs import cifar10, default
+from ieg_jax import methods
 from ieg_jax.reproduce import cost
 
 
 def counted(name, **keys):
-    """Floating-point operations of a compiled step, in thirds of a supervised step."""
+    """Returns the floating-point operations of a compiled step, in thirds of a supervised step."""
 
     def flops(name, **keys):
         _, _, state, step = make(name, **{"model.width": 4.0}, **keys)
@@ -38,14 +39,15 @@ def test_passes_of_a_step(name, keys, passes):
     config = default.get_config()
     config.update_from_flattened_dict(keys)
     config.method.name = name
-    assert cost.passes(config) == passes
+    assert methods.get(name).passes(config) == passes
     assert counted(name, **keys) == pytest.approx(passes, rel=0.06)
 
 
 def test_flops_of_a_training(monkeypatch):
-    """Of WRN-28-10: 5.24 billion multiplications and additions for an image of 32×32, as is commonly reported.
+    """WRN-28-10 is commonly reported to take 5.24 billion multiplications, each with an addition, for a 32×32 image.
 
-    XLA leaves out those with padding: of 3×3 convolutions a share of (1 − 2/(3·32))² remains at 32×32, 0.92² at 8×8.
+    XLA does not count those with padding. Of a 3×3 convolution this leaves a share of (1 − 2/(3·32))² at 32×32 pixels,
+    and 0.92² at 8×8.
     """
     lowest, highest = 0.92**2 * 5.24e9, 5.24e9
     monkeypatch.chdir(ROOT)

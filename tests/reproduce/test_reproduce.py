@@ -14,6 +14,7 @@ from finished_runs import write_run
 from PIL import Image
 from runs import CACHE, FAST_COMPILATION, ROOT
 
+from ieg_jax import methods
 from ieg_jax.reproduce import experiments, figures, results, tables
 from ieg_jax.reproduce.experiments import Experiment, Row, Table
 
@@ -52,6 +53,7 @@ def test_run_skips_what_is_done(tmp_path):
     assert "table digits-ablation has no" in command("run", one, code=1)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_shown(tmp_path):
     arguments = ("fashion.fashion-supervised-uniform-0.4", f"--workdir={tmp_path / 'work'}", "--scale=tiny")
     for jobs in (1, 2):  # as many seeds: each takes its time to start
@@ -60,6 +62,7 @@ def test_a_run_that_fails_is_shown(tmp_path):
         assert "/nowhere" in text
 
 
+@pytest.mark.slow
 def test_sigterm_stops_the_runs_too(tmp_path):
     target = ("digits-sweep.digits-supervised-0.4", "--seeds=2", "--jobs=2", "--results=", f"--workdir={tmp_path}")
     arguments = [sys.executable, "-m", "ieg_jax.reproduce", "run", *target]
@@ -110,7 +113,9 @@ def test_list():
     hours = 22 * 2 * 4.77e9 * 100 * 200_000 / (4 * 197e12 * 0.4) / 3600
     assert hours == pytest.approx(3.7, abs=0.05)
     assert "--config=configs/cifar100.py:noise=uniform,noise_rate=0.8,model=wrn28_10" in text
-    assert "- cifar10 gce uniform 0.2 · paper 89.9 ± 0.2 · no such method here" in command("list", "1")
+    text = command("list", "1")
+    assert "- cifar10 mentornet_dd uniform 0.2 500 · paper 92.0 · no such method here" in text
+    assert "- cifar10-gce-wrn28_10-uniform-0.2-10 · 5.7e+17 FLOPs · paper 89.9 ± 0.2 · not run" in text
 
 
 ONE = Experiment("one", "configs/digits.py:method=ieg,noise_rate=0.4")
@@ -121,7 +126,7 @@ TABLE = Table(
     (
         Row({"method": "ieg", "rate": 0.4}, ONE, {"top1": 85.5, "std": 0.2}),
         Row({"method": "l2r", "rate": 0.4}, TWO, {"top1": 70.0}),
-        Row({"method": "gce", "rate": 0.4}, None, {"top1": 60.0}),
+        Row({"method": "rog", "rate": 0.4}, None, {"top1": 60.0}),
     ),
 )
 
@@ -136,7 +141,7 @@ def store(tmp_path, monkeypatch):
 
 
 def gather(store, table):
-    return {e.name: [c for s in range(3) if (c := store.find(e, s))] for e in table.experiments.values()}
+    return {e.name: [run for s in range(3) if (run := store.find(e, s))] for e in table.experiments.values()}
 
 
 def test_long_table(store):
@@ -145,7 +150,7 @@ def test_long_table(store):
         ["method", "rate", "paper", "seeds", "last", "best on trusted", "best on test", "last − paper"],
         ["ieg", "0.4", "85.5 ± 0.2", "3", "80.0 ± 10.0", "50.0 ± 0.0", "82.0 ± 10.0", "-5.5"],
         ["l2r", "0.4", "70.0", "not run", "", "", "", ""],
-        ["gce", "0.4", "60.0", "no such method here", "", "", "", ""],
+        ["rog", "0.4", "60.0", "no such method here", "", "", "", ""],
     ]
 
 
@@ -182,6 +187,11 @@ def test_formats():
         r"\bottomrule",
         r"\end{tabular}",
     ]
+
+
+def test_colours_of_methods():
+    colours = {name: figures.color(name) for name in methods.REGISTRY}
+    assert colours["ieg"] == "tab:green" and len(set(colours.values())) == len(colours)
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)

@@ -1,4 +1,5 @@
 import itertools
+import json
 import statistics
 
 import pytest
@@ -7,7 +8,7 @@ from finished_runs import EXPERIMENT, write_run
 from runs import ROOT
 
 from ieg_jax.errors import UserError
-from ieg_jax.reproduce import results
+from ieg_jax.reproduce import experiments, results
 from ieg_jax.reproduce.experiments import Experiment
 
 
@@ -26,14 +27,14 @@ def test_from_start_to_kept(store):
     folder = write_run(store, finished=False)
     assert store.find(EXPERIMENT, 0) is None and store.state(EXPERIMENT, 0) == "step 400"
     write_run(store)
-    cell = store.keep(EXPERIMENT, 0)
+    finished = store.keep(EXPERIMENT, 0)
     assert store.state(EXPERIMENT, 0) == "done" and store.state(EXPERIMENT, 1) == "not run"
     for path in folder.iterdir():
         path.unlink()
-    assert store.find(EXPERIMENT, 0) == cell, "kept beyond the work folder"
+    assert store.find(EXPERIMENT, 0) == finished, "kept beyond the work folder"
     file = store.kept_file(EXPERIMENT, 0)
     assert len(file.read_text()) < 5000 and not file.with_name("0.json.tmp").exists()
-    assert cell["seed"] == 0 and cell["result"]["test_accuracy"] == 0.9 and len(cell["date"]) == 10
+    assert finished["seed"] == 0 and finished["result"]["test_accuracy"] == 0.9 and len(finished["date"]) == 10
 
 
 def test_what_is_kept_is_not_replaced(store):
@@ -63,6 +64,39 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(store):
             store.find(other, 0)
         assert store.state(other, 0) == "other settings"
         (store.work_folder(EXPERIMENT, 0) / "result.json").unlink(missing_ok=True)
+
+
+def test_keys_that_nothing_reads_are_no_other_setting(store):
+    """Earlier versions set keys whatever the method was; here in a kept file, and in a work folder."""
+    l2r = Experiment("l2r", "configs/digits.py:method=l2r,noise_rate=0.4")
+    for seed in (0, 1):
+        write_run(store, l2r, seed)
+        store.keep(l2r, seed)
+    unread = {"method.consistency_weight": 5.0, "method.q": 0.5, "model.conventions": "torch"}
+    kept = json.loads(store.kept_file(l2r, 0).read_text())
+    assert not unread.keys() & kept["settings"].keys()
+    kept["settings"] |= unread
+    store.kept_file(l2r, 0).write_text(json.dumps(kept))
+    (store.work_folder(l2r, 0) / "result.json").unlink()
+    assert store.find(l2r, 0) == kept
+    config_file = store.work_folder(l2r, 1) / "config.json"
+    config = json.loads(config_file.read_text())
+    for key, value in unread.items():
+        group, name = key.split(".")
+        config[group][name] = value
+    config_file.write_text(json.dumps(config))
+    assert store.state(l2r, 1) == "done"
+
+    kept["settings"]["meta.learning_rate"] = 0.5
+    store.kept_file(l2r, 0).write_text(json.dumps(kept))
+    assert store.state(l2r, 0) == "other settings", "l2r reads this one"
+
+
+def test_the_runs_of_the_docs_are_those_of_the_experiments(tmp_path):
+    store = results.Store(epath.Path(tmp_path), epath.Path(ROOT / "results"))
+    for name, seeds in (("quick", 1), ("fashion", 3)):
+        for experiment in experiments.tables()[name].experiments.values():
+            assert [store.state(experiment, seed) for seed in range(seeds)] == ["done"] * seeds, experiment.name
 
 
 def test_another_place_of_the_data_is_no_other_setting(store):

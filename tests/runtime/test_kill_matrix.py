@@ -16,6 +16,7 @@ def undisturbed(tmp_path_factory):
     return kill_matrix.Run(tmp_path_factory.mktemp("undisturbed"), STEPS).finish()
 
 
+@pytest.mark.slow
 def test_killed_and_damaged(tmp_path, undisturbed):
     disturbances = [
         kill_matrix.kill_at_random,
@@ -50,6 +51,7 @@ def test_one_of_two_killed(tmp_path):
     assert list((tmp_path / "killed" / "run" / "damaged_checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_difference_would_be_noticed(tmp_path, undisturbed):
     """The comparison can fail: by one row, and by one bit of one variable."""
     other = kill_matrix.Run(tmp_path)

@@ -129,6 +129,7 @@ def test_an_array_that_cannot_be_split_is_left_whole(tiny_config):
     assert specs == {"odd": PartitionSpec(), "scalar": PartitionSpec(), "tie": PartitionSpec(None, "fsdp")}
 
 
+@pytest.mark.slow
 def test_microbatches_need_less_memory(tiny_config):
     """Of activations: with eight parts, less than a third of them (what is left are images, logits and gradients)."""
     tiny_config.batch_groups = 8

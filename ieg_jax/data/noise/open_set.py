@@ -93,7 +93,7 @@ def data_config(name: str, place: str, image_size: int) -> ConfigDict:
 
 def _draw_foreign(own: Source, name: str, place: str, seed: int, stream: int, count: int, size: int) -> Split:
     """`count` foreign images of `size` pixels a side; of a large set only those that are used are decoded."""
-    foreign = sources.REGISTRY[name](data_config(name, place, 0))
+    foreign = sources.REGISTRY[name].read(data_config(name, place, 0))
     # A source in _PLACED_BY_TRAIN has the name of a file or folder, and two of them may be called alike.
     if foreign.name == own.name and name not in _PLACED_BY_TRAIN:
         raise UserError(f"noise.open_set={name}: these are the images of data.name themselves; name another source")

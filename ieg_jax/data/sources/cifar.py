@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from ieg_jax.data import unpickle
+from ieg_jax.data import published, unpickle
 from ieg_jax.data.sources import records
 from ieg_jax.data.splits import Source, Split, check_labels, make_split
 from ieg_jax.errors import UserError
@@ -42,12 +42,12 @@ CIFAR100_SUPERCLASSES = {
 # The fine labels are numbered in alphabetical order.
 CIFAR100_CLASSES = tuple(sorted(name for members in CIFAR100_SUPERCLASSES.values() for name in members))
 
-SIZES = {"train": 50_000, "test": 10_000}  # images in the published files
+SIZES = {"train": published.SETS["cifar10"].num_train, "test": 10_000}  # images, in both data sets
 _PIXELS = 3 * 32 * 32  # bytes of an image: first all red values, then green, then blue, each row by row
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class Archives:
     """How one of the two data sets is published.
 
     Attributes:
@@ -68,7 +68,7 @@ class Published:
     class_names: tuple[str, ...]
 
 
-CIFAR10 = Published(
+CIFAR10 = Archives(
     name="cifar10",
     files={"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)},
     binary_folder="cifar-10-batches-bin",
@@ -77,7 +77,7 @@ CIFAR10 = Published(
     label_key=b"labels",
     class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 )
-CIFAR100 = Published(
+CIFAR100 = Archives(
     name="cifar100",
     files={"train": ("train",), "test": ("test",)},
     binary_folder="cifar-100-binary",
@@ -98,11 +98,11 @@ def cifar100(data: ConfigDict) -> Source:
     return load(CIFAR100, data.dir)
 
 
-def load(published: Published, folder: str) -> Source:
+def load(archives: Archives, folder: str) -> Source:
     """Reads one of the two data sets into memory.
 
     Args:
-      published: which of the two.
+      archives: which of the two.
       folder: holds the published binary or python files, or the folder that their archive unpacks to (binary files are
         preferred, as they need no pickle); or it is TFDS's data_dir. "" = TFDS's default data_dir, to which TFDS
         downloads the data if they are not there.
@@ -116,20 +116,20 @@ def load(published: Published, folder: str) -> Source:
         published ones, and for whatever keeps TFDS from providing the data.
     """
     folder = str(epath.Path(folder).expanduser()) if folder else ""  # TFDS does not know what ~ means
-    found = _find(published, epath.Path(folder)) if folder else None
+    found = _find(archives, epath.Path(folder)) if folder else None
     if found:
-        splits = {split: _from_files(published, *found, split) for split in SIZES}
+        splits = {split: _from_files(archives, *found, split) for split in SIZES}
     else:
-        builder = records.open_tfds(published.name, folder)
+        builder = records.open_tfds(archives.name, folder)
         splits = {split: _from_tfds(builder, split) for split in SIZES}
-    return Source(published.name, class_names=published.class_names, num_classes=len(published.class_names), **splits)
+    return Source(archives.name, class_names=archives.class_names, num_classes=len(archives.class_names), **splits)
 
 
-def _find(published: Published, folder: epath.Path) -> tuple[epath.Path, str] | None:
+def _find(archives: Archives, folder: epath.Path) -> tuple[epath.Path, str] | None:
     """The folder of the published files and their suffix; None where `folder` is TFDS's."""
-    files = [file for names in published.files.values() for file in names]
+    files = [file for names in archives.files.values() for file in names]
     incomplete = ""
-    for suffix, subfolder in ((".bin", published.binary_folder), ("", published.python_folder)):
+    for suffix, subfolder in ((".bin", archives.binary_folder), ("", archives.python_folder)):
         for place in (folder, folder / subfolder):
             missing = [file + suffix for file in files if not (place / (file + suffix)).is_file()]
             if not missing:
@@ -138,28 +138,28 @@ def _find(published: Published, folder: epath.Path) -> tuple[epath.Path, str] | 
                 incomplete = f"{place} lacks {', '.join(missing)}"
     if incomplete:
         raise UserError(f"data.dir={str(folder)!r}: {incomplete}; is the archive unpacked completely?")
-    if (folder / published.name).is_dir():
+    if (folder / archives.name).is_dir():
         return None
-    packed = sorted(folder.glob(f"{published.name.replace('cifar', 'cifar-')}-*.tar.gz")) if folder.is_dir() else []
+    packed = sorted(folder.glob(f"{archives.name.replace('cifar', 'cifar-')}-*.tar.gz")) if folder.is_dir() else []
     if packed:
         raise UserError(f"data.dir={str(folder)!r}: unpack it first: tar -xzf {packed[0]} -C {folder}")
     raise UserError(
-        f"data.dir={str(folder)!r} holds no {published.name}; expected {files[0]}.bin ... {files[-1]}.bin or "
-        f"{files[0]} ... {files[-1]} in it, or in its {published.binary_folder}/ or {published.python_folder}/, "
-        f"or {published.name}/ of TFDS; data.dir='' lets TFDS download it"
+        f"data.dir={str(folder)!r} holds no {archives.name}; expected {files[0]}.bin ... {files[-1]}.bin or "
+        f"{files[0]} ... {files[-1]} in it, or in its {archives.binary_folder}/ or {archives.python_folder}/, "
+        f"or {archives.name}/ of TFDS; data.dir='' lets TFDS download it"
     )
 
 
-def _from_files(published: Published, place: epath.Path, suffix: str, split: str) -> Split:
-    paths = [place / (file + suffix) for file in published.files[split]]
+def _from_files(archives: Archives, place: epath.Path, suffix: str, split: str) -> Split:
+    paths = [place / (file + suffix) for file in archives.files[split]]
     expected = SIZES[split] // len(paths)
     images, labels = np.empty((SIZES[split], 32, 32, 3), np.uint8), np.empty(SIZES[split], np.int32)
     for number, path in enumerate(paths):
         if suffix:
-            pixels, given = read_binary(path, expected, published.label_bytes)
+            pixels, given = read_binary(path, expected, archives.label_bytes)
         else:
-            pixels, given = read_python(path, expected, published.label_key)
-        check_labels(given, expected, f"{path}: its labels", len(published.class_names), lowest=0)
+            pixels, given = read_python(path, expected, archives.label_key)
+        check_labels(given, expected, f"{path}: its labels", len(archives.class_names), lowest=0)
         rows = slice(number * expected, (number + 1) * expected)
         images[rows] = pixels.reshape(expected, 3, 32, 32).transpose(0, 2, 3, 1)
         labels[rows] = given

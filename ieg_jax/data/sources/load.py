@@ -63,13 +63,14 @@ def list_source(data: ConfigDict) -> Source:
       UserError: for a key that is set and that the source does not read, and for lists that cannot be used.
     """
     check_reads(data)
-    return dataclasses.replace(REGISTRY[data.name](data), skip_unreadable=data.unreadable == "skip")
+    return dataclasses.replace(REGISTRY[data.name].read(data), skip_unreadable=data.unreadable == "skip")
 
 
 def check_reads(data: ConfigDict) -> None:
     """Raises UserError for a key that is set and that the source does not read."""
     places = dict.fromkeys(("dir", "variant", "train", "test", "trusted"), "")
-    config_lib.check_unread(data, places, READS, "name", "data.")
+    reads = {name: reader.reads for name, reader in REGISTRY.items()}
+    config_lib.check_unread(data, places, reads, "name", "data.")
 
 
 def open_images(
@@ -116,16 +117,24 @@ def check_images(split: Split, data: ConfigDict, class_names: tuple[str, ...] = 
 
 def fitting_size(split: Split) -> int:
     """A side in pixels for images of various sizes: the median of their shorter sides, 8 to 64, a multiple of 4."""
-    if split.in_memory:
-        side = min(split.images.shape[1:3])
-    elif (sizes := getattr(split.images, "sizes", None)) is not None:
-        side = np.median(sizes.min(1))
-    else:  # of records the sizes are not known, so some are decoded
-        rows = np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int))
-        read = split.images.reader()
-        found = [images.readable(lambda row: read(row).whole(), row, split.names[row]).shape[:2] for row in rows]
-        side = np.median(np.min(found, 1))
+    side = np.median(image_sizes(split).min(1))
     return max(SMALLEST, min(LARGEST, int(side)) // STEP * STEP)
+
+
+def image_sizes(split: Split) -> np.ndarray:
+    """Heights and widths of the images in pixels, int `[n, 2]`.
+
+    n is 1 for images in memory, which all have one size. In records the sizes are not noted, so `SIZES_READ` images
+    are decoded, evenly spread.
+    """
+    if split.in_memory:
+        return np.array([split.images.shape[1:3]])
+    sizes = getattr(split.images, "sizes", None)
+    if sizes is not None:
+        return sizes
+    rows = np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int))
+    read = split.images.reader()
+    return np.array([images.readable(lambda r: read(r).whole(), row, split.names[row]).shape[:2] for row in rows])
 
 
 def check_no_class_is_lost(split: Split, left_out: dict[str, str], class_names: tuple[str, ...]) -> None:
@@ -142,39 +151,36 @@ def check_no_class_is_lost(split: Split, left_out: dict[str, str], class_names: 
         )
 
 
-# name -> function(data config) -> Source
-REGISTRY: dict[str, Callable[[ConfigDict], Source]] = {
-    "digits": digits,
-    "fashion_mnist": fashion_mnist,
-    "cifar10": cifar.cifar10,
-    "cifar100": cifar.cifar100,
-    "webvision": webvision.webvision,
-    "imagenet": webvision.imagenet,
-    "food101": webvision.food101,
-    "controlled_noisy_web_labels": webvision.controlled_noisy_web_labels,
-    "image_folder": image_files.image_folder,
-    "image_csv": image_files.image_csv,
-    "records": records.records,
-    "huggingface": huggingface.huggingface,
-    "arrays": arrays,
-    "features": features,
-}
-# Of the keys that say where the data are, those that each source reads. All sources heed the rest of the group `data`.
-READS: dict[str, tuple[str, ...]] = {
-    "digits": (),
-    "fashion_mnist": ("dir",),
-    "cifar10": ("dir",),
-    "cifar100": ("dir",),
-    "webvision": ("dir", "variant", "test", "trusted"),
-    "imagenet": ("dir",),
-    "food101": ("dir",),
-    "controlled_noisy_web_labels": ("dir", "variant"),
-    "image_folder": ("dir", "train", "test", "trusted"),
-    "image_csv": ("dir", "train", "test", "trusted"),
-    "records": ("dir", "variant"),  # the configuration that they were made with may go on saying which variant it is
-    "huggingface": ("dir", "variant", "test", "trusted"),
-    "arrays": ("train",),
-    "features": ("train",),
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A kind of source.
+
+    Attributes:
+      read: the group `data` of the configuration -> Source.
+      reads: which of the keys that say where the data are it reads: dir, variant, train, test, trusted. All sources
+        heed the rest of the group.
+    """
+
+    read: Callable[[ConfigDict], Source]
+    reads: tuple[str, ...] = ()
+
+
+REGISTRY: dict[str, Reader] = {
+    "digits": Reader(digits),
+    "fashion_mnist": Reader(fashion_mnist, ("dir",)),
+    "cifar10": Reader(cifar.cifar10, ("dir",)),
+    "cifar100": Reader(cifar.cifar100, ("dir",)),
+    "webvision": Reader(webvision.webvision, ("dir", "variant", "test", "trusted")),
+    "imagenet": Reader(webvision.imagenet, ("dir",)),
+    "food101": Reader(webvision.food101, ("dir",)),
+    "controlled_noisy_web_labels": Reader(webvision.controlled_noisy_web_labels, ("dir", "variant")),
+    "image_folder": Reader(image_files.image_folder, ("dir", "train", "test", "trusted")),
+    "image_csv": Reader(image_files.image_csv, ("dir", "train", "test", "trusted")),
+    # The configuration that records were made with may go on saying which variant of the data set they are.
+    "records": Reader(records.records, ("dir", "variant")),
+    "huggingface": Reader(huggingface.huggingface, ("dir", "variant", "test", "trusted")),
+    "arrays": Reader(arrays, ("train",)),
+    "features": Reader(features, ("train",)),
 }
 
 

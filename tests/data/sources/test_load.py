@@ -241,8 +241,16 @@ def test_automatic_keys_before_and_after_the_data_are_known():
     assert config_lib.differences(begun.to_dict(), config.to_dict()) == ["seed: 1 -> 0"]
 
 
-def test_every_source_says_what_it_reads():
-    assert sources.READS.keys() == sources.REGISTRY.keys()
+@pytest.mark.parametrize("name", sources.REGISTRY)
+def test_every_source_refuses_what_it_does_not_read(name):
+    for key in ("dir", "variant", "train", "test", "trusted"):
+        config = data_config(name=name, **{key: "somewhere"})
+        if key in sources.REGISTRY[name].reads:
+            sources.check_reads(config)
+            continue
+        readers = ", ".join(other for other, reader in sources.REGISTRY.items() if key in reader.reads)
+        with pytest.raises(UserError, match=rf"data.{key}='somewhere', but data.name={name} does not .*\({readers}\)"):
+            sources.check_reads(config)
 
 
 def test_labels_beyond_num_classes(tmp_path):
