@@ -225,6 +225,8 @@ def test_features_with_trusted_rows_among_them(blobs, capsys, tmp_path, monkeypa
     wrong = (y != true)[~mask]
     assert roc_auc_score(wrong, -clf.quality_.right) > 0.95, "the blobs hardly overlap"
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(clf)).predict_proba(X), clf.predict_proba(X))
+    few = clf.predict_proba(X[:3])
+    np.testing.assert_allclose(few, clf.predict_proba(X)[:3], atol=1e-5, err_msg="whatever is predicted with them")
 
 
 def test_one_seed_one_result_and_row_numbers_are_a_mask(blobs, capsys, tmp_path):

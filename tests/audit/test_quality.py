@@ -71,6 +71,37 @@ def test_suggestions_are_what_else_it_could_be():
     assert best > 0.8, "labels that the network agrees with are not called wrong"
 
 
+def test_the_confidence_is_the_posterior_of_the_suggestion():
+    """P(c | x, y) ∝ q(c | x) T[c, y], of the suggested class c, which differs from 1 − P(right) with four classes."""
+    probabilities, _, given = draw(5_000, UNIFORM)
+    found = label_quality.estimate(probabilities, given)
+    posterior = label_quality.calibrated(probabilities, found.temperature, found.correction)
+    posterior = posterior * found.transition[:, given].T
+    posterior /= posterior.sum(1, keepdims=True)
+    rows = np.arange(len(given))
+    np.testing.assert_allclose(found.right, posterior[rows, given], atol=0.01)
+    np.testing.assert_allclose(found.confidence, posterior[rows, found.suggested], atol=0.01)
+    assert np.abs(found.confidence - (1 - found.right)).max() > 0.1
+
+
+def test_of_many_examples_some_with_their_own_labels(monkeypatch):
+    """The correction and τ are found on a part of the examples, and each of these keeps its label."""
+    probabilities, true, given = draw(3_000, UNIFORM)
+    whole = label_quality.estimate(probabilities, given)
+    monkeypatch.setattr(label_quality, "EXAMPLES", 1_000)
+    some = label_quality.estimate(probabilities, given)
+    assert np.abs(some.correction - whole.correction).max() > 1e-6, "others were looked at"
+    assert some.noise_rate == pytest.approx((given != true).mean(), abs=0.03)
+    assert np.abs(some.right - whole.right).mean() < 0.05
+
+
+def test_the_interval_by_hand():
+    """95 % of one normal distribution: 1.96 deviations on either side."""
+    rates, deviations, weights = np.array([np.nan, 0.3]), np.array([np.nan, 0.02]), np.array([0.0, 1.0])
+    low, high = label_quality._interval(rates, deviations, weights)
+    assert (low, high) == (pytest.approx(0.3 - 1.96 * 0.02, abs=1e-3), pytest.approx(0.3 + 1.96 * 0.02, abs=1e-3))
+
+
 def test_without_held_out_examples_the_prior_and_a_wide_interval():
     probabilities, _, given = draw(5_000, UNIFORM)
     alone = label_quality.estimate(probabilities, given)

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -287,7 +288,6 @@ def test_marks_decide(case, finished, tmp_path):
     assert not (tmp_path / "no.csv").exists()
 
 
-@pytest.mark.slow
 def test_out_of_fold_probabilities(case):
     """Two more trainings; each example is predicted by the one that did without it."""
     options = dataclasses.replace(OPTIONS, views=0, thumbnails=0, folds=2, fold_method="supervised")
@@ -338,6 +338,12 @@ def test_judge_by_hand():
     # Wrong: 1 and 3. Pairs (wrong, right): (1, 0) and (3, 0) in order, (1, 2) and (3, 2) not. Lowest two: 2 and 1.
     assert judged == {"noise_rate": 0.5, "auroc": 0.5, "precision": 0.5, "suggested_right": 0.5}
     assert label_quality.judge(np.ones(2), given[:2], given[:2], given[:2]) == {"noise_rate": 0.0}
+
+
+def test_the_most_suspicious_examples_get_thumbnails():
+    pictures = np.zeros((4, 8, 8, 3), np.uint8)
+    split = types.SimpleNamespace(is_visible=True, originals=lambda rows: pictures[rows])
+    assert list(audit_page._thumbnails(split, np.array([0.9, 0.2, 0.6, 0.1]), 2)) == [3, 1]
 
 
 @pytest.mark.parametrize("side, kind", [(8, "png"), (200, "jpeg")])

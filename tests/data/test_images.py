@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import re
 
 import image_trees
@@ -118,6 +119,10 @@ def test_files_are_decoded_once_and_again_when_they_change(tmp_path, monkeypatch
     assert images.check(paths) == first and len(calls) == 3
     (tmp_path / "1.png").write_bytes(b"something else")
     assert images.check(paths)[1].error and len(calls) == 6
+    stat = (tmp_path / "0.png").stat()
+    (tmp_path / "0.png").write_bytes(b"x" * stat.st_size)
+    os.utime(tmp_path / "0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert images.check(paths)[0].error and len(calls) == 9, "as many bytes, but a nanosecond later"
 
 
 def test_a_passing_trouble_is_not_remembered(tmp_path, monkeypatch):

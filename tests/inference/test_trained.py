@@ -148,6 +148,18 @@ def test_what_is_exported_predicts_the_same(run, tmp_path):
     assert again.returncode == 1 and again.stderr.splitlines()[-1].endswith("is not empty; name a new folder")
 
 
+def test_weights_that_are_not_what_was_saved(run, tmp_path):
+    """The files can be read, but a checksum is another."""
+    shutil.copytree(run[1], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "checkpoints" / "4" / "data" / "metadata"
+    content = json.loads(file.read_text())
+    content["checksums"]["0/ema_params/head/kernel"] ^= 1
+    file.write_text(json.dumps(content))
+    assert inference.load(tmp_path).step == 2
+    with pytest.raises(UserError, match="checkpoint 4 can be read"):
+        inference.load(tmp_path, step=4)
+
+
 def test_which_checkpoint(run, tmp_path):
     _, folder, _ = run
     assert inference.load(folder, step=2).step == 2

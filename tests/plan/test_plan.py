@@ -396,6 +396,7 @@ def test_the_report(reported):
     ):  # fmt: skip
         assert part in printed
     assert rows[8]["flops_over_least"] == pytest.approx(1, abs=0.1)
+    assert rows[8]["flops_per_image"] == rows[8]["flops"] / 8, "each chip has 8 images, and its own operations"
     assert rows[1]["sent_bytes"] > 2 * rows[8]["sent_bytes"]
     assert "batch_groups=8 keeps them where they are" in "\n".join(report.notes(rows[1], TPUS["v5e"], 0))
 

@@ -93,6 +93,9 @@ def test_result_and_files(config, undisturbed):
     assert [row["step"] for row in table] == [3, 4, 6]
     assert table[-1]["test/accuracy"] == result["test_accuracy"]
     assert "loss/total" in table[1] and "test/accuracy" not in table[1]
+    rates = config.schedule.base_lr * (1 + np.cos(np.pi * np.arange(6) / 100)) / 2
+    logged = [row["optimizer/learning_rate"] for row in table[1:]]
+    assert logged == pytest.approx([rates[:4].mean(), rates[4:].mean()], rel=1e-6), "each of its own steps"
     noise = json.loads((folder / "noise.json").read_text())
     assert np.sum(noise["confusion"]) == noise["num_examples"] == 1297 - 20
     assert json.loads((folder / "trusted.json").read_text())["per_class"] == [2] * 10

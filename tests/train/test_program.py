@@ -93,6 +93,8 @@ def test_fsdp_splits_parameters_average_and_momentum(tiny_config):
     tiny_config.model.width = 2.0  # 16 channels
     run = build(tiny_config, **{"mesh.data": 2, "mesh.fsdp": 4})
     state = run.init(jax.random.key(0))
+    image = run.batch["image"]
+    assert image.sharding.shard_shape(image.shape) == (BATCH // 8, 8, 8, 1), "a batch is split over both axes"
     for tree in (state.params, state.ema_params, state.opt_state.trace):
         kernel = tree["conv1"]["kernel"]
         assert kernel.shape == (3, 3, 16, 16)

@@ -51,5 +51,5 @@ def test_step_decay():
     config = default.get_config().schedule
     config.name = "step"
     rate = schedules.create(config, first_cycle=1, num_steps=60_000)
-    steps = (0, 39_999, 40_001, 49_999, 50_001, 59_999)
+    steps = (0, 39_999, 40_000, 49_999, 50_000, 59_999)
     assert [float(rate(step)) for step in steps] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])

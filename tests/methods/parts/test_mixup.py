@@ -52,3 +52,18 @@ def test_distribution_of_the_coefficient(kind, alpha):
     else:  # 1 − U²/2
         cdf = lambda x: 1 - np.sqrt(2 * (1 - np.clip(x, 0.5, 1)))  # noqa: E731
     assert stats.kstest(coefficient, cdf).pvalue > 1e-3
+
+
+def test_partners_are_drawn_evenly_and_for_each_group():
+    """Each element of the pool, the last one too, is the partner of each equally often, whatever the group."""
+    partner = np.asarray(mixup.draw(jax.random.key(0), 6000, 2, 1, 2, "exact").partner)
+    shares = (partner[..., None] == np.arange(4)).mean(0)
+    np.testing.assert_allclose(shares, 1 / 4, atol=0.03)
+    together = ((partner[1:, 0] == 0) & (partner[:-1, 0] == 0)).mean()
+    assert together == pytest.approx(1 / 16, abs=0.02), "groups that follow each other know nothing of each other"
+
+
+def test_each_choice_has_a_key_of_its_own():
+    with jax.debug_key_reuse(True):
+        for kind in ("exact", "approximate"):
+            jax.jit(lambda rng, kind=kind: mixup.draw(rng, 2, 2, 2, 3, kind)).lower(jax.random.key(0))

@@ -1,0 +1,48 @@
+"""Evaluation and what result.json says of it, on numbers made up."""
+
+import types
+
+import pytest
+
+from ieg_jax.train import evaluation
+from ieg_jax.train.metrics import WeightedAverage
+
+
+def hits(params, batch_stats, memory, batch):
+    """A network that has `params` right answers of 10 in a batch."""
+    assert (batch_stats, memory) == ("statistics", "memory")
+    return {"accuracy": WeightedAverage(params + batch, 10)}
+
+
+def state(**weights):
+    return types.SimpleNamespace(batch_stats="statistics", method="memory", **weights)
+
+
+def test_averaged_and_raw_weights_over_all_batches():
+    found = evaluation.evaluate(state(params=1, ema_params=4), {"test": [0, 3], "trusted": [2]}, hits)
+    assert found == {
+        "test/accuracy": (4 + 7) / 20,
+        "test/accuracy_raw": (1 + 4) / 20,
+        "trusted/accuracy": 6 / 10,
+        "trusted/accuracy_raw": 3 / 10,
+    }
+
+
+def test_without_an_average_both_are_the_raw_weights():
+    found = evaluation.evaluate(state(params=1, ema_params=None), {"test": [0]}, hits)
+    assert found == {"test/accuracy": 0.1, "test/accuracy_raw": 0.1}
+
+
+def test_best_steps_by_hand():
+    rows = [
+        {"step": 1, "test/accuracy": 0.5, "test/accuracy_raw": 0.4, "trusted/accuracy": 1.0},
+        {"step": 2, "test/accuracy": 0.9, "test/accuracy_raw": 0.3, "trusted/accuracy": 0.8},
+        {"step": 3, "weight/auroc": 0.6},
+        {"step": 4, "test/accuracy": 0.7, "test/accuracy_raw": 0.6, "trusted/accuracy": 1.0},
+        {"step": 5, "test/accuracy": 0.6, "test/accuracy_raw": 0.2, "trusted/accuracy": 0.9},
+    ]
+    found = evaluation.accuracies(rows, "test")
+    assert (found["test_accuracy"], found["test_accuracy_raw"], found["trusted_accuracy"]) == (0.6, 0.2, 0.9)
+    assert found["test_accuracy_best"] == 0.9
+    assert found["test_accuracy_best_on_trusted"] == 0.7, "the last of the steps 1 and 4, which are equally good"
+    assert found["weight_auroc"] == pytest.approx(0.6)
