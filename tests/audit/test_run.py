@@ -340,6 +340,14 @@ def test_judge_by_hand():
     assert label_quality.judge(np.ones(2), given[:2], given[:2], given[:2]) == {"noise_rate": 0.0}
 
 
+def test_averages_are_found_by_id(tmp_path):
+    """In the order of the training set, whose ids have gaps; without the file there are none."""
+    np.savez(tmp_path / "examples.npz", weight=np.arange(6.0), trust=10 + np.arange(6.0), visits=np.ones(6, int))
+    found = audit_run._averages(str(tmp_path), np.array([5, 0, 3]))
+    assert {name: values.tolist() for name, values in found.items()} == {"weight": [5, 0, 3], "trust": [15, 10, 13]}
+    assert audit_run._averages(str(tmp_path / "nowhere"), np.array([0])) == {}
+
+
 def test_the_most_suspicious_examples_get_thumbnails():
     pictures = np.zeros((4, 8, 8, 3), np.uint8)
     split = types.SimpleNamespace(is_visible=True, originals=lambda rows: pictures[rows])
