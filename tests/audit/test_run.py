@@ -327,6 +327,8 @@ def test_divergence_by_hand():
     assert label_quality.divergence(np.stack([same, same])) == pytest.approx(0)
     assert label_quality.divergence(opposite) == pytest.approx(1)
     assert label_quality.divergence(same[None]) == pytest.approx(0)
+    three = np.array([[[1.0, 0, 0]], [[0, 1.0, 0]]])  # two views of three classes: over log 2, not over log 3
+    assert label_quality.divergence(three) == pytest.approx(1)
     # H(0.75, 0.25) − (0 + log 2) / 2 over log 2, of (1, 0) and (0.5, 0.5).
     expected = (-0.75 * np.log(0.75) - 0.25 * np.log(0.25)) / np.log(2) - 0.5
     assert label_quality.divergence(np.stack([opposite[0], same])) == pytest.approx(expected)
