@@ -86,13 +86,17 @@ def test_the_confidence_is_the_posterior_of_the_suggestion():
 
 def test_of_many_examples_some_with_their_own_labels(monkeypatch):
     """The correction and τ are found on a part of the examples, and each of these keeps its label."""
-    probabilities, true, given = draw(3_000, UNIFORM)
+    order = np.argsort(draw(3_000, UNIFORM)[2], kind="stable")  # so that other labels would be those of one class
+    probabilities, true, given = (array[order] for array in draw(3_000, UNIFORM))
     whole = label_quality.estimate(probabilities, given)
     monkeypatch.setattr(label_quality, "EXAMPLES", 1_000)
     some = label_quality.estimate(probabilities, given)
     assert np.abs(some.correction - whole.correction).max() > 1e-6, "others were looked at"
     assert some.noise_rate == pytest.approx((given != true).mean(), abs=0.03)
     assert np.abs(some.right - whole.right).mean() < 0.05
+    part = np.linspace(0, 2_999, 1_000).astype(int)
+    alone = label_quality.estimate(probabilities[part], given[part])
+    np.testing.assert_allclose(some.correction, alone.correction, atol=1e-9, err_msg="that of the part alone")
 
 
 def test_the_interval_by_hand():

@@ -135,3 +135,9 @@ def test_spread(store):
     assert str(results.spread(found, "best on test")) == "82.0 ± 10.0"
     assert str(results.spread(found[:1], "best on trusted")) == "50.0"
     assert results.spread([]) is None
+
+
+def test_the_mean_is_no_median():
+    """Mean and sample standard deviation of 1, 2 and 6: 3, and √((4 + 1 + 9) / 2)."""
+    found = results.Spread((1.0, 2.0, 6.0))
+    assert found.mean == pytest.approx(3) and found.std == pytest.approx(7**0.5)
