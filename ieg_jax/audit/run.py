@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.progress import track
 
-from ieg_jax import cli, files, inference, methods
+from ieg_jax import cli, files, inference, methods, models
 from ieg_jax.audit import cleaned
 from ieg_jax.audit import page as audit_page
 from ieg_jax.audit import quality as label_quality
@@ -150,9 +150,7 @@ def _out_of_fold(
         parts.append((data.held_out, np.arange(len(data.held_out)) % options.folds))
     found = [np.empty((len(split), trained.num_classes), np.float32) for split, _ in parts]
     for fold in range(options.folds):
-        config = ConfigDict(trained.config.to_dict())
-        config.data.folds, config.data.fold, config.audit.epochs = options.folds, fold, 0.0
-        methods.choose(config, options.fold_method or config.method.name)
+        config = _fold_config(trained.config, options, fold)
         place = folder / "folds" / str(fold)
         train_and_evaluate(config, str(place))
         predict = inference.predictor(inference.load(place))
@@ -161,6 +159,15 @@ def _out_of_fold(
             if len(rows):
                 probabilities[rows] = predict(split.take(rows))
     return found[0], found[1] if len(found) > 1 else None
+
+
+def _fold_config(config: ConfigDict, options: Options, fold: int) -> ConfigDict:
+    """The configuration, as a run has written it down, of the training without one fold."""
+    config = ConfigDict(config.to_dict())
+    config.data.folds, config.data.fold, config.audit.epochs = options.folds, fold, 0.0
+    methods.choose(config, options.fold_method or config.method.name)
+    models.forget_unread(config.model)
+    return config
 
 
 def _averages(workdir: str, ids: np.ndarray) -> dict[str, np.ndarray]:

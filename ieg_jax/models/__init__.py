@@ -11,7 +11,7 @@ from ieg_jax.errors import UserError
 from ieg_jax.models import pretrained
 from ieg_jax.models.registry import REGISTRY, create
 
-__all__ = ["REGISTRY", "UNSET", "create", "validate"]
+__all__ = ["REGISTRY", "UNSET", "create", "forget_unread", "validate"]
 
 CHECKS = {
     "name": one_of(*REGISTRY),
@@ -40,3 +40,9 @@ def validate(model: ConfigDict) -> None:
     if model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError("model.dtype=float64: set the environment variable JAX_ENABLE_X64=1, without it jax has none")
     pretrained.validate(model)
+
+
+def forget_unread(model: ConfigDict) -> None:
+    """Gives the keys that the network does not read their defaults: `config.resolve` puts numbers into all of them."""
+    reads = REGISTRY[model.name].READS
+    model.update({key: value for key, value in UNSET.items() if key not in reads})

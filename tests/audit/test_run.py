@@ -12,12 +12,15 @@ import types
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from pyarrow import parquet
 from runs import ROOT
 from sklearn.datasets import load_digits
 
+from configs import own_data
 from ieg_jax import cli, inference
+from ieg_jax import config as config_lib
 from ieg_jax.audit import cleaned
 from ieg_jax.audit import page as audit_page
 from ieg_jax.audit import quality as label_quality
@@ -27,6 +30,7 @@ from ieg_jax.audit.run import Options, audit
 from ieg_jax.data.load import fold_of, load_data
 from ieg_jax.data.sources import load as sources
 from ieg_jax.errors import UserError
+from ieg_jax.train import check
 from ieg_jax.train.loop import train_and_evaluate
 
 # As people name them; one that a page must not take for markup.
@@ -320,6 +324,23 @@ def test_out_of_fold_probabilities(case):
         data.held_out.labels,
     )
     np.testing.assert_allclose(columns["p_right"], quality.right, atol=1e-4)
+
+
+@pytest.mark.parametrize("network", ["vgg13", "mlp", "resnet29_v2", "wide_resnet"])
+@pytest.mark.parametrize("method", ["", "supervised", "co_teaching"])
+def test_folds_can_be_trained_as_a_run_of_ones_own_data_was(network, method):
+    """config.json has numbers where own_data.py has -1, also for keys that the network does not read."""
+    config = own_data.get_config()
+    config.model.name, config.data.train, config.data.trusted = network, "labels.csv", "trusted.csv"
+    check.validate(config)
+    written = config_lib.resolve(config, config_lib.Facts(1000, 32, 32))
+    assert written.model.depth == 16
+    stored = ConfigDict(json.loads(written.to_json()))
+    found = audit_run._fold_config(stored, dataclasses.replace(OPTIONS, folds=3, fold_method=method), 2)
+    check.validate(found)
+    assert (found.data.folds, found.data.fold, found.method.name) == (3, 2, method or "ieg")
+    assert found.model.depth == (16 if network in ("wide_resnet", "mlp") else 10)
+    assert stored.data.folds == 0, "that of the run is not changed"
 
 
 def test_divergence_by_hand():
