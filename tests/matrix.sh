@@ -30,7 +30,7 @@ run() { # name interpreter pins
     touch "$venv/installed"
   fi
   "$venv/bin/python" -m pip list --format=freeze 2>/dev/null | grep -E '^(jax|flax|optax|numpy|tensorflow)==' | xargs
-  "$venv/bin/python" -m pytest -m "not slow"
+  "$venv/bin/python" -m pytest -m "not slow" -n auto --maxprocesses=8 --dist=loadfile
 }
 
 mkdir -p .venvs

@@ -104,17 +104,18 @@ def structures():
 def test_one_step_of_every_experiment(signature, tmp_path, monkeypatch):
     """With its own network, but narrow, on files in the published format."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cifar, "SIZES", archives.SMALL)
+    sizes = {"train": 1000, "test": 20}  # so many that each class is left with images beside the noise
+    monkeypatch.setattr(cifar, "SIZES", sizes)
     config = results.load_config(structures()[signature], 0)
     use_fixture_data(config, tmp_path)
     if config.data.name.startswith("cifar"):
-        archives.cifar_tfds(tmp_path, config.data.name, archives.SMALL)
+        archives.cifar_tfds(tmp_path, config.data.name, sizes)
         config.data.dir, config.trusted.per_class = str(tmp_path), 1
         if config.noise.kind == "file":
-            (tmp_path / "labels.json").write_text(json.dumps([number % 10 for number in range(50)]))
+            (tmp_path / "labels.json").write_text(json.dumps([number % 10 for number in range(sizes["train"])]))
             config.noise.file = str(tmp_path / "labels.json")
         if config.noise.kind == "open_set":
-            archives.cifar_tfds(tmp_path / "foreign", "cifar100", archives.SMALL)
+            archives.cifar_tfds(tmp_path / "foreign", "cifar100", sizes)
             config.noise.open_set = f"cifar100:{tmp_path / 'foreign'}"
     elif config.data.name == "webvision":
         name = "webvision_mini.py" if config.data.variant == "mini" else "webvision.py"
@@ -207,7 +208,7 @@ SMALL = [
 ]
 
 
-SLOWER = {"cifar10.py", "webvision.py"}  # the readers of the other two; the binary archive has tests of its own
+SLOWER = {"cifar10.py", "cifar100.py", "webvision.py"}  # tests/data/sources reads their archives
 
 
 @pytest.mark.parametrize(

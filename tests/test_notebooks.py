@@ -36,7 +36,11 @@ def test_what_is_kept(path):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("quickstart", ["1,287 training images, 72% of their labels are wrong", "ieg:", "--logdir"]),
+        pytest.param(
+            "quickstart",
+            ["1,287 training images, 72% of their labels are wrong", "ieg:", "--logdir"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "own_data_and_audit",
             ["of the labels are wrong", "labels in cleaned.csv are wrong", "path,class,probability"],

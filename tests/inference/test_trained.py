@@ -128,6 +128,7 @@ def test_folders_without_a_run(run, tmp_path):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_what_is_exported_predicts_the_same(run, tmp_path):
     config, folder, _ = run
     out = tmp_path / "model"

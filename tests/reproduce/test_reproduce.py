@@ -32,6 +32,7 @@ def command(*arguments, code=0):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_run_skips_what_is_done(tmp_path):
     one = "digits-ablation.digits-supervised-0.4"
     target = ("digits-sweep.digits-supervised-0.4", f"--workdir={tmp_path / 'work'}", f"--results={tmp_path / 'kept'}")

@@ -58,6 +58,7 @@ def small(file, method="ieg", steps=200):
     return config
 
 
+@pytest.mark.slow
 def test_near_the_best_accuracy_with_two_labels_in_five_drawn_at_random(tmp_path):
     best = blobs(tmp_path / "own.npz")
     results = {}
