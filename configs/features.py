@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from ieg_jax import config as config_lib
+from ieg_jax import methods
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -27,7 +28,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.batch_size, config.eval_batch_size = 256, 4096
     config.num_train_epochs = config.eval_every_epochs = config.checkpoint_every_epochs = float(config_lib.AUTO)
     config.schedule.name = "cosine"
-    config.schedule.base_lr = 0.05
+    config.schedule.base_lr = 0.1
+    methods.tune(config, **config_lib.OWN_DATA)
     config.model.name = "mlp"
     config.model.depth = 2
     config.augment.standard, config.augment.strong = "gaussian(0.1)", "gaussian(0.3)"

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from ieg_jax import config as config_lib
+from ieg_jax import methods
 from ieg_jax.errors import check_choice
 
 
@@ -41,5 +42,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.model.depth, config.model.width = config_lib.AUTO, float(config_lib.AUTO)
     config.num_train_epochs = config.eval_every_epochs = config.checkpoint_every_epochs = float(config_lib.AUTO)
     config.schedule.name = "cosine"  # which ends at the last step, however many there are
+    config.schedule.base_lr = 0.05
+    methods.tune(config, **config_lib.OWN_DATA)
     config.augment.standard, config.augment.strong = config_lib.AUGMENT_PRESETS[args.augment]
     return config

@@ -28,8 +28,9 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from ieg_jax import cli, inference, methods, models
 from ieg_jax import config as config_lib
+from ieg_jax.audit import final
 from ieg_jax.audit import quality as label_quality
-from ieg_jax.data.load import load_data
+from ieg_jax.data.load import Data, load_data
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.sources.arrays import feature_statistics, standardised
 from ieg_jax.data.splits import UNKNOWN, Split, check_images_and_labels, make_split
@@ -40,7 +41,8 @@ from ieg_jax.train import check
 from ieg_jax.train.loop import train_and_evaluate
 
 FEATURES_AUGMENT = ("gaussian(0.1)", "gaussian(0.3)")  # of configs/features.py
-FEATURES_RATE = 0.05  # likewise, the learning rate
+RATES = {"features": 0.1, "images": 0.05}  # learning rates, of configs/features.py and configs/own_data.py
+BATCHES = {"features": 256, "images": 64}
 # Keys of `config` that are refused, or the beginnings of several: the arguments of `fit` say what they would say.
 FIXED = ("data.", "noise.", "trusted.source", "trusted.ids", "trusted.per_class", "trusted.fraction")
 NEVER = 1_000_000_000  # steps
@@ -62,12 +64,16 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         anything a pair (standard, strong) of policies of `data.augment`. Features have Gaussian noise instead of a
         name's.
       epochs: length of the training in passes over X; at most one of it and `steps`.
-      steps: the same in steps. Both None = 40 epochs, but no fewer than 2,000 and no more than 20,000 steps.
-      batch_size: noisy examples per step, over all devices.
+      steps: the same in steps. Both None = 40 epochs, but no fewer than 500 and no more than 20,000 steps; of features
+        20 epochs, but no fewer than 300 steps.
+      batch_size: noisy examples per step, over all devices; None = 64 images or 256 rows of features.
       image_size: pixels of a side to which images are resized; 0 = as they are; None = the shorter side, at most 64, in
         multiples of 4.
       holdout: share of the trusted examples of each class that is kept out of training, rounded down: label quality is
         calibrated on them. In [0, 1).
+      final: the classifier that predicts in the end. auto = the best of the plain ones of `audit.final`, trained on the
+        labels that the network's audit has cleaned, or the network where it is better; one of their names (logistic,
+        forest, kernel) = that one likewise; network = the network, and an audit by it alone.
       random_state: a whole number, a RandomState, or None for another one at each fit. One number, one result.
       workdir: folder in which the training happens; a fit that was interrupted goes on there when it is called again
         in the same way, and a finished one is read from it. None = a temporary folder.
@@ -79,6 +85,9 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
       label_quality_: `[N]` float32, P(given label is right), in the order of X; 1 for rows that are `trusted`.
       suggested_labels_: `[N]` the most probable other class of each; of rows that are `trusted` their label.
       quality_: `audit.quality.Quality` of the rows that are not `trusted`, classes as numbers.
+      network_quality_: the same by the network alone, before the final classifier took part.
+      final_: what predicts, `network` or the name of a plain classifier.
+      comparison_: `audit.final.Compared`, the accuracy of all that were compared on held-out trusted examples.
       noise_rate_: share of their labels that are wrong.
       noise_interval_: (low, high) around it, 95 %.
       transition_matrix_: `[K, K]`, P(given = classes_[j] | true = classes_[i]).
@@ -97,9 +106,10 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         augment: str | tuple[str, str] = "photos",
         epochs: float | None = None,
         steps: int | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         image_size: int | None = None,
         holdout: float = 0.2,
+        final: str = "auto",
         random_state: int | np.random.RandomState | None = 0,
         workdir: str | None = None,
         verbose: int = 1,
@@ -113,12 +123,13 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         self.batch_size = batch_size
         self.image_size = image_size
         self.holdout = holdout
+        self.final = final
         self.random_state = random_state
         self.workdir = workdir
         self.verbose = verbose
         self.config = config
 
-    def fit(self, X, y, X_trusted=None, y_trusted=None, trusted=None) -> "IEGClassifier":
+    def fit(self, X, y, X_trusted=None, y_trusted=None, trusted=None, trusted_given=None) -> "IEGClassifier":
         """Trains, and estimates which labels are right.
 
         The trusted set comes either as arrays of its own or as rows of X; some methods, such as supervised, do without.
@@ -131,6 +142,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
           y_trusted: `[M]` their labels, which are right; every class of y occurs.
           trusted: instead of these, which rows of X have a label that is right: a mask `[N]` of bool, or row numbers.
             They are trained with as trusted ones only. In cross-validation a mask is split as y is.
+          trusted_given: `[M]` the labels that the examples of X_trusted had before they were checked. From those that
+            are held out (`holdout`) the share of wrong labels and P(right) are estimated much better.
 
         Returns:
           The estimator itself.
@@ -141,6 +154,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
           KeyboardInterrupt: after SIGINT or SIGTERM; with `workdir` the same call goes on from there.
         """
         check_choice("method", self.method, methods.REGISTRY)
+        check_choice("final", self.final, ("auto", final.NETWORK, *final.CLASSIFIERS))
         X, given = self._check_fit(X, y)
         examples = self._examples(X, "X")
         in_x = _rows(trusted, len(given))
@@ -171,6 +185,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             f"trusted_{what}": trusted_examples,
             "trusted_labels": trusted_labels,
         }
+        if trusted_given is not None:
+            arrays["trusted_given_labels"] = _given_numbers(trusted_given, len(trusted_labels), names, trusted is None)
         config = self._configure(what, len(names), 0.0 if stand_in else self.holdout)
         network = self.network if isinstance(self.network, nn.Module) else None
         with self._folder() as folder:
@@ -189,13 +205,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         trained = dataclasses.replace(trained, params=params, batch_stats=batch_stats, memory=memory)
         self._predictor = inference.predictor(trained)
         self._statistics = feature_statistics(arrays[what]) if what == "features" else None
-        held_out = data.held_out
-        quality = label_quality.estimate(
-            self._predictor(data.train),
-            data.train.labels,
-            None if held_out is None else self._predictor(held_out),
-            None if held_out is None else held_out.labels,
-        )
+        quality = self._audit(data, names)
         self.classes_ = names
         self.quality_ = quality
         self.noise_rate_, self.noise_interval_ = quality.noise_rate, quality.noise_interval
@@ -215,7 +225,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict_proba(self, X) -> np.ndarray:
-        """The probabilities of the classes, softmax of the averaged network.
+        """The probabilities of the classes, by the final classifier or, where there is none, by the averaged network.
 
         Args:
           X: `[n, ...]` as in `fit`.
@@ -286,7 +296,40 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             shape = self.image_shape_ if self._statistics is None else (1, 1, self.n_features_in_)
             self._trained = inference.Trained(**known, image_shape=shape)
 
+    def _audit(self, data: Data, names: np.ndarray) -> label_quality.Quality:
+        """Which labels are right, by the network and, where there is one, by the final classifier."""
+        probabilities, held_out = self._predictor(data.train), data.held_out
+        evidence = () if held_out is None else (self._predictor(held_out), held_out.labels, held_out.given_labels)
+        quality = label_quality.estimate(probabilities, data.train.labels, *evidence, class_names=names.astype(str))
+        self.network_quality_, self._final, self.comparison_ = quality, None, ()
+        if self.final != final.NETWORK and final.possible(data.train):
+            found = self._fit_final(data, probabilities, evidence, quality)
+            self.comparison_ = found.comparison
+            if found.name != final.NETWORK:
+                quality, self._final = found.quality, found
+            if self.verbose:
+                print(final.table(final.as_json(found)["comparison"]))
+        self.final_ = final.NETWORK if self._final is None else self._final.name
+        return quality
+
+    def _fit_final(self, data: Data, probabilities, evidence: tuple, quality: label_quality.Quality) -> final.Final:
+        """The final classifier, see `audit.final`."""
+        held_out = given = None
+        if evidence:
+            held_out, given = final.Examples(final.flat(data.held_out), evidence[1], evidence[0]), evidence[2]
+        task = final.Task(
+            noisy=final.Examples(final.flat(data.train), data.train.labels, probabilities),
+            trusted=final.Examples(final.flat(data.trusted), data.trusted.labels, self._predictor(data.trusted)),
+            held_out=held_out,
+            held_out_given=given,
+            seed=_seed(self.random_state),
+        )
+        names = tuple(final.CLASSIFIERS) if self.final == "auto" else (self.final,)
+        return final.fit(task, quality, self.method, self._statistics is None, names)
+
     def _predict(self, split: Split) -> np.ndarray:
+        if self.__dict__.get("_final") is not None:
+            return self._final.predict_proba(final.flat(split))
         if "_predictor" not in self.__dict__:  # after unpickling
             self._predictor = inference.predictor(self._trained)
         return self._predictor(split)
@@ -372,7 +415,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             raise UserError(f"image_size={self.image_size!r}, but X are features [N, D]; leave it None")
         if not is_features:
             config.data.image_size = _number("image_size", self.image_size, config_lib.AUTO, int)
-        config.batch_size = _number("batch_size", self.batch_size, None, int)
+        config.batch_size = _number("batch_size", self.batch_size, BATCHES[what], int)
         config.trusted.holdout = _number("holdout", holdout, None, float)
 
         if isinstance(self.network, nn.Module):
@@ -390,8 +433,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             elif config.model.name == "mlp":
                 config.model.depth = 2
         config.augment.standard, config.augment.strong = self._policies(is_features)
-        if is_features:
-            config.schedule.base_lr = FEATURES_RATE
+        config.schedule.base_lr = RATES[what]
+        methods.tune(config, **config_lib.OWN_DATA)
 
         if self.epochs is not None and self.steps is not None:
             raise UserError(f"epochs={self.epochs!r} and steps={self.steps!r}, expected one of them")
@@ -482,6 +525,16 @@ def _as_numbers(y: np.ndarray, names: np.ndarray) -> np.ndarray:
             f"check a few examples of these"
         )
     return np.searchsorted(names, y.astype(names.dtype))
+
+
+def _given_numbers(given, count: int, names: np.ndarray, separate: bool) -> np.ndarray:
+    """The argument `trusted_given` of `fit` as places in `names`."""
+    given = column_or_1d(given)
+    unknown = given[~np.isin(given, names)]
+    if not separate or len(given) != count or len(unknown):
+        got = f"label {unknown.tolist()[0]!r}" if len(unknown) else f"{len(given)} labels"
+        raise UserError(f"trusted_given: {got}, expected {count} of the labels of y, one for each row of X_trusted")
+    return np.searchsorted(names, given.astype(names.dtype))
 
 
 def _shown(names: np.ndarray) -> str:

@@ -19,10 +19,13 @@ from ieg_jax.errors import UserError
 def define_flags() -> None:
     """Defines the flags. This does not happen at import because other commands have flags of the same names."""
     flags.DEFINE_string("audit", None, "Folder that ieg_jax.audit wrote.", required=True)
-    flags.DEFINE_string("out", None, "New .csv file; nothing is overwritten.", required=True)
+    flags.DEFINE_string(
+        "out", None, "New .csv file, or .npz of data in such a file; nothing is overwritten.", required=True
+    )
     flags.DEFINE_float("threshold", 0.5, "Labels with P(right) below this are not kept.", lower_bound=0, upper_bound=1)
     flags.DEFINE_enum("below", "relabel", ["relabel", "drop"], "What becomes of these labels.")
     flags.DEFINE_string("marks", "", "The file marks.csv that the page of the audit exported.")
+    flags.DEFINE_bool("force", False, "Whether to write it even if the audit raised alarms.")
 
 
 def main(argv: list[str]) -> None:
@@ -30,11 +33,14 @@ def main(argv: list[str]) -> None:
     del argv
     values: Any = flags.FLAGS
     out = pathlib.Path(values.out).expanduser()
-    if out.suffix.lower() != ".csv":
-        raise UserError(f"--out={values.out}: expected a name that ends in .csv")
+    if out.suffix.lower() not in (".csv", ".npz"):
+        raise UserError(f"--out={values.out}: expected a name that ends in .csv (or .npz, of data in such a file)")
     if out.exists():
         raise UserError(f"--out={out} is there already; name a new file")
-    counts = cleaned.write(pathlib.Path(values.audit).expanduser(), out, values.threshold, values.below, values.marks)
+    audit = pathlib.Path(values.audit).expanduser()
+    if not values.force:
+        cleaned.refuse_alarms(audit)
+    counts = cleaned.write(audit, out, values.threshold, values.below, values.marks)
     print(f"{out}: {counts['keep']:,} labels kept, {counts['relabel']:,} changed, {counts['drop']:,} examples dropped")
 
 

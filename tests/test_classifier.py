@@ -28,6 +28,7 @@ import ieg_jax
 from configs import features as features_config
 from configs import own_data
 from ieg_jax import classifier, inference, models
+from ieg_jax.audit import final
 from ieg_jax.audit import quality as label_quality
 from ieg_jax.classifier import IEGClassifier
 from ieg_jax.data.splits import make_split
@@ -42,6 +43,7 @@ def quick(**arguments):
     """A classifier that trains for seconds."""
     config = KEYS | arguments.pop("config", {})
     usual = {"method": "supervised", "network": "mlp", "augment": VIEWS, "steps": 3, "verbose": 0, "batch_size": 32}
+    usual["final"] = "network"
     return IEGClassifier(**usual | arguments, config=config)
 
 
@@ -268,6 +270,9 @@ def test_in_pipelines_and_searches(blobs):
     pipe = make_pipeline(StandardScaler(), quick(steps=30))
     scores = cross_val_score(pipe, X, y, cv=2, params={"iegclassifier__trusted": mask}, error_score="raise")
     assert scores.shape == (2,) and (scores > 0.6).all(), "a third of the labels that it is scored on is wrong"
+    folds, params = ieg_jax.TrustedSplit(mask, n_splits=2), {"iegclassifier__trusted": mask}
+    by_checked = cross_val_score(pipe, X, y, cv=folds, params=params, error_score="raise")
+    assert by_checked.shape == (2,) and (by_checked > 0.6).all()
     search = GridSearchCV(quick(), {"method": ["ieg", "l2r"], "config": [{"schedule.base_lr": 0.1}]})
     assert clone(search).estimator.get_params() == quick().get_params()
 
@@ -428,12 +433,12 @@ def test_bad_input_to_predict(fitted):
 def test_defaults_for_features_are_those_of_their_configuration():
     features = features_config.get_config()
     assert (features.augment.standard, features.augment.strong) == classifier.FEATURES_AUGMENT
-    assert features.schedule.base_lr == classifier.FEATURES_RATE
+    assert features.schedule.base_lr == classifier.RATES["features"]
     # Without arguments: configs/own_data.py, and configs/features.py with the batch size of the argument.
     for what, theirs in (("images", own_data.get_config()), ("features", features)):
         ours = IEGClassifier(workdir="run")._configure(what, 10, 0.2)
         theirs.data.name, theirs.data.num_classes = ours.data.name, 10
-        theirs.batch_size, theirs.eval_batch_size = 64, 256
+        theirs.batch_size, theirs.eval_batch_size = classifier.BATCHES[what], 256
         assert ours.to_dict() == theirs.to_dict()
 
 
@@ -445,6 +450,36 @@ def test_the_size_and_the_network_follow_from_the_images():
     clf = quick(batch_size=4).fit(X, LABELS, X[:3], LABELS[:3])
     assert (clf.config_.data.image_size, clf.image_shape_) == (8, (10, 14, 1))
     assert clf.predict_proba(X).shape == (12, 3)
+
+
+def test_the_final_classifier_of_features(digits, capsys):
+    """Chosen among plain ones, better than the network; it predicts, also when it was pickled, and audits."""
+    flat = {name: getattr(digits, name).reshape(-1, 64).astype(float) for name in ("X", "X_trusted", "X_test")}
+    clf = quick(method="ieg", final="auto", steps=60, batch_size=256, verbose=1, config={"schedule.base_lr": 0.1})
+    clf.fit(flat["X"], digits.given, flat["X_trusted"], digits.y_trusted)
+    assert clf.final_ in final.CLASSIFIERS and len(clf.comparison_) == 8
+    assert "on held-out trusted examples" in capsys.readouterr().out
+    assert clf.score(flat["X_test"], digits.y_test) > 0.9
+    wrong = digits.given != digits.true
+    by_both = [roc_auc_score(wrong, -right) for right in (clf.network_quality_.right, clf.label_quality_)]
+    assert by_both[1] > max(0.98, by_both[0])
+    again = pickle.loads(pickle.dumps(clf))
+    probabilities = clf.predict_proba(flat["X_test"])
+    assert probabilities.shape == (400, 10) and probabilities.dtype == np.float32
+    np.testing.assert_array_equal(again.predict_proba(flat["X_test"]), probabilities)
+    assert clf.quality_.num_pairs == 0
+    forest = clone(clf).set_params(final="forest", method="supervised", verbose=0, steps=3)
+    forest.fit(flat["X"], digits.given, flat["X_trusted"], digits.y_trusted)
+    assert {one.name for one in forest.comparison_} == {"network", "forest"}
+    shuffled = np.random.default_rng(0).permutation(digits.y_trusted)
+    paired = clone(forest).set_params(final="network")
+    arguments = (flat["X"], digits.given, flat["X_trusted"], digits.y_trusted)
+    assert paired.fit(*arguments, trusted_given=shuffled).quality_.num_pairs == 20
+    for bad, message in ((shuffled[:5], "5 labels, expected 100"), (["ten"] * 100, "label 'ten'")):
+        with pytest.raises(ValueError, match=f"trusted_given: {message}"):
+            paired.fit(*arguments, trusted_given=bad)
+    with pytest.raises(ValueError, match="final.*trees.*auto, network, logistic"):
+        quick(final="trees").fit(flat["X"], digits.given)
 
 
 def test_import_is_free_of_jax():

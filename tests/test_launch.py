@@ -304,6 +304,8 @@ def local(programs, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell ignores SIGINT if it was ignored when it began, as where these tests run in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         started.append(process)
         return process

@@ -11,7 +11,7 @@ from runs import ROOT
 # other. What stands in the package's root and is not named here is a command.
 FLOORS = [
     {"commands"},
-    {"classifier"},
+    {"classifier", "model_selection"},
     {"audit", "plan", "reproduce"},
     {"train", "inference"},
     {"data"},

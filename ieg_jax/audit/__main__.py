@@ -38,7 +38,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("views", usual.views, "Augmented views of each image that are compared.", lower_bound=0)
     flags.DEFINE_float("threshold", usual.threshold, "Labels with P(right) below it are not kept in cleaned.csv.")
     flags.DEFINE_enum("below", usual.below, ["relabel", "drop"], "What becomes of these in cleaned.csv.")
-    flags.DEFINE_integer("thumbnails", usual.thumbnails, "Images in the page.", lower_bound=0)
+    flags.DEFINE_integer(
+        "thumbnails", usual.thumbnails, "Most suspicious images in the page; 0 = no images.", lower_bound=0
+    )
     flags.DEFINE_integer(
         "folds",
         usual.folds,
@@ -46,6 +48,8 @@ def define_flags() -> None:
         "0 = none.",
         lower_bound=0,
     )
+    flags.DEFINE_string("marks", usual.marks, "sample.csv of the page, by which everything is estimated anew.")
+    flags.DEFINE_bool("force", usual.force, "Whether to write cleaned.csv even if there are alarms.")
     flags.DEFINE_string("fold_method", usual.fold_method, "method.name of these, e.g. supervised; '' = the run's.")
 
 
@@ -53,6 +57,7 @@ def main(argv: list[str]) -> None:
     """Makes the audit, and says what came out."""
     del argv
     # These import jax, which takes seconds: after the flags were checked.
+    from ieg_jax.audit import final
     from ieg_jax.audit.files import PAGE
     from ieg_jax.audit.page import calibration_text
     from ieg_jax.audit.run import audit
@@ -65,6 +70,14 @@ def main(argv: list[str]) -> None:
         f"{summary['examples']:,} labels, {summary['noise_rate']:.1%} of them wrong (95 %: {low:.1%} to {high:.1%}); "
         f"open {pathlib.Path(values.out) / PAGE}\n{calibration_text(summary)}"
     )
+    if "final" in summary:
+        print(f"{final.table(summary['final']['comparison'])}\nfinal classifier: {summary['final']['classifier']}")
+    for alarm in summary["alarms"]:
+        print(f"ALARM: {alarm}")
+    if summary["alarms"] and summary["cleaned"] is None:
+        print(
+            "cleaned.csv is not written, as the estimates are unreliable; ieg_jax.clean --force writes it all the same"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes cleaned.csv: the labels of a run, of which the wrong ones are replaced or left out."""
+"""Writes cleaned.csv or cleaned.npz: the labels of a run, of which the wrong ones are replaced or left out."""
 
 import csv
 import io
@@ -6,10 +6,12 @@ import json
 import os
 import pathlib
 
+import numpy as np
 from pyarrow import parquet
 
 from ieg_jax import files
-from ieg_jax.audit.files import BEGUN, TABLE
+from ieg_jax.audit.files import BEGUN, SUMMARY, TABLE
+from ieg_jax.data.splits import in_lines
 from ieg_jax.errors import UserError, first_line
 
 ACTIONS = ("keep", "relabel", "drop")
@@ -22,7 +24,8 @@ def write(
 
     Args:
       audit: the folder that ieg_jax.audit wrote its tables to.
-      out: the file, .csv, with the columns path, label, given_label and id.
+      out: the file: .csv, with the columns path, label, given_label and id; or, of data that were an .npz file, .npz, a
+        copy of that file with other labels and without the examples that are dropped.
       threshold: labels with P(right) below it are not kept.
       below: what becomes of these: relabel or drop.
       marks: marks.csv as the page exports it, which decides for the examples in it; "" = none.
@@ -41,22 +44,63 @@ def write(
     columns = ["id", "path", "given_label", "suggested_label", "p_right"]
     rows = parquet.read_table(audit / TABLE, columns=columns).to_pylist()
     marked = read_marks(marks, {row["id"] for row in rows}, names) if marks else {}
-    counts = dict.fromkeys(ACTIONS, 0)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label", "given_label", "id"])
+    counts, kept = dict.fromkeys(ACTIONS, 0), []
     for row in rows:
         usual = "keep" if row["p_right"] >= threshold else below
         action, label = marked.get(row["id"], (usual, row["suggested_label"]))
         counts[action] += 1
         if action != "drop":
-            label = row["given_label"] if action == "keep" else label
-            path = os.path.join(base, row["path"]) if base else row["path"]
-            writer.writerow([path, label, row["given_label"], row["id"]])
-    if counts["drop"] == len(rows):
+            kept.append((row, row["given_label"] if action == "keep" else label))
+    if not kept:
         raise UserError(f"all {len(rows)} examples would be dropped; lower --threshold, or set fewer marks")
+    if out.suffix == ".npz":
+        classes = {name: number for number, name in enumerate(begun["class_names"])}
+        dropped = np.setdiff1d([row["id"] for row in rows], [row["id"] for row, _ in kept])
+        labels = {row["id"]: classes[label] for row, label in kept}
+        files.write_arrays(out, _arrays(begun.get("arrays", ""), labels, dropped), compressed=False)
+        return counts
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label", "given_label", "id"])
+    for row, label in kept:
+        path = os.path.join(base, row["path"]) if base else row["path"]
+        writer.writerow([path, label, row["given_label"], row["id"]])
     files.write(out, text.getvalue())
     return counts
+
+
+def _arrays(file: str, labels: dict[int, int], dropped: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of the .npz file that a run was trained on, cleaned.
+
+    Args:
+      file: its path; "" where the data were no such file.
+      labels: id, the place in the file -> label.
+      dropped: ids.
+    """
+    if not file:
+        raise UserError("the data of this audit are no .npz file; name an --out that ends in .csv")
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            arrays = dict(content)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)}); it has to be where it was") from None
+    # Examples that the run took out as trusted are in the file still, and keep their labels.
+    arrays["labels"][list(labels)] = list(labels.values())
+    whole = len(arrays["labels"])
+    for name in ("features", "images", "labels", "clean_labels"):
+        if name in arrays and len(arrays[name]) == whole:
+            arrays[name] = np.delete(arrays[name], dropped, 0)
+    return arrays
+
+
+def refuse_alarms(audit: pathlib.Path) -> None:
+    """Raises UserError where the audit raised alarms: a list that was cleaned by it may be worse than before."""
+    summary = audit / SUMMARY
+    alarms = json.loads(summary.read_text()).get("alarms", []) if summary.exists() else []
+    if alarms:
+        raise UserError(
+            f"{audit} raised alarms:\n{in_lines(alarms)}\nadd --force to clean the labels by it all the same"
+        )
 
 
 def read_marks(file: str, ids: set[int], names: set[str]) -> dict[int, tuple[str, str]]:

@@ -22,11 +22,13 @@ COLUMNS = {
     "disagreement": "between augmented views of the image: Jensen–Shannon divergence of their predictions, 0 to 1",
     "mean_weight": "ω relative to uniform over the last audit.epochs of training; empty where the run has none",
     "mean_trust": "λ over the same epochs; empty likewise",
-    "self_confidence": "with --folds: probability of the given label by a network that was trained without the example",
+    "self_confidence": "of features, and with --folds: P(given label) by a classifier trained without the example",
 }
 TABLE, TABLE_CSV, PAGE, CLEANED, CLEANLAB, SUMMARY = (
     "labels.parquet", "labels.csv", "audit.html", "cleaned.csv", "cleanlab.npz", "summary.json",
 )  # fmt: skip
+CLEANED_ARRAYS = "cleaned.npz"  # of data that were an .npz file
+CLASSIFIER = "classifier.joblib"  # of features: the final classifier, see `final.load`
 BEGUN = "audit.json"  # what an audit was begun with, by which the same command knows it again
 
 

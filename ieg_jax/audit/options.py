@@ -12,9 +12,11 @@ class Options:
       views: augmented views of each image that are compared; 0 = none, and disagreement is 0.
       threshold: labels with P(right) below it are not kept in cleaned.csv.
       below: what becomes of these: relabel or drop.
-      thumbnails: images in the page, of the most suspicious examples.
+      thumbnails: images in the page, of the most suspicious examples; those to be checked come on top. 0 = none.
       folds: how many more networks are trained for out-of-fold probabilities, which count for P(right) too; 0 = none.
       fold_method: method.name of these networks; "" = the run's.
+      marks: sample.csv, the answers about examples drawn at random, as the page exports them; "" = none.
+      force: whether cleaned.csv is written even if there are alarms.
     """
 
     checkpoint: str | None = None
@@ -24,3 +26,5 @@ class Options:
     thumbnails: int = 1000
     folds: int = 0
     fold_method: str = ""
+    marks: str = ""
+    force: bool = False

@@ -36,6 +36,7 @@ THUMBNAIL = 96  # pixels of the longer side, at most
 UNITS = 10_000  # numbers in the page are integers of 1/UNITS: half the size, and typed arrays in the browser
 MATRIX_CLASSES = 30  # a matrix of more classes is unreadable as a table; then the largest entries are listed
 LISTED_PAIRS = 50
+SAMPLE, STRATA = 100, 10  # examples that a person is asked about, and parts of P(right) that they are drawn from
 # Characters that would end a script element, or begin a comment or a line in it, and surrogates, which are no Unicode.
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 _SAFE_INTEGER = 2**53  # up to here JavaScript's numbers are exact integers
@@ -63,6 +64,8 @@ class Page:
       transition: `[K, K]` P(given = j | true = i), nan = unknown.
       calibration: a sentence or two that say on what `right` was calibrated and how well, or that it was not.
       reliability: for each bin: mean `right`, observed share of right labels, number of examples; may be empty.
+      alarms: sentences, why the estimates should not be relied on.
+      sample: `random` and `stratified` → (row, weight) of each example that a person is asked about, see `draw_sample`.
       thumbnails: row → data: URI of its image, for the most suspicious rows.
       key: identifies the audit; the browser keeps marks under it.
     """
@@ -84,6 +87,8 @@ class Page:
     transition: np.ndarray
     calibration: str
     reliability: Sequence[tuple[float, float, int]]
+    alarms: Sequence[str]
+    sample: Mapping[str, Sequence[tuple[int, float]]]
     thumbnails: Mapping[int, str]
     key: str
 
@@ -162,6 +167,8 @@ def content(page: Page) -> dict[str, Any]:
         "matrix": _units(page.transition) if classes <= MATRIX_CLASSES else None,
         "pairs": largest_pairs(page.transition) if classes > MATRIX_CLASSES else None,
         "calibration": page.calibration,
+        "alarms": list(page.alarms),
+        "sample": {name: [[int(row), float(weight)] for row, weight in rows] for name, rows in page.sample.items()},
         "reliability": [
             [float(predicted), float(observed), int(number)]
             for predicted, observed, number in page.reliability
@@ -233,15 +240,27 @@ def _sha256(text: str) -> str:
 
 def calibration_text(summary: dict[str, Any]) -> str:
     """Says on what P(right) was calibrated and how well, for a person to read; `summary` is that in summary.json."""
-    if not summary["held_out"]:
+    accuracy = summary["held_out_accuracy"]
+    basis = summary["noise_interval_rests_on"]
+    if summary["pairs"]:
+        text = f"P(right) and the noise rate rest on {summary['pairs']} checked examples whose given label is known too"
+        if basis == "memorised":
+            text = f"The noise rate is that among {summary['pairs']} checked examples whose given label is known too"
+        error = summary["calibration_error"]
+        if error is None:
+            return f"{text}; with fewer than 20 of these nothing can be said about how far off P(right) is."
+        return f"{text}. Of these, each judged by an estimate without it, P(right) is off by {error:.3f} on average."
+    if basis == "held_out":
         return (
-            "P(right) is not calibrated: no trusted image was held out of training (trusted.holdout). The order of the "
-            "examples is as good as it would be, the probabilities and the noise rate may be off."
+            f"P(right) rests on the noise model and on {summary['held_out']} trusted examples that were held out of "
+            f"training (accuracy {accuracy:.0%}); whether wrong labels depend on the image they cannot show, so the "
+            f"interval allows for it. Check a random sample, or keep the given labels of trusted examples "
+            f"(given_label), to narrow it."
         )
     return (
-        f"P(right) is calibrated on {summary['held_out']} trusted images that were held out of training (temperature "
-        f"{summary['temperature']:.2f}). On these, had they been given labels as the estimated matrix draws them, it "
-        f"is off by {summary['calibration_error']:.3f} on average."
+        "P(right) rests on the network alone: no trusted example was held out of training (trusted.holdout). The order "
+        "of the examples is as good as it would be; the probabilities and the noise rate may be off, and the interval "
+        "is wide. Check a random sample to narrow it."
     )
 
 
@@ -252,7 +271,6 @@ def write_page(
     quality: Quality,
     disagreement: np.ndarray,
     columns: dict[str, np.ndarray | None],
-    bins: list[tuple[float, float, float]],
     summary: dict[str, Any],
     thumbnails: int,
 ) -> None:
@@ -265,7 +283,6 @@ def write_page(
       quality: the estimates for `data.train`.
       disagreement: `[N]` in [0, 1], between augmented views.
       columns: those of the tables; mean_weight and mean_trust are shown.
-      bins: see `Page.reliability`.
       summary: the contents of summary.json.
       thumbnails: how many of the most suspicious images are shown.
 
@@ -277,9 +294,11 @@ def write_page(
         "method": config.method.name,
         "network": config.model.name,
         "step": f"{trained.step:,}",
-        "trusted images": f"{len(data.trusted):,}",
+        "trusted examples": f"{len(data.trusted):,}",
         "date": datetime.date.today().isoformat(),
     }
+    key = hashlib.sha256((folder / BEGUN).read_bytes()).hexdigest()[:16]
+    drawn = draw_sample(quality.right, int(key, 16))
     page = Page(
         title=data.name,
         facts=facts,
@@ -297,16 +316,48 @@ def write_page(
         noise_interval=quality.noise_interval,
         transition=quality.transition,
         calibration=calibration_text(summary),
-        reliability=bins,
-        thumbnails=_thumbnails(data.train, quality.right, thumbnails),
-        key=hashlib.sha256((folder / BEGUN).read_bytes()).hexdigest()[:16],
+        reliability=quality.reliability,
+        alarms=summary["alarms"],
+        sample=drawn,
+        thumbnails=_thumbnails(data.train, quality.right, thumbnails, drawn),
+        key=key,
     )
     write(page, folder / PAGE)
 
 
-def _thumbnails(split: Split, right: np.ndarray, count: int) -> dict[int, str]:
-    """Row -> data: URI of its image, for the `count` rows that are least likely right; none for features."""
-    rows = np.argsort(right, kind="stable")[: count if split.is_visible else 0]
+def draw_sample(right: np.ndarray, seed: int) -> dict[str, list[tuple[int, float]]]:
+    """Draws the examples that a person is asked about, at most SAMPLE each.
+
+    Args:
+      right: `[N]` P(given label is right).
+      seed: one audit, one sample.
+
+    Returns:
+      `random`: (row, 1), each example alike often. `stratified`: (row, weight), from each tenth of P(right) as many as
+      from the others, with the number of examples that each stands for, so that weighted means are those of all.
+    """
+    rng = np.random.default_rng(seed)
+    stratum = np.minimum((right * STRATA).astype(int), STRATA - 1)
+    stratified = []
+    for number in range(STRATA):
+        rows = np.flatnonzero(stratum == number)
+        chosen = rng.permutation(rows)[: SAMPLE // STRATA]
+        stratified += [(int(row), len(rows) / len(chosen)) for row in chosen]
+    order = rng.permutation(len(stratified))
+    return {
+        "random": [(int(row), 1.0) for row in rng.permutation(len(right))[:SAMPLE]],
+        "stratified": [stratified[place] for place in order],
+    }
+
+
+def _thumbnails(
+    split: Split, right: np.ndarray, count: int, drawn: Mapping[str, Sequence[tuple[int, float]]]
+) -> dict[int, str]:
+    """Row -> data: URI of its image, for the `count` rows that are least likely right and for those of the sample."""
+    if not split.is_visible or not count:
+        return {}
+    asked = [row for rows in drawn.values() for row, _ in rows]
+    rows = np.unique(np.concatenate([np.argsort(right, kind="stable")[:count], np.array(asked, int)]))
     return {int(row): thumbnail(image) for row, image in zip(rows, split.originals(rows), strict=True)}
 
 

@@ -1,55 +1,45 @@
-"""Estimates which given labels are right: from the probabilities of a trained network to a probability for each label.
+"""Estimates which given labels are right: from the predictions of a network to a probability for each label.
 
-The model: example i has a true class c, for which the network gives the probability q_i(c). Its given label y was drawn
-from T[c, y], whatever the image. By Bayes' rule
+The noise model (`noise_model`) gives the log-odds that a label is right, as if wrong labels depended on the true class
+alone. Where there are pairs, examples whose given and true label are both known, a regression on them (`pairs`) takes
+its place, which does not assume that.
 
-    P(c | x, y) ∝ q(c) · T[c, y]          P(the given label is right) = P(c = y | x, y)
+The interval of the noise rate rests on what there is, the best first:
 
-q is made of the network's log-probabilities z in two steps,
+1. Pairs: the posterior of the regression, as far as 2. allows it. Where the network predicts the given labels of its
+   training examples better than those of the pairs, it has memorised them, and the pairs say nothing of what it says on
+   the others; then the interval is that of the share of wrong labels among the pairs alone (Clopper and Pearson 1934).
+   Where it may be so, the interval holds both.
+2. Held-out trusted examples, whose true label is known: the network is wrong on a share e of all examples, of which
+   they give an upper bound E. It disagrees with a share D of the given labels. Whatever the noise depends on, the noise
+   rate is between D − e and D + e (the triangle inequality of the three labels), so the interval is D ± E.
+3. Nothing: from 0 to 3 D. That holds if at least a third of the wrong labels are not memorised.
 
-    q = softmax(z / τ + A z / τ + b)
-
-- The temperature τ (Guo et al. 2017, "On Calibration of Modern Neural Networks") is chosen so that trusted labels with
-  which the network was *not* trained become likely; those that it was trained with it has learnt. The prior is
-  log₂ τ ~ N(−¼, 0.35²), as a network that was trained with mixup is not sure enough: values of τ from 0.7 to 0.85 were
-  measured. The τ that makes the given labels likely under the model above counts as one measurement of log₂ τ, with a
-  standard deviation of 0.75, as it was off by so much. It matters for networks that were trained so briefly that they
-  are far less sure than the prior assumes.
-- The correction (A, b) is small, and is chosen so that the *given* labels become likely under the model above. A
-  network that was steered by a handful of trusted images prefers some classes to others that look like them; thousands
-  of labels, most of them right, show which. This is matrix scaling (the same paper; with log-probabilities it is
-  Dirichlet calibration, Kull et al. 2019) for labels with noise. Each of its K (K + 1) numbers has the prior N(0,
-  0.1²), so that it takes many examples to move them.
-
-T is fitted by expectation-maximisation (Dempster et al. 1977), in two models: *uniform*, in which a wrong label is any
-other class with the same probability, with one parameter, and *by class*, with K (K − 1) of them. The one with the
-higher Bayesian information criterion, log-likelihood − ½ · parameters · log N (Schwarz 1978), is used. The second is
-not always better: where labels are wrong at random, it takes classes that the network mixes up for classes that the
-labels mix up.
+So without pairs the interval is wider than the noise model would have it: it covers noise that depends on the image.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.stats import norm
-from sklearn.metrics import roc_auc_score
+from scipy.special import expit
+from scipy.stats import beta, binom
 
-TEMPERATURES = 2.0 ** np.arange(-2.5, 1.75, 0.25)  # the values of τ that are tried
-PRIOR_MEAN, PRIOR_DEVIATION = -0.25, 0.35  # of log₂ τ
-GIVEN_DEVIATION = 0.75  # of log₂ τ as measured with the given labels
-CORRECTION_DEVIATION = 0.1  # of the prior of each number of the correction
-CORRECTED_CLASSES = 200  # with more classes there is no correction, as it has K (K + 1) numbers
-EXAMPLES = 20_000  # the correction and the measurement of τ take no more examples than these, evenly spaced
-NEGLIGIBLE = 0.01  # temperatures that are less than this times as probable as the most probable one are left out
-# Expectation-maximisation ends after so many rounds, or when a round gains less log-likelihood than this per example.
-ROUNDS, TOLERANCE = 200, 1e-7
-# For each class, so many examples are added to those that are counted: given as itself, and given as others. So T is a
-# distribution for a class without examples too, and where no label seems to be wrong P(right) is still ordered as q.
-PSEUDO_RIGHT, PSEUDO_WRONG = 0.5, 0.05
+from ieg_jax.audit import pairs
+from ieg_jax.audit.measures import binned
+from ieg_jax.audit.noise_model import Fitter, NoiseModel, class_transition, posterior_parts, uniform_transition
+
+UNKNOWN = NO_CLASS = -1  # in `held_out_given` and in `held_out_labels`
 INTERVAL = 0.95  # the probability that `noise_interval` covers
-BINS = 10  # of the reliability plot
+DRAWS = 500  # from the posterior of the regression
+DRAWN_EXAMPLES = 10_000  # of the given labels, for the interval
+FOLDS = 5  # of the pairs, for the reliability
+FEWEST_PAIRS = 20  # for the reliability
+GUESSING = 0.1  # held-out accuracy with a higher p-value under guessing is near guessing
+# Labels that are predicted so much better than others, with a lower p-value, are memorised; or may be.
+MEMORISED, PERHAPS_MEMORISED = 0.01, 0.2
+MEMORISED_ALONE = 0.1  # without held-out examples: if the network disagrees with less than this share of the labels
+SWALLOWED, SWALLOWED_FROM = 0.1, 10  # of a class with so many labels at least, less than this share is predicted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +52,18 @@ class Quality:
         wrong.
       confidence: `[N]` float32, P(suggested class is the true one).
       transition: `[K, K]`, P(given = j | true = i).
-      by_class: whether T was fitted class by class; else a wrong label is any other class with the same probability.
+      by_class: whether T was estimated class by class; else a wrong label is any other class with the same probability.
       noise_rate: the share of the given labels that are wrong.
-      noise_interval: (low, high), its 95 % interval, as far as temperature and sampling are concerned.
-      temperature: the most probable τ.
-      correction: `[K, K + 1]`, A and then b.
-      num_held_out: how many trusted examples τ was calibrated on.
+      noise_interval: (low, high), its 95 % interval.
+      basis: what the interval rests on: `pairs`, `memorised` (the pairs alone), `held_out` or `nothing`.
+      temperature: τ of the noise model.
+      num_held_out: how many trusted examples were held out.
+      num_pairs: of how many of these the given label is known.
+      held_out_accuracy: share of the held-out examples that the network is right on, each class counted as often as it
+        occurs among the given labels' true classes; None without any.
+      reliability: for each tenth of [0, 1] that has pairs: mean P(right), share that is right, number of pairs; each
+        pair judged by estimates that were made without it. Empty with fewer than 20 pairs.
+      alarms: sentences, why these estimates should not be relied on; empty where nothing speaks against them.
     """
 
     right: np.ndarray
@@ -77,9 +73,43 @@ class Quality:
     by_class: bool
     noise_rate: float
     noise_interval: tuple[float, float]
+    basis: str
     temperature: float
-    correction: np.ndarray
     num_held_out: int
+    num_pairs: int
+    held_out_accuracy: float | None
+    reliability: tuple[tuple[float, float, float], ...]
+    alarms: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeldOut:
+    """M trusted examples that the network was not trained with; without any, arrays of length 0."""
+
+    probabilities: np.ndarray
+    labels: np.ndarray  # NO_CLASS for what is of none
+    given: np.ndarray  # UNKNOWN where it is not known
+
+    def take(self, rows: np.ndarray) -> "_HeldOut":
+        return _HeldOut(self.probabilities[rows], self.labels[rows], self.given[rows])
+
+    def fit(self, fitter: Fitter) -> NoiseModel:
+        known = self.labels != NO_CLASS
+        return fitter.fit(self.probabilities[known], self.labels[known])
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Of each true class, `[K]`."""
+        return np.bincount(self.labels[self.labels != NO_CLASS], minlength=self.probabilities.shape[1])
+
+    @property
+    def is_pair(self) -> np.ndarray:
+        return self.given != UNKNOWN
+
+    @property
+    def is_right(self) -> np.ndarray:
+        """Whether the network is."""
+        return self.probabilities.argmax(1) == self.labels
 
 
 def estimate(
@@ -87,329 +117,271 @@ def estimate(
     labels: np.ndarray,
     held_out_probabilities: np.ndarray | None = None,
     held_out_labels: np.ndarray | None = None,
+    held_out_given: np.ndarray | None = None,
+    held_out_weights: np.ndarray | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Quality:
     """Estimates which labels are right.
 
     Args:
-      probabilities: `[N, K]`, the network's predictions, rows that sum to 1.
+      probabilities: `[N, K]`, the network's predictions, rows that sum to 1; best by networks that were not trained
+        with these examples.
       labels: `[N]` int, as given.
       held_out_probabilities: `[M, K]` likewise, for trusted examples that the network was not trained with.
-      held_out_labels: `[M]` int, their true labels.
+      held_out_labels: `[M]` int, their true labels; -1 for what is of none of the classes.
+      held_out_given: `[M]` int, the labels that these were given; -1 where they are not known, None = of none.
+      held_out_weights: `[M]`, how many examples each stands for, where they were drawn so; None = as the shares of
+        their true classes ask for it.
+      class_names: `[K]`, for the alarms; None = numbers.
 
     Returns:
       The estimates.
 
     Raises:
-      ValueError: for shapes that do not fit, and labels outside 0 … K − 1.
+      ValueError: for shapes that do not fit, labels outside 0 … K − 1, and probabilities that are none.
     """
     labels = np.asarray(labels)
     _check(probabilities, labels, "probabilities")
-    num_held_out = 0 if held_out_labels is None else len(held_out_labels)
-    if num_held_out:
-        _check(held_out_probabilities, np.asarray(held_out_labels), "held_out_probabilities")
-    # First the correction, at the temperature that is best without one; then the temperature with this correction.
-    none = np.zeros((probabilities.shape[1], probabilities.shape[1] + 1))
-    rows = np.linspace(0, len(labels) - 1, min(len(labels), EXAMPLES)).astype(int)
-    some, given = probabilities[rows], labels[rows]
-    measured = _measured_temperature(some, given)
-    first = TEMPERATURES[temperature_weights(measured, held_out_probabilities, held_out_labels, none).argmax()]
-    correction = _correct(some, given, first) if len(none) <= CORRECTED_CLASSES else none
-    weights = temperature_weights(measured, held_out_probabilities, held_out_labels, correction)
-    best = int(weights.argmax())
-    rates = np.full(len(TEMPERATURES), np.nan)
-    deviations = np.full(len(TEMPERATURES), np.nan)
-    found = None
-    for number in np.flatnonzero(weights > NEGLIGIBLE * weights.max()):
-        _, posterior, transition, by_class = _fit(calibrated(probabilities, TEMPERATURES[number], correction), labels)
-        right = posterior[np.arange(len(labels)), labels]
-        rates[number] = 1 - right.mean()
-        deviations[number] = np.sqrt(np.sum(right * (1 - right))) / len(labels)
-        if number == best:
-            found = right, posterior, transition, by_class
-    right, posterior, transition, by_class = found
-    posterior[np.arange(len(labels)), labels] = -1.0
+    k = probabilities.shape[1]
+    held_out = _held_out(k, held_out_probabilities, held_out_labels, held_out_given)
+    fitter = Fitter(probabilities, labels)
+    model = held_out.fit(fitter)
+
+    # The noise model.
+    n = len(labels)
+    log_odds, suggested, share = np.empty(n), np.empty(n, np.int32), np.empty(n)
+    features, classes = np.empty((n, 4), np.float32), np.zeros(k)
+    for rows, odds, others in posterior_parts(model, probabilities, labels):
+        log_odds[rows], suggested[rows], share[rows] = odds, others.argmax(1), others.max(1)
+        features[rows] = pairs.features(probabilities[rows], labels[rows], odds, model.temperature)
+        classes += np.bincount(labels[rows], expit(odds), k) + expit(-odds) @ others
+    weights = class_weights(held_out.labels, classes / n)
+    if held_out_weights is not None and len(weights):
+        weights = np.asarray(held_out_weights, np.float64) / np.mean(held_out_weights)
+
+    # The pairs.
+    checked = held_out.is_pair
+    disagreement = float(np.mean(probabilities.argmax(1) != labels))
+    p_value, memorised = _memorised(1 - disagreement, held_out, weights)
+    interval = _bounds(disagreement, held_out, weights, classes / n)
+    basis, reliability, wrong = "held_out" if len(weights) else "nothing", (), None
+    if checked.any():
+        known, known_weights = held_out.take(checked), weights[checked]
+        regression = _regression(model, features, known, known_weights)
+        log_odds = regression.log_odds(features)
+        wrong = np.average(known.given != known.labels, weights=known_weights)
+        alone = clopper_pearson(wrong, _effective(known_weights))
+        if p_value < MEMORISED:
+            interval, basis = alone, "memorised"
+        else:
+            interval, basis = _regression_interval(regression, features, interval, wrong == 0), "pairs"
+            if p_value < PERHAPS_MEMORISED:
+                interval = min(interval[0], alone[0]), max(interval[1], alone[1])
+        if checked.sum() >= FEWEST_PAIRS:
+            reliability = _reliability(fitter, held_out, features, weights)
+    right = expit(log_odds)
+    counts = np.zeros((k, k))
+    for rows, _, others in posterior_parts(model, probabilities, labels):
+        np.add.at(counts.T, labels[rows], others * (1 - right[rows])[:, None])
+    counts[np.arange(k), np.arange(k)] += np.bincount(labels, right, k)
+    by_class = model.by_class or checked.any()
+    rate = wrong if basis == "memorised" else 1 - right.mean()
+
+    accuracy = float(np.average(held_out.is_right, weights=weights)) if len(weights) else None
+    names = list(class_names) if class_names is not None else [str(number) for number in range(k)]
+    alarms = [
+        *_alarm_guessing(held_out, accuracy, weights),
+        *([memorised] if p_value < MEMORISED else []),
+        *_alarm_swallowed(probabilities, labels, held_out, names),
+    ]
     return Quality(
         right=right.astype(np.float32),
-        suggested=posterior.argmax(1).astype(np.int32),
-        confidence=posterior.max(1).astype(np.float32),
-        transition=transition,
-        by_class=by_class,
-        noise_rate=float(rates[best]),
-        noise_interval=_interval(rates, deviations, weights),
-        temperature=float(TEMPERATURES[best]),
-        correction=correction,
-        num_held_out=num_held_out,
+        suggested=suggested,
+        confidence=(share * (1 - right)).astype(np.float32),
+        transition=class_transition(counts) if by_class else uniform_transition(counts),
+        by_class=bool(by_class),
+        noise_rate=float(rate),
+        noise_interval=(min(float(interval[0]), float(rate)), max(float(interval[1]), float(rate))),
+        basis=basis,
+        temperature=model.temperature,
+        num_held_out=len(weights),
+        num_pairs=int(checked.sum()),
+        held_out_accuracy=accuracy,
+        reliability=reliability,
+        alarms=tuple(alarms),
     )
 
 
-def calibrated(probabilities: np.ndarray, temperature: float, correction: np.ndarray) -> np.ndarray:
-    """The model's q: softmax((I + A) log p / τ + b), `[n, K]` float64.
+def class_weights(labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """How many examples each held-out one stands for, `[M]` with the mean 1, as they may be drawn class by class.
 
     Args:
-      probabilities: p, `[n, K]`, the network's predictions.
-      temperature: τ.
-      correction: `[K, K + 1]`, A and then b.
+      labels: `[M]`, their true labels.
+      classes: `[K]`, the share of each true class among the examples that are judged.
     """
-    return _corrected(_log(probabilities) / temperature, correction)
+    if not len(labels):
+        return np.empty(0)
+    known = labels != NO_CLASS
+    weights = np.ones(len(labels))
+    if known.any():
+        weights[known] = classes[labels[known]] / np.bincount(labels[known], minlength=len(classes))[labels[known]]
+        weights[known] /= max(weights[known].mean(), 1e-12)
+    return weights
 
 
-def pooled(predictions: Sequence[np.ndarray]) -> np.ndarray:
-    """The geometric mean of the predictions of several networks, `[n, K]` each; float32, rows that sum to 1."""
-    return _softmax(sum(map(_log, predictions)) / len(predictions)).astype(np.float32)
-
-
-def temperature_weights(
-    measured: float, probabilities: np.ndarray | None, labels: np.ndarray | None, correction: np.ndarray
-) -> np.ndarray:
-    """The posterior of each of TEMPERATURES: prior · measurement with the given labels · likelihood of held-out labels.
+def clopper_pearson(share: float, n: float) -> tuple[float, float]:
+    """The exact interval of a binomial share (Clopper and Pearson 1934), INTERVAL wide.
 
     Args:
-      measured: τ as measured with the given labels.
-      probabilities: `[M, K]` of held-out examples, or None.
-      labels: `[M]`, or None.
-      correction: `[K, K + 1]`.
+      share: as observed.
+      n: of how many; need not be whole, where examples have weights.
+    """
+    low, high = _quantiles()
+    found = share * n
+    return (
+        float(beta.ppf(low, found, n - found + 1)) if found > 1e-9 else 0.0,
+        float(beta.ppf(high, found + 1, n - found)) if n - found > 1e-9 else 1.0,
+    )
+
+
+def _quantiles() -> tuple[float, float]:
+    return (1 - INTERVAL) / 2, (1 + INTERVAL) / 2
+
+
+def _effective(weights: np.ndarray) -> float:
+    """The number of examples of equal weight that say as much as these (Kish 1965)."""
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def _regression(model: NoiseModel, everywhere: np.ndarray, known: _HeldOut, weights: np.ndarray) -> pairs.Regression:
+    scaled = weights * _effective(weights) / weights.sum()
+    return pairs.fit(everywhere, _features(model, known), known.given == known.labels, scaled)
+
+
+def _features(model: NoiseModel, known: _HeldOut) -> np.ndarray:
+    log_odds = np.concatenate([odds for _, odds, _ in posterior_parts(model, known.probabilities, known.given)])
+    return pairs.features(known.probabilities, known.given, log_odds, model.temperature)
+
+
+def _held_out(k: int, probabilities, labels, given) -> _HeldOut:
+    """The held-out examples as `estimate` takes them, checked."""
+    if labels is None or not len(labels):
+        return _HeldOut(np.empty((0, k), np.float32), np.empty(0, int), np.empty(0, int))
+    true = np.asarray(labels)
+    _check(probabilities, true, "held_out_probabilities", NO_CLASS)
+    given = np.full(len(true), UNKNOWN) if given is None else np.asarray(given)
+    if given.shape != true.shape or given.min() < UNKNOWN or given.max() >= k:
+        raise ValueError(f"held_out_given: shape {given.shape}, expected {true.shape}, each -1 to {k - 1}")
+    return _HeldOut(probabilities, true, given)
+
+
+def _regression_interval(
+    regression: pairs.Regression, features: np.ndarray, bounds: tuple[float, float], none_wrong: bool
+) -> tuple[float, float]:
+    """The interval by the regression, inside of `bounds`; where no pair is wrong, maybe no label is."""
+    n = len(features)
+    some = features[np.linspace(0, n - 1, min(n, DRAWN_EXAMPLES)).astype(int)]
+    rates = regression.noise_rates(some, n, DRAWS, np.random.default_rng(0))
+    low, high = np.clip(np.quantile(rates, _quantiles()), *bounds)
+    return (min(low, bounds[0]) if none_wrong else low), high
+
+
+def _reliability(fitter: Fitter, held_out: _HeldOut, everywhere: np.ndarray, weights: np.ndarray) -> tuple:
+    """`Quality.reliability`: the pairs in FOLDS parts, each judged by what was fitted to the others."""
+    checked = np.flatnonzero(held_out.is_pair)
+    part = np.full(len(held_out.labels), -1)
+    part[np.random.default_rng(0).permutation(checked)] = np.arange(len(checked)) % FOLDS
+    right = np.empty(len(part))
+    for number in range(FOLDS):
+        rest, mine = held_out.take(part != number), held_out.take(part == number)
+        model = rest.fit(fitter)
+        others = (part != number) & held_out.is_pair
+        regression = _regression(model, everywhere, held_out.take(others), weights[others])
+        right[part == number] = expit(regression.log_odds(_features(model, mine)))
+    known = held_out.take(checked)
+    return tuple(binned(right[checked], known.given == known.labels, weights[checked]))
+
+
+def _bounds(disagreement: float, held_out: _HeldOut, weights: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
+    """The interval without pairs, see above; of classes without a held-out example the network may always be wrong."""
+    if not len(weights):
+        return 0.0, min(1.0, 3 * disagreement)
+    unseen = classes[held_out.counts == 0].sum()
+    wrong = np.average(~held_out.is_right, weights=weights)
+    bound = unseen + (1 - unseen) * clopper_pearson(wrong, _effective(weights))[1]
+    return max(0.0, disagreement - bound), min(1.0, disagreement + bound)
+
+
+def _memorised(agrees: float, held_out: _HeldOut, weights: np.ndarray) -> tuple[float, str]:
+    """Whether the network predicts the given labels better than it would if it did not know them.
+
+    What it would do the pairs show. Without pairs it is at most what it does on true labels.
+
+    Args:
+      agrees: the share of the given labels that it predicts.
+      held_out: M trusted examples.
+      weights: `[M]`.
 
     Returns:
-      `[len(TEMPERATURES)]`, sums to 1.
+      The p-value that it does no better, and the alarm that this may need.
     """
-    log_weights = -0.5 * ((np.log2(TEMPERATURES) - PRIOR_MEAN) / PRIOR_DEVIATION) ** 2
-    log_weights -= 0.5 * (np.log2(TEMPERATURES / measured) / GIVEN_DEVIATION) ** 2
-    if labels is not None and len(labels):
-        rows = np.arange(len(labels))
-        log_weights = log_weights + [
-            np.log(np.clip(calibrated(probabilities, temperature, correction)[rows, labels], 1e-12, None)).sum()
-            for temperature in TEMPERATURES
-        ]
-    weights = np.exp(log_weights - log_weights.max())
-    return weights / weights.sum()
+    if not len(weights):
+        text = (
+            f"the network predicts {agrees:.0%} of the labels, and no trusted example was held out: whether it has "
+            f"learnt these labels by heart nothing can show"
+        )
+        return (0.0, text) if agrees > 1 - MEMORISED_ALONE else (1.0, "")
+    checked = held_out.is_pair
+    rows = checked if checked.any() else np.ones(len(weights), bool)
+    targets = held_out.given if checked.any() else held_out.labels
+    elsewhere = float(np.average((held_out.probabilities.argmax(1) == targets)[rows], weights=weights[rows]))
+    n = round(_effective(weights[rows]))
+    of_what = "given labels of checked examples" if checked.any() else "true labels of held-out trusted examples"
+    text = (
+        f"the network reproduces the labels that it was trained on: it predicts {agrees:.0%} of them, and "
+        f"{elsewhere:.0%} of the {of_what}, with which it was not trained"
+    )
+    return float(binom.cdf(np.round(elsewhere * n), n, agrees)), text
 
 
-def reliability(
-    quality: Quality, held_out_probabilities: np.ndarray, held_out_labels: np.ndarray
-) -> list[tuple[float, float, float]]:
-    """How reliable P(right) would be on held-out trusted examples if they had been given labels as T draws them.
-
-    Nothing is drawn at random: each of the M true labels c is given as every class y with the weight T[c, y]. Of these
-    M · K pairs those with y = c are right.
-
-    Args:
-      quality: from `estimate`.
-      held_out_probabilities: `[M, K]`.
-      held_out_labels: `[M]`.
-
-    Returns:
-      For each tenth of [0, 1] that has any weight: mean P(right), the share that is right, the weight in examples.
-    """
-    prior = calibrated(held_out_probabilities, quality.temperature, quality.correction)
-    k = prior.shape[1]
-    joint = prior[:, :, None] * quality.transition  # [M, true, given]
-    right = np.einsum("mkk->mk", joint) / np.clip(joint.sum(1), 1e-300, None)  # [M, given]
-    weights = quality.transition[held_out_labels]
-    truth = np.arange(k) == np.asarray(held_out_labels)[:, None]
-    return binned(right.ravel(), truth.ravel(), weights.ravel())
+def _alarm_guessing(held_out: _HeldOut, accuracy: float | None, weights: np.ndarray) -> list[str]:
+    if accuracy is None or held_out.is_right.all():
+        return []
+    k, n = held_out.probabilities.shape[1], round(_effective(weights))
+    if binom.sf(np.round(accuracy * n) - 1, n, 1 / k) < GUESSING:
+        return []
+    return [
+        f"the network is hardly better than guessing: its accuracy on held-out trusted examples is {accuracy:.0%}, "
+        f"guessing would give {1 / k:.0%}"
+    ]
 
 
-def binned(
-    predicted: np.ndarray, truth: np.ndarray, weights: np.ndarray | None = None
-) -> list[tuple[float, float, float]]:
-    """(mean prediction, mean truth, weight) in each of BINS equal parts of [0, 1] that is not empty.
-
-    Args:
-      predicted: `[n]` probabilities.
-      truth: `[n]` bool.
-      weights: `[n]`; None = 1 each.
-    """
-    weights = np.ones(len(predicted)) if weights is None else weights
-    bins = np.minimum((predicted * BINS).astype(int), BINS - 1)
-    sums = [np.bincount(bins, values, BINS) for values in (weights * predicted, weights * truth, weights)]
-    return [(float(p / w), float(t / w), float(w)) for p, t, w in zip(*sums, strict=True) if w > 1e-9]
-
-
-def calibration_error(bins: list[tuple[float, float, float]]) -> float:
-    """Expected calibration error (Naeini et al. 2015): the mean distance between prediction and truth."""
-    total = sum(weight for *_, weight in bins)
-    return sum(abs(predicted - truth) * weight for predicted, truth, weight in bins) / total
+def _alarm_swallowed(probabilities: np.ndarray, labels: np.ndarray, held_out: _HeldOut, names: list[str]) -> list[str]:
+    """Of classes that are predicted far less often than given, unless held-out examples of them are recognised."""
+    k = probabilities.shape[1]
+    predicted = probabilities.argmax(1)
+    given, found = np.bincount(labels, minlength=k), np.bincount(predicted, minlength=k)
+    recognised = held_out.take(held_out.is_right).counts > held_out.counts / 2
+    alarms = []
+    for c in np.flatnonzero((given >= SWALLOWED_FROM) & (found < SWALLOWED * given) & ~recognised):
+        instead = np.bincount(predicted[labels == c], minlength=k).argmax()
+        times = "never" if found[c] == 0 else f"only {found[c]} times"
+        alarms.append(
+            f"the class {names[c]} is {times} predicted, though {given[c]} labels name it; {names[instead]} is "
+            f"predicted in its place"
+        )
+    return alarms
 
 
-def _check(probabilities: np.ndarray, labels: np.ndarray, name: str) -> None:
+def _check(probabilities: np.ndarray, labels: np.ndarray, name: str, lowest: int = 0) -> None:
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
         raise ValueError(
             f"{name}: shape {probabilities.shape} and labels {labels.shape}, expected [n, K] and [n], n > 0"
         )
-    if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
+    if labels.min() < lowest or labels.max() >= probabilities.shape[1]:
         raise ValueError(
-            f"labels of {name}: {labels.min()} to {labels.max()}, expected 0 to {probabilities.shape[1] - 1}"
+            f"labels of {name}: {labels.min()} to {labels.max()}, expected {lowest} to {probabilities.shape[1] - 1}"
         )
-
-
-def _log(probabilities: np.ndarray) -> np.ndarray:
-    return np.log(np.clip(probabilities.astype(np.float64), 1e-12, None))
-
-
-def _corrected(logits: np.ndarray, correction: np.ndarray) -> np.ndarray:
-    return _softmax(logits + logits @ correction[:, :-1].T + correction[:, -1])
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
-
-
-def _measured_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """The τ that makes the given labels the most likely, without a correction; every other of TEMPERATURES is tried."""
-    logits = _log(probabilities)
-    criteria = [_fit(_softmax(logits / temperature), labels)[0] for temperature in TEMPERATURES[::2]]
-    return float(TEMPERATURES[::2][np.argmax(criteria)])
-
-
-def _correct(probabilities: np.ndarray, labels: np.ndarray, temperature: float) -> np.ndarray:
-    """The most probable correction `[K, K + 1]`; T is kept as it is without a correction."""
-    logits = _log(probabilities) / temperature
-    shape = logits.shape[1], logits.shape[1] + 1
-    transition = _fit(_softmax(logits), labels)[2]
-
-    def loss(flat):
-        value, gradient = correction_loss(flat.reshape(shape), logits, labels, transition)
-        return value, gradient.ravel()
-
-    return minimize(loss, np.zeros(shape[0] * shape[1]), jac=True, method="L-BFGS-B").x.reshape(shape)
-
-
-def correction_loss(
-    correction: np.ndarray, logits: np.ndarray, labels: np.ndarray, transition: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """−log of the likelihood Π_i Σ_c q_i(c) T[c, y_i] times the prior of the correction, and its gradient.
-
-    The gradient with respect to the corrected logits of an example is q(c) − P(c | x, y).
-
-    Args:
-      correction: `[K, K + 1]`.
-      logits: `[N, K]`, z / τ.
-      labels: `[N]` int, as given.
-      transition: T `[K, K]`.
-
-    Returns:
-      The value, without the terms that do not depend on the correction, and the gradient `[K, K + 1]`.
-    """
-    q = _corrected(logits, correction)
-    joint = q * transition[:, labels].T
-    total = np.clip(joint.sum(1, keepdims=True), 1e-300, None)
-    by_logits = q - joint / total
-    gradient = np.concatenate([by_logits.T @ logits, by_logits.sum(0)[:, None]], 1)
-    precision = CORRECTION_DEVIATION**-2
-    value = -np.log(total).sum() + 0.5 * precision * np.square(correction).sum()
-    return float(value), gradient + precision * correction
-
-
-def _fit(prior: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, bool]:
-    """Fits both models of T and returns the better one.
-
-    Returns:
-      Its criterion, P(true class | image, given label) `[N, K]`, T `[K, K]`, and whether it is the one by class.
-    """
-    n, k = prior.shape
-    penalty = 0.5 * np.log(n)
-    uniform, by_class = (_maximise(prior, labels, update) for update in (_uniform, _by_class))
-    found = (uniform[0] - penalty, *uniform[1:], False), (by_class[0] - k * (k - 1) * penalty, *by_class[1:], True)
-    return max(found, key=lambda one: one[0])
-
-
-def _uniform(counts: np.ndarray) -> np.ndarray:
-    """T with one rate for all classes, from counts `[true, given]`."""
-    k = len(counts)
-    right, wrong = np.trace(counts) + k * PSEUDO_RIGHT, counts.sum() - np.trace(counts) + k * PSEUDO_WRONG
-    rate = wrong / (right + wrong)
-    return np.where(np.eye(k, dtype=bool), 1 - rate, rate / max(1, k - 1))
-
-
-def _by_class(counts: np.ndarray) -> np.ndarray:
-    """T with a distribution for each class, from counts `[true, given]`."""
-    k = len(counts)
-    counts = counts + np.where(np.eye(k, dtype=bool), PSEUDO_RIGHT, PSEUDO_WRONG / max(1, k - 1))
-    return counts / counts.sum(1, keepdims=True)
-
-
-def _maximise(
-    prior: np.ndarray, labels: np.ndarray, update: Callable[[np.ndarray], np.ndarray]
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Expectation-maximisation.
-
-    Args:
-      prior: q, `[N, K]`.
-      labels: `[N]`, as given.
-      update: counts `[true, given]` -> T, `_uniform` or `_by_class`.
-
-    Returns:
-      The log-likelihood of the labels, P(true class | image, given label) `[N, K]`, and T `[K, K]`.
-    """
-    n, k = prior.shape
-    order = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[order], np.arange(k))
-    present = np.bincount(labels, minlength=k) > 0
-    transition = np.where(np.eye(k, dtype=bool), 0.7, 0.3 / max(1, k - 1))
-    before = -np.inf
-    for _ in range(ROUNDS):
-        posterior = prior * transition[:, labels].T
-        total = posterior.sum(1)
-        posterior /= total[:, None]
-        likelihood = float(np.log(total).sum())
-        if likelihood - before < TOLERANCE * n:
-            break
-        before = likelihood
-        counts = np.zeros((k, k))  # [given, true]
-        counts[present] = np.add.reduceat(posterior[order], starts[present])
-        transition = update(counts.T)
-    return likelihood, posterior, transition
-
-
-def _interval(rates: np.ndarray, deviations: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Quantiles of a mixture of normal distributions: one for each temperature, around the noise rate found with it."""
-    used = np.isfinite(rates)
-    shares, rates, deviations = weights[used] / weights[used].sum(), rates[used], np.maximum(deviations[used], 1e-9)
-    grid = np.linspace(0, 1, 2001)
-    cumulative = (shares * norm.cdf((grid[:, None] - rates) / deviations)).sum(1)
-    low, high = np.interp([(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], np.maximum.accumulate(cumulative), grid)
-    return float(low), float(high)
-
-
-def divergence(probabilities: np.ndarray) -> np.ndarray:
-    """Jensen–Shannon divergence of V distributions (Lin 1991), H(mean) − mean H, divided by its largest value, log V.
-
-    Args:
-      probabilities: `[V, n, K]`.
-
-    Returns:
-      `[n]` float32 in [0, 1]; zeros where V is 1.
-    """
-    if len(probabilities) == 1:
-        return np.zeros(probabilities.shape[1], np.float32)
-
-    def entropy(p):
-        return -np.sum(p * np.log(np.clip(p, 1e-12, None)), -1)
-
-    values = entropy(probabilities.mean(0)) - entropy(probabilities).mean(0)
-    return np.clip(values / np.log(len(probabilities)), 0, 1).astype(np.float32)
-
-
-def judge(right: np.ndarray, suggested: np.ndarray, given: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Judges estimates where the true labels are known.
-
-    Args:
-      right: `[n]` P(given label is right), or any score that is higher for labels that are right.
-      suggested: `[n]`, what the label should be if it is wrong.
-      given: `[n]`.
-      true: `[n]`.
-
-    Returns:
-      `noise_rate`, the true one. Where there are wrong labels and right ones, also: `auroc`, the area under the ROC
-      curve of `right`; `precision`, the share of wrong labels among those with the lowest `right`, as many as there are
-      wrong ones; `suggested_right`, the share of the wrong labels whose suggestion is true.
-    """
-    wrong = given != true
-    found = {"noise_rate": float(wrong.mean())}
-    if 0 < wrong.sum() < len(wrong):
-        first = np.argsort(right, kind="stable")[: wrong.sum()]
-        found["auroc"] = float(roc_auc_score(wrong, -right))
-        found["precision"] = float(wrong[first].mean())
-        found["suggested_right"] = float((suggested == true)[wrong].mean())
-    return found
+    low, high = probabilities.min(), probabilities.max()
+    if not (low >= 0 and high <= 1 + 1e-3):
+        raise ValueError(f"{name}: values from {low} to {high}, expected probabilities, from 0 to 1")

@@ -11,12 +11,13 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 from rich.progress import track
+from scipy.stats import binom
 
 from ieg_jax import cli, files, inference, methods, models
-from ieg_jax.audit import cleaned
+from ieg_jax.audit import cleaned, final, measures, sample
 from ieg_jax.audit import page as audit_page
 from ieg_jax.audit import quality as label_quality
-from ieg_jax.audit.files import BEGUN, CLEANED, CLEANLAB, SUMMARY, write_tables
+from ieg_jax.audit.files import BEGUN, CLASSIFIER, CLEANED, CLEANED_ARRAYS, CLEANLAB, SUMMARY, write_tables
 from ieg_jax.audit.options import Options
 from ieg_jax.audit.quality import Quality
 from ieg_jax.data import splits
@@ -27,6 +28,7 @@ from ieg_jax.errors import StorageError, UserError, check_choice, first_line
 from ieg_jax.inference import Trained
 from ieg_jax.train.loop import train_and_evaluate
 
+MEMORISED_GAP = 0.25  # between accuracies on trusted examples that were trained with and on those that were held out
 AT_ONCE = 4096  # examples that are predicted before the predictions are saved
 
 Predict = Callable[..., np.ndarray]  # see `inference.predictor`
@@ -63,9 +65,11 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
     begun = {
         "workdir": os.path.abspath(workdir),
         "step": trained.step,
-        "options": dataclasses.asdict(options),
+        "options": {name: value for name, value in dataclasses.asdict(options).items() if name != "force"},
         "data": data.fingerprint(),
+        "evidence": sample.fingerprint(data.held_out, options.marks),
         "base": _base(trained.config.data),
+        "arrays": os.path.abspath(trained.config.data.train) if _is_arrays(trained.config.data) else "",
         "class_names": splits.distinct(trained.class_names),
     }
     if (finished := _begin(folder, begun)) is not None:
@@ -79,29 +83,93 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
 def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data, options: Options) -> dict[str, Any]:
     """Predicts, estimates and writes all files of the audit; returns the contents of summary.json."""
     predict, train = inference.predictor(trained), data.train
+    names = splits.distinct(trained.class_names)
+    answers = sample.read(options.marks, train.ids, names) if options.marks else None
     probabilities, disagreement = _predict_training_set(folder, predict, train, options.views, trained.num_classes)
     held_out = None if data.held_out is None else predict(data.held_out)
     out_of_fold, pooled, held_out_pooled = None, probabilities, held_out
     if options.folds:
         out_of_fold, held_out_of_fold = _out_of_fold(folder, trained, data, options)
-        pooled = label_quality.pooled([probabilities, out_of_fold])
+        pooled = measures.pooled([probabilities, out_of_fold])
         if held_out is not None:
-            held_out_pooled = label_quality.pooled([held_out, held_out_of_fold])
-    held_out_labels = None if data.held_out is None else data.held_out.labels
-    quality = label_quality.estimate(pooled, train.labels, held_out_pooled, held_out_labels)
-    bins = [] if held_out is None else label_quality.reliability(quality, held_out_pooled, held_out_labels)
+            held_out_pooled = measures.pooled([held_out, held_out_of_fold])
+    if answers is not None:
+        evidence = sample.as_evidence(answers, train.labels, pooled)
+    elif data.held_out is not None:
+        evidence = (held_out_pooled, data.held_out.labels, data.held_out.given_labels)
+    else:
+        evidence = ()
+    quality = label_quality.estimate(pooled, train.labels, *evidence, class_names=names)
+    found = None
+    if not options.folds and not train.is_visible and final.possible(train):
+        found = _final(trained, data, predict, probabilities, held_out, quality, answers)
+        final.save(found, folder / CLASSIFIER)
+    if found is not None and found.name != final.NETWORK:
+        quality, out_of_fold, alarms = found.quality, found.out_of_fold, list(found.quality.alarms)
+    else:
+        alarms = [*quality.alarms, *_alarm_trusted(data, predict, held_out)]
 
-    names = splits.distinct(trained.class_names)
     columns = _columns(train, names, quality, disagreement, _averages(workdir, train.ids), out_of_fold)
     write_tables(folder, columns, probabilities, names)
     pred_probs = _normalised(probabilities if out_of_fold is None else out_of_fold)
     cleanlab = {"labels": train.labels.astype(np.int64), "pred_probs": pred_probs}
     files.write_arrays(folder / CLEANLAB, cleanlab, compressed=False)
-    counts = cleaned.write(folder, folder / CLEANED, options.threshold, options.below)
-    summary = _summary(trained, train, quality, bins, options, counts)
-    audit_page.write_page(folder, trained, data, quality, disagreement, columns, bins, summary, options.thumbnails)
+    counts = None
+    if options.force or not alarms:
+        counts = cleaned.write(folder, folder / CLEANED, options.threshold, options.below)
+        if _is_arrays(trained.config.data):
+            cleaned.write(folder, folder / CLEANED_ARRAYS, options.threshold, options.below)
+    summary = _summary(trained, train, quality, alarms, options, counts)
+    if found is not None:
+        summary["final"] = final.as_json(found)
+    if answers is not None:
+        summary["sample"] = sample.report(answers, quality)
+    audit_page.write_page(folder, trained, data, quality, disagreement, columns, summary, options.thumbnails)
     files.write_json(folder / SUMMARY, summary)
     return summary
+
+
+def _final(
+    trained: Trained,
+    data: Data,
+    predict: Predict,
+    probabilities: np.ndarray,
+    held_out: np.ndarray | None,
+    quality: Quality,
+    answers: sample.Answers | None,
+) -> final.Final:
+    """The final classifier of features, see `audit.final`."""
+
+    def examples(split: Split, predictions: np.ndarray) -> final.Examples:
+        return final.Examples(final.flat(split), split.labels, predictions)
+
+    task = final.Task(
+        noisy=examples(data.train, probabilities),
+        trusted=examples(data.trusted, predict(data.trusted)),
+        held_out=None if data.held_out is None else examples(data.held_out, held_out),
+        held_out_given=None if data.held_out is None else data.held_out.given_labels,
+        seed=trained.config.seed,
+        answers=answers,
+    )
+    return final.fit(task, quality, trained.config.method.name, images=False)
+
+
+def _alarm_trusted(data: Data, predict: Predict, held_out: np.ndarray | None) -> list[str]:
+    """An alarm where the trusted examples are memorised: far more of those trained with are right."""
+    if held_out is None:
+        return []
+    trained_with, unseen = (
+        predict(data.trusted).argmax(1) == data.trusted.labels,
+        held_out.argmax(1) == data.held_out.labels,
+    )
+    gap = trained_with.mean() - unseen.mean()
+    chance = binom.cdf(unseen.sum(), len(unseen), min(trained_with.mean(), 1 - 1e-3))
+    if gap < MEMORISED_GAP or chance >= label_quality.MEMORISED:
+        return []
+    return [
+        f"the network has memorised the trusted examples: it is right on {trained_with.mean():.0%} of those that it "
+        f"was trained with, and on {unseen.mean():.0%} of those that were held out; train for fewer steps"
+    ]
 
 
 def _predict_training_set(
@@ -122,7 +190,7 @@ def _predict_training_set(
         if content is None:
             split = train.take(rows)
             each = np.stack([predict(split, view) for view in (None, *range(views))])
-            content = {"probabilities": each[0], "disagreement": label_quality.divergence(each)}
+            content = {"probabilities": each[0], "disagreement": measures.divergence(each)}
             files.write_arrays(file, content, compressed=False)
         probabilities[rows], disagreement[rows] = content["probabilities"], content["disagreement"]
     return probabilities, disagreement
@@ -209,9 +277,9 @@ def _summary(
     trained: Trained,
     train: Split,
     quality: Quality,
-    bins: list[tuple[float, float, float]],
+    alarms: list[str],
     options: Options,
-    counts: dict[str, int],
+    counts: dict[str, int] | None,
 ) -> dict[str, Any]:
     """The contents of summary.json."""
     summary = {
@@ -220,11 +288,15 @@ def _summary(
         "step": trained.step,
         "noise_rate": quality.noise_rate,
         "noise_interval": list(quality.noise_interval),
+        "noise_interval_rests_on": quality.basis,
         "noise_by_class": quality.by_class,
         "temperature": quality.temperature,
         "held_out": quality.num_held_out,
-        "calibration_error": label_quality.calibration_error(bins) if bins else None,
-        "reliability": [list(one) for one in bins],
+        "held_out_accuracy": quality.held_out_accuracy,
+        "pairs": quality.num_pairs,
+        "calibration_error": measures.calibration_error(quality.reliability) if quality.reliability else None,
+        "reliability": [list(one) for one in quality.reliability],
+        "alarms": alarms,
         "transition_matrix": np.round(quality.transition, 6).tolist(),
         "class_names": list(trained.class_names),
         "threshold": options.threshold,
@@ -232,7 +304,7 @@ def _summary(
     }
     known = train.clean_labels >= 0
     if known.any():  # as in an experiment, in which the audit can be judged
-        summary["known"] = label_quality.judge(
+        summary["known"] = measures.judge(
             quality.right[known], quality.suggested[known], train.labels[known], train.clean_labels[known]
         )
     return summary
@@ -272,6 +344,10 @@ def _begin(folder: pathlib.Path, begun: dict[str, Any]) -> dict[str, Any] | None
     except (OSError, StorageError) as error:
         raise UserError(f"--out={folder} cannot be written: {first_line(error)}") from None
     return None
+
+
+def _is_arrays(data: ConfigDict) -> bool:
+    return data.name in ("arrays", "features")
 
 
 def _base(data: ConfigDict) -> str:

@@ -62,7 +62,7 @@ class Shards:
         """What plan.json holds: by it a later run knows that it would write the same images with the same labels."""
         digest = hashlib.sha256()
         for split in self.splits.values():
-            for column in (split.names, split.labels, split.clean_labels, split.ids):
+            for column in (split.names, split.labels, split.clean_labels, split.given_labels, split.ids):
                 digest.update("\n".join(map(str, column.tolist())).encode())
         sizes = {name: len(split) for name, split in self.splits.items()}
         return {
@@ -227,6 +227,7 @@ def _example(split: Split, row: int, content: bytes) -> bytes:
         "image": text(content),
         "label": integer(split.labels[row]),
         "clean_label": integer(split.clean_labels[row]),
+        "given_label": integer(split.given_labels[row]),
         "id": integer(split.ids[row]),
         "name": text(str(split.names[row]).encode()),
     }
@@ -281,6 +282,7 @@ def _finish(shards: Shards, out: epath.Path, left_out: dict[str, str]) -> dict:
                 "image": tfds.features.Image(shape=(None, None, 3)),
                 "label": tfds.features.ClassLabel(names=list(shards.class_names)),
                 "clean_label": np.int64,
+                "given_label": np.int64,
                 "id": np.int64,
                 "name": tfds.features.Text(),
             }

@@ -24,6 +24,8 @@ class Split:
       clean_labels: `[n]` int32, true labels, or UNKNOWN or NO_CLASS.
       ids: `[n]` int64; an example has the same id in every run.
       names: `[n]` str objects, by which a person finds the image: its path, or its place in an archive.
+      given_labels: `[n]` int32, of trusted examples the labels that they were given before somebody checked them;
+        UNKNOWN where nobody kept it, and of all other examples.
     """
 
     images: np.ndarray | StoredImages
@@ -31,6 +33,7 @@ class Split:
     clean_labels: np.ndarray
     ids: np.ndarray
     names: np.ndarray
+    given_labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -107,15 +110,19 @@ def make_split(
     labels: np.ndarray,
     clean_labels: np.ndarray | None = None,
     names: np.ndarray | None = None,
+    given_labels: np.ndarray | None = None,
 ) -> Split:
-    """Makes a split with the ids 0, 1, 2, ...; clean labels that are not given are UNKNOWN, names are the ids."""
+    """Makes a split with the ids 0, 1, 2, ...; labels that are not told are UNKNOWN, and names are the ids."""
     labels = np.asarray(labels, np.int32)
-    clean = np.full_like(labels, UNKNOWN) if clean_labels is None else np.asarray(clean_labels, np.int32)
+    clean, given = (
+        np.full_like(labels, UNKNOWN) if told is None else np.asarray(told, np.int32)
+        for told in (clean_labels, given_labels)
+    )
     if isinstance(images, np.ndarray) and images.dtype != np.uint8:
         images = np.asarray(images, np.float32)
     ids = np.arange(len(labels), dtype=np.int64)
     names = ids.astype(str) if names is None else names
-    return Split(images, labels, clean, ids, np.asarray(names, object))
+    return Split(images, labels, clean, ids, np.asarray(names, object), given)
 
 
 def check_images_and_labels(images: np.ndarray, labels: np.ndarray, where: str, num_classes: int) -> None:

@@ -14,7 +14,7 @@ from ieg_jax import config as config_lib
 from ieg_jax.config import at_least, number, one_of, within
 from ieg_jax.data.images import FileImages, check
 from ieg_jax.data.selection import HOLDOUT, TRUSTED, uniforms
-from ieg_jax.data.splits import NO_CLASS, Source, Split
+from ieg_jax.data.splits import NO_CLASS, UNKNOWN, Source, Split
 from ieg_jax.errors import UserError
 
 _HEADERS = ("id", "name", "path")  # of the first column of a CSV file
@@ -51,7 +51,8 @@ def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
     Returns:
       The training set without the trusted examples, or without those that have the name of an example in the separate
       trusted set. And the trusted set: its labels are true, and its classes take turns (0, 1, ..., K-1, 0, 1, ...), so
-      that any batch of a multiple of K consecutive examples is balanced.
+      that any batch of a multiple of K consecutive examples is balanced. Where such an example is in the training set
+      too, with a label of its own there, that is its given label.
 
     Raises:
       UserError: where a class has too few examples with a known label, or is absent from the trusted set; for a
@@ -78,7 +79,11 @@ def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
         replaces = source.skip_unreadable and separate and isinstance(pool.images, FileImages)
         rows = _drawn_rows(pool, trusted, source.num_classes, where, replaces)
     chosen = pool.take(rows)
-    chosen = dataclasses.replace(chosen, labels=np.where(chosen.clean_labels >= 0, chosen.clean_labels, chosen.labels))
+    chosen = dataclasses.replace(
+        chosen,
+        labels=np.where(chosen.clean_labels >= 0, chosen.clean_labels, chosen.labels),
+        given_labels=_given_labels(chosen, source.train if separate else None),
+    )
     counts = np.bincount(chosen.labels, minlength=source.num_classes)
     if (counts == 0).any():
         raise UserError(
@@ -96,6 +101,16 @@ def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
             f"trusted.fraction, trusted.ids or data.trusted)"
         )
     return source.train.take(np.flatnonzero(~same)), chosen.take(_interleave(chosen.labels))
+
+
+def _given_labels(chosen: Split, train: Split | None) -> np.ndarray:
+    """The labels `[n]` that trusted examples were given; `train`: the training set where they are not from there."""
+    if train is None:
+        # Where no true label is known, the given one is taken to be true: nobody checked it.
+        return np.where(chosen.clean_labels >= 0, chosen.labels, UNKNOWN)
+    given = dict(zip(train.names.tolist(), train.labels.tolist(), strict=True))
+    elsewhere = np.array([given.get(name, UNKNOWN) for name in chosen.names], np.int32)
+    return np.where(chosen.given_labels != UNKNOWN, chosen.given_labels, elsewhere)
 
 
 def hold_out(trusted_set: Split, trusted: ConfigDict) -> tuple[Split, Split | None]:

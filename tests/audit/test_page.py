@@ -62,6 +62,8 @@ def small(**changes):
         transition=np.array([[0.9, 0, 0.1], [0.0004, 0.9996, 0], [np.nan] * 3]),
         calibration="Calibrated on 40 examples.",
         reliability=[(0.25, 0.5, 100), (0.75, 1, 400), (0.5, np.nan, 0)],
+        alarms=[],
+        sample={"random": [(2, 1.0), (5, 1.0), (3, 1.0)], "stratified": [(7, 2.0), (1, 0.5)]},
         thumbnails={3: uri(0), 1: uri(200), 6: "https://example.org/x.png"},
         key="audit of the tests",
     )
@@ -308,6 +310,71 @@ def test_cards(browser):
     assert browser.texts("[data-row='1'] dt") == ["P(right)", "confidence", "disagreement", "trust", "id"]
 
 
+def test_alarms_are_at_the_top(browser):
+    browser.open(small())
+    assert not browser.one("#alarms").is_displayed()
+    browser.open(small(alarms=["the class bee is never predicted", "hardly better than guessing"]))
+    assert browser.one("#alarms").is_displayed()
+    assert browser.texts("#alarms li") == ["the class bee is never predicted", "hardly better than guessing"]
+
+
+def test_a_sample_is_checked(browser):
+    """Asked in the order of the draw, without what is suggested; the answers are kept, counted and exported."""
+    browser.open(small())
+    assert browser.texts("[data-draw]") == ["Check 3 at random", "Check 2 from all tenths of P(right)"]
+    assert browser.one("#export-sample").get_property("disabled") and not browser.one("#asked").is_displayed()
+    browser.click("[data-draw=random]")
+    assert browser.text("#asked .question") == "Is this ant?" and "1 of 3" in browser.text("#asked")
+    assert browser.text("#asked .thumb") == "no preview" and "in/c.png" in browser.text("#asked")
+    browser.click("[data-answer=right]")
+    assert browser.text("#asked .question") == "Is this cat?"
+    # 0 of 1: from 0 to 1 − 0.025, the one-sided bound of Clopper and Pearson.
+    assert browser.text("#found") == "1 checked: 0.0 % of labels are wrong (95 %: 0.0 % to 97.5 %)."
+    browser.set("#asked select", "0")
+    browser.click("[data-answer=wrong]")
+    browser.driver.refresh()
+    assert browser.text("#asked .question") == "Is this bee?" and "3 of 3" in browser.text("#asked")
+    browser.click("#asked .link")  # back
+    assert browser.text("#asked .question") == "Is this cat?"
+    browser.set("#asked select", "0")
+    browser.click("[data-answer=wrong]")
+    browser.click("[data-answer=wrong]")
+    assert not browser.one("#asked").is_displayed()
+    # 2 of 3: 9.4 to 99.2 % in tables of the exact interval; row 5 was suggested to be 0, which it is.
+    assert browser.text("#found") == (
+        "3 checked: 66.7 % of labels are wrong (95 %: 9.4 % to 99.2 %). The suggestion is right for 1 of 1 wrong ones "
+        "of which you said what they are."
+    )
+    assert browser.run("return sampleCsv()") == "id,answer,label,weight\n12,right,,1\n15,wrong,ant,1\n13,wrong,,1\n"
+
+
+def test_a_weighted_sample(browser):
+    """Right with the weight 2, wrong with ½: 20 % are wrong; (2.5)² / 4.25 = 1.47 examples, as one."""
+    browser.open(small())
+    browser.click("[data-draw=stratified]")
+    browser.click("[data-answer=right]")
+    browser.click("[data-answer=wrong]")
+    assert browser.text("#found") == "2 checked: 20.0 % of labels are wrong (95 %: 0.0 % to 97.5 %)."
+    assert browser.run("return sampleCsv()").splitlines()[1:] == ["17,right,,2", "11,wrong,,0.5"]
+
+
+def test_the_draw():
+    """Every example at most once, the same for the same seed; weighted, a tenth of P(right) counts as it is large."""
+    right = np.concatenate([np.full(900, 0.97), np.full(50, 0.42), np.full(4, 0.05)])
+    drawn = audit_page.draw_sample(right, 3)
+    assert drawn == audit_page.draw_sample(right, 3) != audit_page.draw_sample(right, 4)
+    rows = [row for row, _ in drawn["random"]]
+    assert len(rows) == len(set(rows)) == 100 and {weight for _, weight in drawn["random"]} == {1.0}
+    stratified = {}
+    for row, weight in drawn["stratified"]:
+        stratified.setdefault(right[row], []).append(weight)
+    assert {value: (len(weights), sum(weights)) for value, weights in stratified.items()} == {
+        0.97: (10, pytest.approx(900)),
+        0.42: (10, pytest.approx(50)),
+        0.05: (4, pytest.approx(4)),
+    }
+
+
 def test_filters_and_orders(browser):
     browser.open(small())
     for selector, value, expected in (
@@ -494,6 +561,8 @@ def test_hostile_names(browser, tmp_path):
         given=np.arange(count),
         suggested=np.roll(np.arange(count), 1),
         calibration=HOSTILE[4],
+        alarms=[HOSTILE[1]],
+        sample={"random": [(0, 1.0)], "stratified": []},
         transition=np.eye(count),
         thumbnails={
             0: 'data:image/svg+xml,<svg onload="alert(4)">',
@@ -512,6 +581,9 @@ def test_hostile_names(browser, tmp_path):
     assert [browser.text("#facts dt"), browser.text("#facts dd")] == [HOSTILE[1], HOSTILE[3]]
     assert browser.run("return document.scripts.length") == 2 and browser.run("return document.images.length") == 1
     assert browser.all("#broken, h1 ~ h1, iframe, [onerror], [onload]") == []
+    assert browser.texts("#alarms li") == [HOSTILE[1]]
+    browser.click("[data-draw=random]")
+    assert browser.text("#asked strong") == HOSTILE[0] and browser.run("return document.scripts.length") == 2
     for row in range(count):
         browser.click(f"[data-row='{row}'] [data-mark={'relabel' if row % 2 else 'keep'}]")
     file = browser.exported()

@@ -10,6 +10,7 @@ import sys
 import types
 
 import jax
+import joblib
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -21,7 +22,7 @@ from sklearn.datasets import load_digits
 from configs import own_data
 from ieg_jax import cli, inference
 from ieg_jax import config as config_lib
-from ieg_jax.audit import cleaned
+from ieg_jax.audit import cleaned, measures
 from ieg_jax.audit import page as audit_page
 from ieg_jax.audit import quality as label_quality
 from ieg_jax.audit import run as audit_run
@@ -168,12 +169,12 @@ def test_wrong_labels_are_found(case, finished):
     given, suggested = (
         np.array([names.index(name) for name in columns[c]]) for c in ("given_label", "suggested_label")
     )
-    judged = label_quality.judge(np.array(columns["p_right"]), suggested, given, true)
+    judged = measures.judge(np.array(columns["p_right"]), suggested, given, true)
     assert judged["auroc"] > 0.95 and judged["precision"] > 0.8 and judged["suggested_right"] > 0.75
     low, high = summary["noise_interval"]
     assert low - 0.05 < judged["noise_rate"] < high + 0.05 and high - low < 0.4
     assert "known" not in summary, "the run itself does not know"
-    assert "calibrated on 30 trusted images" in audit_page.calibration_text(summary)
+    assert "30 trusted examples that were held out" in audit_page.calibration_text(summary)
 
 
 def test_inputs_are_as_they_were(case, finished):
@@ -205,9 +206,10 @@ def test_the_cleaned_list_can_be_trained_on(case, finished):
 def test_the_page_is_there(finished):
     folder, _, _ = finished
     page = (folder / PAGE).read_text("utf-8")
-    assert (
-        "zwei Stück" in page and "<b>sechs" not in page and page.count("data:image/png;base64,") == OPTIONS.thumbnails
-    )
+    assert "zwei Stück" in page and "<b>sechs" not in page
+    pictures = page.count("data:image/png;base64,")
+    most = OPTIONS.thumbnails + 2 * audit_page.SAMPLE
+    assert audit_page.SAMPLE < pictures <= most, "of the most suspicious, and of the samples to check"
 
 
 def test_an_interrupted_audit_goes_on(case, finished, monkeypatch):
@@ -233,7 +235,7 @@ def test_an_interrupted_audit_goes_on(case, finished, monkeypatch):
     calls.clear()
     calls += [None] * 100  # from here on it does not stop
     summary = audit(case.workdir, str(folder), OPTIONS)
-    assert len(calls) == 100 + 2 * 3 + 1, "two parts and the held-out images"
+    assert len(calls) == 100 + 2 * 3 + 2, "two parts, the held-out and the trusted images"
     assert summary == finished[1]
     for name in (TABLE, CLEANED, CLEANLAB):
         assert (folder / name).read_bytes() == (finished[0] / name).read_bytes(), name
@@ -318,9 +320,9 @@ def test_out_of_fold_probabilities(case):
         np.testing.assert_allclose(content["pred_probs"][rows], expected, atol=1e-5)
         held_out[fold::2] = inference.predict(trained, data.held_out)[fold::2]
     quality = label_quality.estimate(
-        label_quality.pooled([inference.predict(whole, data.train), content["pred_probs"]]),
+        measures.pooled([inference.predict(whole, data.train), content["pred_probs"]]),
         data.train.labels,
-        label_quality.pooled([inference.predict(whole, data.held_out), held_out]),
+        measures.pooled([inference.predict(whole, data.held_out), held_out]),
         data.held_out.labels,
     )
     np.testing.assert_allclose(columns["p_right"], quality.right, atol=1e-4)
@@ -343,26 +345,6 @@ def test_folds_can_be_trained_as_a_run_of_ones_own_data_was(network, method):
     assert stored.data.folds == 0, "that of the run is not changed"
 
 
-def test_divergence_by_hand():
-    same, opposite = np.array([[0.5, 0.5]]), np.array([[[1.0, 0]], [[0, 1.0]]])
-    assert label_quality.divergence(np.stack([same, same])) == pytest.approx(0)
-    assert label_quality.divergence(opposite) == pytest.approx(1)
-    assert label_quality.divergence(same[None]) == pytest.approx(0)
-    three = np.array([[[1.0, 0, 0]], [[0, 1.0, 0]]])  # two views of three classes: over log 2, not over log 3
-    assert label_quality.divergence(three) == pytest.approx(1)
-    # H(0.75, 0.25) − (0 + log 2) / 2 over log 2, of (1, 0) and (0.5, 0.5).
-    expected = (-0.75 * np.log(0.75) - 0.25 * np.log(0.25)) / np.log(2) - 0.5
-    assert label_quality.divergence(np.stack([opposite[0], same])) == pytest.approx(expected)
-
-
-def test_judge_by_hand():
-    given, true = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 0])
-    judged = label_quality.judge(np.array([0.9, 0.2, 0.1, 0.4]), np.array([1, 1, 0, 2]), given, true)
-    # Wrong: 1 and 3. Pairs (wrong, right): (1, 0) and (3, 0) in order, (1, 2) and (3, 2) not. Lowest two: 2 and 1.
-    assert judged == {"noise_rate": 0.5, "auroc": 0.5, "precision": 0.5, "suggested_right": 0.5}
-    assert label_quality.judge(np.ones(2), given[:2], given[:2], given[:2]) == {"noise_rate": 0.0}
-
-
 def test_averages_are_found_by_id(tmp_path):
     """In the order of the training set, whose ids have gaps; without the file there are none."""
     np.savez(tmp_path / "examples.npz", weight=np.arange(6.0), trust=10 + np.arange(6.0), visits=np.ones(6, int))
@@ -374,7 +356,10 @@ def test_averages_are_found_by_id(tmp_path):
 def test_the_most_suspicious_examples_get_thumbnails():
     pictures = np.zeros((4, 8, 8, 3), np.uint8)
     split = types.SimpleNamespace(is_visible=True, originals=lambda rows: pictures[rows])
-    assert list(audit_page._thumbnails(split, np.array([0.9, 0.2, 0.6, 0.1]), 2)) == [3, 1]
+    right, nothing = np.array([0.9, 0.2, 0.6, 0.1]), {"random": []}
+    assert set(audit_page._thumbnails(split, right, 2, nothing)) == {3, 1}
+    assert set(audit_page._thumbnails(split, right, 2, {"random": [(0, 1.0), (1, 1.0)]})) == {0, 1, 3}
+    assert audit_page._thumbnails(split, right, 0, {"random": [(0, 1.0)]}) == {}
 
 
 @pytest.mark.parametrize("side, kind", [(8, "png"), (200, "jpeg")])
@@ -405,9 +390,116 @@ def test_the_commands(case, finished, tmp_path):
         return done.returncode, done.stdout + done.stderr
 
     code, text = command("audit", *arguments)  # finished already
-    assert code == 0 and "400 labels, " in text and "audit.html" in text and "calibrated on 30" in text
+    assert (
+        code == 0
+        and "400 labels, " in text
+        and "audit.html" in text
+        and "30 trusted examples that were held out" in text
+    )
     code, text = command("clean", f"--audit={out}", f"--out={tmp_path / 'c.csv'}", "--threshold=0.2")
     assert code == 0 and "labels kept" in text and (tmp_path / "c.csv").exists()
     code, text = command("clean", f"--audit={out}", f"--out={tmp_path / 'c.csv'}")
     assert code == 1 and "is there already; name a new file" in text
     assert jax.process_count() == 1
+
+
+# ---- Features, a checked sample, and alarms.
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """A short run on the digits as rows of numbers, one label in three the next digit."""
+    folder = tmp_path_factory.mktemp("features")
+    digits, rng = load_digits(), np.random.default_rng(3)
+    true = digits.target[:900]
+    given = np.where(rng.random(900) < 0.33, (true + 1) % 10, true)
+    trusted = np.concatenate([np.flatnonzero(digits.target[900:] == c)[:10] + 900 for c in range(10)])
+    np.savez(
+        folder / "own.npz",
+        features=digits.data[:900],
+        labels=given,
+        clean_labels=true,
+        trusted_features=digits.data[trusted],
+        trusted_labels=digits.target[trusted],
+    )
+    config = cli.load_config(str(ROOT / "configs/features.py"))
+    config.data.train, config.mesh.data, config.num_train_epochs, config.num_train_steps = (
+        str(folder / "own.npz"),
+        1,
+        0.0,
+        80,
+    )
+    train_and_evaluate(config, str(folder / "run"))
+    summary = audit(str(folder / "run"), str(folder / "audit"), dataclasses.replace(OPTIONS, views=0))
+    return folder, true, given, summary
+
+
+def test_features_are_audited_by_the_final_classifier(features):
+    folder, true, given, summary = features
+    assert summary["final"]["classifier"] in ("logistic", "forest", "kernel")
+    assert summary["known"]["auroc"] > 0.97 and summary["alarms"] == []
+    low, high = summary["noise_interval"]
+    assert low < (given != true).mean() < high and summary["noise_interval_rests_on"] == "held_out"
+    columns = table(folder / "audit")
+    assert len(columns["self_confidence"]) == 900
+    stored = joblib.load(folder / "audit" / "classifier.joblib")
+    assert stored["name"] == summary["final"]["classifier"] and stored["num_classes"] == 10
+
+
+def test_cleaned_arrays_can_be_trained_on_again(features):
+    """labels.csv decides; the other arrays are as they were, and dropped rows are gone from each."""
+    folder, true, given, summary = features
+    before, after = (dict(np.load(folder / name)) for name in ("own.npz", "audit/cleaned.npz"))
+    assert set(before) == set(after)
+    for name in set(before) - {"labels"}:
+        np.testing.assert_array_equal(after[name], before[name])
+    assert (after["labels"] != true).mean() < 0.4 * (given != true).mean()
+    assert (after["labels"] != given).sum() == summary["cleaned"]["relabel"]
+    counts = cleaned.write(folder / "audit", folder / "dropped.npz", below="drop")
+    dropped = dict(np.load(folder / "dropped.npz"))
+    kept = np.array(table(folder / "audit")["p_right"]) >= 0.5
+    assert counts["drop"] == (~kept).sum() > 0
+    for name in ("features", "labels", "clean_labels"):
+        np.testing.assert_array_equal(dropped[name], before[name][kept])
+
+
+def test_a_checked_sample_takes_part(features, tmp_path):
+    folder, true, given, before = features
+    rows = np.random.default_rng(0).permutation(900)[:80]
+    lines = [f"{row},{'right' if given[row] == true[row] else 'wrong'},{true[row]},1" for row in rows]
+    (tmp_path / "sample.csv").write_text("\n".join(["id,answer,label,weight", *lines]))
+    options = dataclasses.replace(OPTIONS, views=0, marks=str(tmp_path / "sample.csv"))
+    summary = audit(str(folder / "run"), str(tmp_path / "audit"), options)
+    assert (summary["pairs"], summary["noise_interval_rests_on"]) == (80, "pairs")
+    low, high = summary["noise_interval"]
+    assert low < (given != true).mean() < high and high - low < np.diff(before["noise_interval"])[0]
+    assert summary["sample"]["checked"] == 80 and summary["calibration_error"] is not None
+    with pytest.raises(UserError, match="holds another audit"):
+        audit(str(folder / "run"), str(tmp_path / "audit"), dataclasses.replace(options, marks=""))
+
+
+def test_after_an_alarm_nothing_is_cleaned_unasked(features, tmp_path, monkeypatch):
+    folder = features[0]
+    monkeypatch.setattr(audit_run, "_alarm_trusted", lambda *_: ["everything is known by heart"])
+    monkeypatch.setattr(audit_run.final, "possible", lambda _: False)
+    summary = audit(str(folder / "run"), str(tmp_path / "audit"), dataclasses.replace(OPTIONS, views=0))
+    assert summary["alarms"] == ["everything is known by heart"] and summary["cleaned"] is None
+    assert not (tmp_path / "audit" / CLEANED).exists() and "known by heart" in (tmp_path / "audit" / PAGE).read_text()
+    with pytest.raises(UserError, match="raised alarms:.*\\n.*known by heart.*\\n.*--force"):
+        cleaned.refuse_alarms(tmp_path / "audit")
+    cleaned.refuse_alarms(folder / "audit")
+    options = dataclasses.replace(OPTIONS, views=0, force=True)
+    forced = audit(str(folder / "run"), str(tmp_path / "forced"), options)
+    assert forced["cleaned"]["keep"] > 0 and (tmp_path / "forced" / CLEANED).exists()
+
+
+def test_trusted_examples_that_are_known_by_heart():
+    """All of those trained with are right and 6 of 20 of the others; with 18 of 20 that may be chance."""
+    trusted, held_out = (types.SimpleNamespace(labels=np.zeros(n, int)) for n in (80, 20))
+    data = types.SimpleNamespace(trusted=trusted, held_out=held_out)
+    sure = np.eye(2)[np.zeros(80, int)]
+    for right, alarms in ((6, 1), (18, 0)):
+        unseen = np.eye(2)[(np.arange(20) >= right).astype(int)]
+        found = audit_run._alarm_trusted(data, lambda _: sure, unseen)
+        assert len(found) == alarms
+    assert audit_run._alarm_trusted(types.SimpleNamespace(held_out=None), None, None) == []

@@ -360,3 +360,50 @@ def test_settings_that_cannot_work(keys, message):
     with pytest.raises(UserError, match=message):
         trusted_set.validate(trusted_config(**keys))
     trusted_set.validate(trusted_config())
+
+
+# ---- Given labels of trusted examples.
+
+
+def test_given_labels_of_what_is_taken_out_of_the_training_set():
+    """Those that the noise has left them; where no true label is known, nobody checked the given one."""
+    source = small(labels=[1, 2, 0, 1, 0, 2], clean=[0, 1, 2, UNKNOWN, 0, 2])
+    _, trusted = trusted_set.split_trusted(source, trusted_config(per_class=1))
+    by_id = dict(zip(source.train.ids.tolist(), source.train.labels.tolist(), strict=True))
+    assert trusted.given_labels.tolist() == [by_id[i] for i in trusted.ids] and (trusted.given_labels >= 0).all()
+
+
+def test_given_labels_of_a_list_and_of_what_is_in_both_lists(tmp_path):
+    """Of b.png the training list has a label of its own; a.png has one in the trusted list, which counts first."""
+    for number, name in enumerate(("a", "b", "c", "d", "e", "f")):
+        image_trees.save(tmp_path / f"{name}.png", image_trees.picture(number))
+    (tmp_path / "train.csv").write_text("path,label\na.png,cat\nb.png,dog\nc.png,cat\nd.png,dog\n")
+    (tmp_path / "trusted.csv").write_text(
+        "path,label,given_label\na.png,dog,dog\nb.png,cat,\ne.png,cat,dog\nf.png,dog,\n"
+    )
+    config = default.get_config()
+    config.data.name, config.trusted.source = "image_csv", "separate"
+    config.data.train, config.data.trusted = str(tmp_path / "train.csv"), str(tmp_path / "trusted.csv")
+    train, trusted = trusted_set.split_trusted(sources.load(config.data), config.trusted)
+    given = dict(zip(trusted.names.tolist(), trusted.given_labels.tolist(), strict=True))
+    assert given == {"a.png": 1, "b.png": 1, "e.png": 1, "f.png": UNKNOWN} and len(train) == 2
+    (tmp_path / "trusted.csv").write_text("path,label,given_label\ne.png,cat,bird\nf.png,dog,\n")
+    with pytest.raises(UserError, match="label 'bird' is none of the 2 classes"):
+        sources.load(config.data)
+
+
+def test_given_labels_in_arrays(tmp_path):
+    config = default.get_config().data
+    config.name, config.train = "features", str(tmp_path / "own.npz")
+    rows = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    arrays = {
+        "features": rows,
+        "labels": np.arange(6) % 2,
+        "trusted_features": rows[:2],
+        "trusted_labels": np.arange(2),
+    }
+    np.savez(config.train, **arrays, trusted_given_labels=np.array([1, -1]))
+    assert sources.load(config).trusted.given_labels.tolist() == [1, UNKNOWN]
+    np.savez(config.train, **arrays, trusted_given_labels=np.array([1]))
+    with pytest.raises(UserError, match="trusted_given_labels: shape"):
+        sources.load(config)

@@ -19,7 +19,8 @@ def arrays(data: ConfigDict) -> Source:
 
     It holds the arrays `images` `[n,H,W]` or `[n,H,W,C]`, uint8 or floats in [0, 1], and `labels` `[n]` integers, as
     given. Optional are `clean_labels` `[n]` (true labels, -1 where not known), `test_images` and `test_labels`,
-    `trusted_images` and `trusted_labels`.
+    `trusted_images` and `trusted_labels`, and `trusted_given_labels`, those that these had before they were checked (-1
+    where not known), from which an audit learns how often labels are wrong.
 
     Raises:
       UserError: for a file that is missing, damaged or lacks an array, and for arrays of another shape, dtype or range.
@@ -39,9 +40,10 @@ def features(data: ConfigDict) -> Source:
     """A user's own features (embeddings) in an .npz file, `data.train`.
 
     It holds the arrays `features` `[n,D]` floats and `labels` `[n]` integers, as given. Optional are `clean_labels`,
-    `test_features` and `test_labels`, `trusted_features` and `trusted_labels`, as for `arrays`. Each of the D numbers
-    is standardised: its mean in `features` is subtracted, and it is divided by its standard deviation there. Features
-    are held as images of one pixel with D channels, float32 `[n,1,1,D]`, which the pipeline does not scale.
+    `test_features` and `test_labels`, `trusted_features`, `trusted_labels` and `trusted_given_labels`, as for `arrays`.
+    Each of the D numbers is standardised: its mean in `features` is subtracted, and it is divided by its standard
+    deviation there. Features are held as images of one pixel with D channels, float32 `[n,1,1,D]`, which the pipeline
+    does not scale.
 
     Raises:
       UserError: as for `arrays`; and where `data.image_size` is set.
@@ -166,9 +168,12 @@ def _own_arrays(
         clean = content.get("clean_labels") if not prefix else None
         if clean is not None:
             check_labels(clean, len(labels), f"{path}: clean_labels", data.num_classes, lowest=-1)
+        given = content.get("trusted_given_labels") if prefix == "trusted_" else None
+        if given is not None:
+            check_labels(given, len(labels), f"{path}: trusted_given_labels", data.num_classes, lowest=-1)
         names = np.char.add(f"{prefix}{what}/", np.arange(len(labels)).astype(str))
         # The labels of examples for testing, and of trusted ones, are taken to be true.
-        return make_split(examples, labels, clean if not prefix else labels, names)
+        return make_split(examples, labels, clean if not prefix else labels, names, given)
 
     train, test, trusted = read(""), read("test_"), read("trusted_")
     for name, split in ((f"test_{what}", test), (f"trusted_{what}", trusted)):
@@ -177,7 +182,9 @@ def _own_arrays(
                 f"{path}: {name} have shape {split.images.shape[1:]}, expected {train.images.shape[1:]} as {what}"
             )
     splits = [split for split in (train, test, trusted) if split is not None]
-    highest = max(int(max(split.labels.max(), split.clean_labels.max())) for split in splits)
+    highest = max(
+        int(max(column.max() for column in (split.labels, split.clean_labels, split.given_labels))) for split in splits
+    )
     if highest < 1:
         raise UserError(f"{path}: all labels are 0, expected at least two classes")
     return Source(path.stem, highest + 1, train, test, trusted)

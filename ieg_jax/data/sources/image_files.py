@@ -21,7 +21,7 @@ SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm",
 }  # fmt: skip
 SPLITS = ("train", "test", "trusted")
-COLUMNS = ("path", "label", "clean_label", "split")
+COLUMNS = ("path", "label", "clean_label", "given_label", "split")
 PARQUET = (".parquet", ".pq")
 _NUMBER = re.compile(r"[+-]?\d+")
 Classes = tuple[tuple[str, ...], dict[str, int]]  # the names of the classes by number, and the numbers by written label
@@ -36,6 +36,7 @@ class Listed:
       name: what it is called in reports: its path relative to the base folder, if it lies below that.
       label: name of the class, as given.
       clean_label: name of the true class, "" = not known.
+      given_label: name of the class that a trusted image was given before it was checked, "" = not known.
       split: train, test or trusted.
       where: the line of the list or the folder, for messages.
     """
@@ -44,6 +45,7 @@ class Listed:
     name: str
     label: str
     clean_label: str
+    given_label: str
     split: str
     where: str
 
@@ -74,14 +76,15 @@ def image_folder(data: ConfigDict) -> Source:
 
 
 def image_csv(data: ConfigDict) -> Source:
-    """Lists with the columns `path` and `label`; optional `split` and `clean_label`.
+    """Lists with the columns `path` and `label`; optional `split`, `clean_label` and `given_label`.
 
     A file that ends in `.parquet` or `.pq` is read as Parquet, every other one as CSV with a header.
     Paths are relative to `data.dir`, or to the list's own folder where it is empty. `split` is train, test or
     trusted. `data.test` and `data.trusted` name further lists, or folders as for `image_folder`. Labels are names
     of classes, sorted; or, where all are whole numbers, the numbers themselves. In the training set `label` is what is
     learned from and `clean_label` is for diagnostics; of an image for testing or trusted, whose label has to be true,
-    `clean_label` is the label where it is given.
+    `clean_label` is the label where it is given. `given_label` of a trusted image is the label that it had before
+    somebody checked it, right or wrong, from which an audit learns how often labels are wrong.
 
     Raises:
       ListError: for everything that is wrong with what is listed, at once.
@@ -109,7 +112,7 @@ def _load(data: ConfigDict, number_classes: Callable[[list[Listed], int, list[st
     errors += [
         f"{image.where}: label {label!r} is none of {known}"
         for image in listed
-        for label in (image.label, image.clean_label)
+        for label in _labels_of(image)
         if label and label not in numbers
     ]
     if errors:
@@ -158,7 +161,9 @@ def _list_folder(folder: pathlib.Path, base: pathlib.Path, split: str) -> list[L
                 f"data.{split}: class {place.name!r} has no images in {place} "
                 f"(files ending in {', '.join(sorted(SUFFIXES))}); remove the folder or fill it"
             )
-        listed += [Listed(str(p), _name(str(p), str(base)), place.name, "", split, f"{place}: {p.name}") for p in paths]
+        listed += [
+            Listed(str(p), _name(str(p), str(base)), place.name, "", "", split, f"{place}: {p.name}") for p in paths
+        ]
     return listed
 
 
@@ -285,7 +290,8 @@ def _listed(row: dict, where: str, root: str, base: str, split: str) -> Listed |
     if part not in SPLITS:
         raise UserError(f"{where}: split {part!r}, expected one of {', '.join(SPLITS)}")
     path = os.path.join(root, values["path"])
-    return Listed(path, _name(path, base), values["label"], values.get("clean_label", ""), part, where)
+    given = values.get("given_label", "") if part == "trusted" else ""  # of others, as in cleaned.csv, it says nothing
+    return Listed(path, _name(path, base), values["label"], values.get("clean_label", ""), given, part, where)
 
 
 def _name(path: str, base: str) -> str:
@@ -303,7 +309,7 @@ def _without_repeats(listed: list[Listed]) -> tuple[list[Listed], list[str]]:
     errors = []
     for image in listed:
         first = seen.setdefault((image.split, image.name), image)
-        for column in ("label", "clean_label"):
+        for column in ("label", "clean_label", "given_label"):
             got, before = getattr(image, column), getattr(first, column)
             if got != before:
                 errors.append(
@@ -314,7 +320,11 @@ def _without_repeats(listed: list[Listed]) -> tuple[list[Listed], list[str]]:
 
 
 def _labels(listed: list[Listed]) -> set[str]:
-    return {label for image in listed for label in (image.label, image.clean_label) if label}
+    return {label for image in listed for label in _labels_of(image) if label}
+
+
+def _labels_of(image: Listed) -> tuple[str, str, str]:
+    return image.label, image.clean_label, image.given_label
 
 
 def _number_names(listed: list[Listed], num_classes: int, errors: list[str]) -> Classes:
@@ -340,7 +350,7 @@ def _number_labels(listed: list[Listed], num_classes: int, errors: list[str]) ->
     outside = [
         f"{image.where}: label {label}, expected 0 {upper}"
         for image in listed
-        for label in (image.label, image.clean_label)
+        for label in _labels_of(image)
         if label and not 0 <= numbers[label] < (num_classes or highest + 1)
     ]
     if not num_classes and not outside:
@@ -363,8 +373,11 @@ def _to_split(listed: list[Listed], numbers: dict[str, int]) -> Split | None:
     if not listed:
         return None
     labels = np.array([numbers[image.label] for image in listed])
-    clean = np.array([numbers[image.clean_label] if image.clean_label else UNKNOWN for image in listed])
+    clean, given = (
+        np.array([numbers[name] if name else UNKNOWN for name in (getattr(image, column) for image in listed)])
+        for column in ("clean_label", "given_label")
+    )
     if listed[0].split != "train":
         labels = clean = np.where(clean == UNKNOWN, labels, clean)  # taken to be true here
     images = FileImages(np.array([image.path for image in listed], object))
-    return make_split(images, labels, clean, [image.name for image in listed])
+    return make_split(images, labels, clean, [image.name for image in listed], given)

@@ -161,6 +161,7 @@ def read_split(
         (clean(table) if clean else table.get("clean_label", unknown)).astype(np.int32),
         table["id"] if "id" in table and table["id"].dtype.kind == "i" else place,
         (table[name].astype(str) if name in table else np.char.add(f"{split}/", place.astype(str))).astype(object),
+        table.get("given_label", unknown).astype(np.int32),
     )
 
 
