@@ -101,7 +101,7 @@ def test_unknown_given_labels_are_no_pairs_and_some_are_of_no_class():
 def test_the_interval_holds_the_truth_or_there_is_an_alarm(transition, network, known):
     temperature = {"too sure": 3.0, "not sure": 0.4}.get(network, 1.0)
     missed = 0
-    for seed in range(8):
+    for seed in range(4):
         probabilities, true, given = draw(1_500, transition, seed, temperature)
         held_out = draw(60, transition, 100 + seed, temperature)
         if network == "memorised":
