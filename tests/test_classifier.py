@@ -452,6 +452,7 @@ def test_the_size_and_the_network_follow_from_the_images():
     assert clf.predict_proba(X).shape == (12, 3)
 
 
+@pytest.mark.slow
 def test_the_final_classifier_of_features(digits, capsys):
     """Chosen among plain ones, better than the network; it predicts, also when it was pickled, and audits."""
     flat = {name: getattr(digits, name).reshape(-1, 64).astype(float) for name in ("X", "X_trusted", "X_test")}

@@ -429,6 +429,7 @@ def features(tmp_path_factory):
         0.0,
         80,
     )
+    config.eval_every_epochs, config.eval_every_steps = 0.0, 80
     train_and_evaluate(config, str(folder / "run"))
     summary = audit(str(folder / "run"), str(folder / "audit"), dataclasses.replace(OPTIONS, views=0))
     return folder, true, given, summary
