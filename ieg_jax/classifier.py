@@ -303,7 +303,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         quality = label_quality.estimate(probabilities, data.train.labels, *evidence, class_names=names.astype(str))
         self.network_quality_, self._final, self.comparison_ = quality, None, ()
         if self.final != final.NETWORK and final.possible(data.train):
-            found = self._fit_final(data, probabilities, evidence, quality)
+            found = self._fit_final(data, names, probabilities, evidence, quality)
             self.comparison_ = found.comparison
             if found.name != final.NETWORK:
                 quality, self._final = found.quality, found
@@ -312,7 +312,9 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         self.final_ = final.NETWORK if self._final is None else self._final.name
         return quality
 
-    def _fit_final(self, data: Data, probabilities, evidence: tuple, quality: label_quality.Quality) -> final.Final:
+    def _fit_final(
+        self, data: Data, names, probabilities, evidence: tuple, quality: label_quality.Quality
+    ) -> final.Final:
         """The final classifier, see `audit.final`."""
         held_out = given = None
         if evidence:
@@ -323,9 +325,10 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             held_out=held_out,
             held_out_given=given,
             seed=_seed(self.random_state),
+            class_names=names.astype(str),
         )
-        names = tuple(final.CLASSIFIERS) if self.final == "auto" else (self.final,)
-        return final.fit(task, quality, self.method, self._statistics is None, names)
+        candidates = tuple(final.CLASSIFIERS) if self.final == "auto" else (self.final,)
+        return final.fit(task, quality, self.method, self._statistics is None, candidates)
 
     def _predict(self, split: Split) -> np.ndarray:
         if self.__dict__.get("_final") is not None:

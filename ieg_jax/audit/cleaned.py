@@ -10,7 +10,7 @@ import numpy as np
 from pyarrow import parquet
 
 from ieg_jax import files
-from ieg_jax.audit.files import BEGUN, SUMMARY, TABLE
+from ieg_jax.audit.files import BEGUN, SUMMARY, TABLE, read_exported
 from ieg_jax.data.splits import in_lines
 from ieg_jax.errors import UserError, first_line
 
@@ -114,15 +114,7 @@ def read_marks(file: str, ids: set[int], names: set[str]) -> dict[int, tuple[str
     Raises:
       UserError: for a file that cannot be read, and with the first line that cannot be used.
     """
-    try:
-        text = pathlib.Path(file).expanduser().read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--marks={file}: cannot be read ({first_line(error)})") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if not {"id", "mark", "label"} <= set(reader.fieldnames or []):
-        raise UserError(
-            f"--marks={file}: columns {reader.fieldnames}, expected id, mark and label, as the page exports"
-        )
+    reader = read_exported(file, ("id", "mark", "label"))
     marks = {}
     for row in reader:
         where = f"--marks={file}, line {reader.line_num}"

@@ -1,5 +1,6 @@
 """The files of an audit, and its tables."""
 
+import csv
 import io
 import pathlib
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pyarrow import csv as pa_csv
 from pyarrow import parquet
 
 from ieg_jax import files
+from ieg_jax.errors import UserError, first_line
 
 # The columns of the tables, with their meanings.
 COLUMNS = {
@@ -50,6 +52,25 @@ def to_cleanlab(folder: str) -> dict[str, np.ndarray]:
     """
     with np.load(pathlib.Path(folder) / CLEANLAB, allow_pickle=False) as content:
         return {name: content[name] for name in ("labels", "pred_probs")}
+
+
+def read_exported(file: str, columns: Sequence[str]) -> csv.DictReader:
+    """The rows of a .csv file that the page exported, with these columns at least.
+
+    Raises:
+      UserError: for a file that cannot be read, or lacks a column.
+    """
+    try:
+        text = pathlib.Path(file).expanduser().read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--marks={file}: cannot be read ({first_line(error)})") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if not set(columns) <= set(reader.fieldnames or []):
+        raise UserError(
+            f"--marks={file}: columns {reader.fieldnames}, expected {', '.join(columns)}, as the page exports: "
+            f"marks.csv for ieg_jax.clean, sample.csv for ieg_jax.audit"
+        )
+    return reader
 
 
 def write_tables(

@@ -104,6 +104,7 @@ class Task:
       held_out: those that it was not; None without any.
       held_out_given: their given labels, see `quality.estimate`; None of none.
       seed: of everything random.
+      class_names: `[K]`, for the alarms; None = numbers.
       answers: a checked sample of the noisy examples, which then takes the place of the held-out ones in the audits.
     """
 
@@ -112,6 +113,7 @@ class Task:
     held_out: Examples | None
     held_out_given: np.ndarray | None
     seed: int
+    class_names: Sequence[str] | None = None
     answers: Answers | None = None
 
     @property
@@ -126,7 +128,8 @@ class Compared:
 
     Attributes:
       name: of the classifier.
-      labels: what it was trained on: `given` or `cleaned`; of the network the name of its method.
+      labels: what it was trained on: `given`, `cleaned` by the network, or `final`, cleaned in the end; of the network
+        the name of its method.
       expected: its expected accuracy on noisy examples that it was not trained with; None for the network.
       held_out: its accuracy on held-out trusted examples; None without any.
       interval: (low, high), the exact 95 % interval of that; None likewise.
@@ -309,7 +312,7 @@ def _audit(task: Task, predictions: np.ndarray, held_out: np.ndarray) -> Quality
         evidence = as_evidence(task.answers, task.noisy.labels, predictions)
     else:
         evidence = () if task.held_out is None else (held_out, task.held_out.labels, task.held_out_given)
-    return estimate(predictions, task.noisy.labels, *evidence)
+    return estimate(predictions, task.noisy.labels, *evidence, class_names=task.class_names)
 
 
 def _train(task: Task, name: str, labels: np.ndarray, used: np.ndarray) -> Any:

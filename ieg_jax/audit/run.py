@@ -149,6 +149,7 @@ def _final(
         held_out=None if data.held_out is None else examples(data.held_out, held_out),
         held_out_given=None if data.held_out is None else data.held_out.given_labels,
         seed=trained.config.seed,
+        class_names=splits.distinct(trained.class_names),
         answers=answers,
     )
     return final.fit(task, quality, trained.config.method.name, images=False)

@@ -6,19 +6,18 @@ noise rate follows without any network, and with `ieg_jax.audit --marks` they ar
 estimated from anew. Marks that a person set while looking through the most suspicious examples are no such sample.
 """
 
-import csv
 import dataclasses
 import hashlib
-import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ieg_jax.audit.files import read_exported
 from ieg_jax.audit.quality import NO_CLASS, Quality, clopper_pearson
 from ieg_jax.data.splits import Split
-from ieg_jax.errors import UserError, first_line
+from ieg_jax.errors import UserError
 
 COLUMNS = ("id", "answer", "label", "weight")
 RIGHT, WRONG = "right", "wrong"  # answers; a wrong one may say which label is right
@@ -52,16 +51,7 @@ def read(file: str, ids: np.ndarray, class_names: Sequence[str]) -> Answers:
     Raises:
       UserError: for a file that cannot be read, and with the first line that cannot be used.
     """
-    try:
-        text = pathlib.Path(file).expanduser().read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--marks={file}: cannot be read ({first_line(error)})") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if not set(COLUMNS) <= set(reader.fieldnames or []):
-        raise UserError(
-            f"--marks={file}: columns {reader.fieldnames}, expected {', '.join(COLUMNS)}, as the page exports a "
-            f"checked sample (marks.csv is for ieg_jax.clean)"
-        )
+    reader = read_exported(file, COLUMNS)
     row_of = {int(number): row for row, number in enumerate(ids)}
     number_of = {name: number for number, name in enumerate(class_names)}
     found: dict[int, tuple[int, bool, float]] = {}
