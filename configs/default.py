@@ -44,7 +44,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     data.name = "digits"
     data.dir = ""  # folder with the published files, or of TFDS; "" = through TFDS where the data set is there
     data.variant = ""  # which of several versions of the data set, or column of labels; "" = the usual one
-    data.train = ""  # arrays, features: the .npz file; image_folder: folder; image_csv: list
+    data.train = ""  # arrays, features: the .npz file (or a table); image_folder: folder; image_csv: list
     # image_folder, image_csv: folder or list; huggingface: folder; webvision: "" its own set, or where ImageNet is
     data.test = ""
     data.trusted = ""  # image_folder, image_csv, huggingface: likewise, of checked images; webvision: where ImageNet is

@@ -4,7 +4,8 @@
 
 The file holds `features` [n,D] floats, `labels` [n] integers as given, and the trusted set, `trusted_features` and
 `trusted_labels`; optionally `test_features` and `test_labels`, and `clean_labels` [n] (true labels, -1 where not
-known), from which `trusted=train` takes the trusted set instead. The network, two hidden layers of 256 units, sees each
+known), from which `trusted=train` takes the trusted set instead. Or it is a table, .parquet, or .npy with a .csv beside
+it, with names, texts and paths of images (docs/data.md). The network, two hidden layers of 256 units, sees each
 number less its mean in `features`, by its deviation there; a view is that with Gaussian noise. The length of the
 training follows from the number of examples. Two trusted examples in ten of each class are held out, see own_data.py.
 Arguments: method, trusted (separate or train), seed (of everything), reference. Accuracy depends on the data.

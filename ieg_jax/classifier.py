@@ -35,6 +35,7 @@ from ieg_jax.data.sources import load as sources
 from ieg_jax.data.sources.arrays import feature_statistics, standardised
 from ieg_jax.data.splits import UNKNOWN, Split, check_images_and_labels, make_split
 from ieg_jax.errors import Interrupted, UserError, check_choice
+from ieg_jax.inference import plain
 from ieg_jax.models import own
 from ieg_jax.runtime.workdir import WorkFolder
 from ieg_jax.train import check
@@ -318,10 +319,10 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         """The final classifier, see `audit.final`."""
         held_out = given = None
         if evidence:
-            held_out, given = final.Examples(final.flat(data.held_out), evidence[1], evidence[0]), evidence[2]
+            held_out, given = final.Examples(plain.flat(data.held_out), evidence[1], evidence[0]), evidence[2]
         task = final.Task(
-            noisy=final.Examples(final.flat(data.train), data.train.labels, probabilities),
-            trusted=final.Examples(final.flat(data.trusted), data.trusted.labels, self._predictor(data.trusted)),
+            noisy=final.Examples(plain.flat(data.train), data.train.labels, probabilities),
+            trusted=final.Examples(plain.flat(data.trusted), data.trusted.labels, self._predictor(data.trusted)),
             held_out=held_out,
             held_out_given=given,
             seed=_seed(self.random_state),
@@ -332,7 +333,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
 
     def _predict(self, split: Split) -> np.ndarray:
         if self.__dict__.get("_final") is not None:
-            return self._final.predict_proba(final.flat(split))
+            return self._final.predict_proba(plain.flat(split))
         if "_predictor" not in self.__dict__:  # after unpickling
             self._predictor = inference.predictor(self._trained)
         return self._predictor(split)

@@ -13,6 +13,7 @@ from absl import flags
 
 from ieg_jax import cli
 from ieg_jax.audit import cleaned
+from ieg_jax.data.sources.feature_tables import ENDINGS
 from ieg_jax.errors import UserError
 
 
@@ -20,7 +21,7 @@ def define_flags() -> None:
     """Defines the flags. This does not happen at import because other commands have flags of the same names."""
     flags.DEFINE_string("audit", None, "Folder that ieg_jax.audit wrote.", required=True)
     flags.DEFINE_string(
-        "out", None, "New .csv file, or .npz of data in such a file; nothing is overwritten.", required=True
+        "out", None, "New .csv file, or a name with the ending of data.train; nothing is overwritten.", required=True
     )
     flags.DEFINE_float("threshold", 0.5, "Labels with P(right) below this are not kept.", lower_bound=0, upper_bound=1)
     flags.DEFINE_enum("below", "relabel", ["relabel", "drop"], "What becomes of these labels.")
@@ -33,8 +34,11 @@ def main(argv: list[str]) -> None:
     del argv
     values: Any = flags.FLAGS
     out = pathlib.Path(values.out).expanduser()
-    if out.suffix.lower() not in (".csv", ".npz"):
-        raise UserError(f"--out={values.out}: expected a name that ends in .csv (or .npz, of data in such a file)")
+    endings = (".csv", ".npz", *ENDINGS)
+    if out.suffix.lower() not in endings:
+        raise UserError(
+            f"--out={values.out}: expected a name that ends in .csv, or as the data do ({', '.join(endings[1:])})"
+        )
     if out.exists():
         raise UserError(f"--out={out} is there already; name a new file")
     audit = pathlib.Path(values.audit).expanduser()

@@ -2,8 +2,9 @@
 
 The arguments are image files, folders (all images in them and in their subfolders), lists (.csv or .parquet with a
 column `path`, relative to the list) and arrays (.npy, or .npz with `images`), in any number and order. For a network of
-features they are .npz files with `features`. Images are treated as those on which the run measured its accuracy:
-data.image_size, then augment.evaluation. The averaged weights predict.
+features they are files of features, as docs/data.md has them (.npz, .npy, .parquet; no labels are needed). Images are
+treated as those on which the run measured its accuracy: data.image_size, then augment.evaluation. The averaged weights
+predict.
 
 The table has one row for each image, in the order of the arguments, with these columns:
 
@@ -31,6 +32,12 @@ def define_flags() -> None:
         None,
         "Which checkpoint: a step, or best (by checkpoint.best_metric); by default the newest that is not damaged.",
     )
+    flags.DEFINE_string(
+        "classifier",
+        "",
+        "Of features: the file classifier.joblib of an audit of this run, whose classifier predicts in place of the "
+        "network. Like every file of joblib it may run code.",
+    )
     flags.DEFINE_bool("probabilities", False, "Add a column with the probability of each class.")
     flags.DEFINE_enum(
         "unreadable",
@@ -47,7 +54,17 @@ def main(argv: list[str]) -> None:
     from ieg_jax.inference.predictions import predict
 
     values = flags.FLAGS
-    print(predict(values.workdir, argv[1:], values.out, values.checkpoint, values.probabilities, values.unreadable))
+    print(
+        predict(
+            values.workdir,
+            argv[1:],
+            values.out,
+            values.checkpoint,
+            values.probabilities,
+            values.unreadable,
+            values.classifier,
+        )
+    )
 
 
 if __name__ == "__main__":

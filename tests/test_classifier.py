@@ -231,6 +231,7 @@ def test_features_with_trusted_rows_among_them(blobs, capsys, tmp_path, monkeypa
     np.testing.assert_allclose(few, clf.predict_proba(X)[:3], atol=1e-5, err_msg="whatever is predicted with them")
 
 
+@pytest.mark.slow
 def test_one_seed_one_result_and_row_numbers_are_a_mask(blobs, capsys, tmp_path):
     X, _, true = blobs
     rows = np.array([np.flatnonzero(true == label)[0] for label in (20, 5, 7)])
@@ -261,6 +262,7 @@ def test_ctrl_c(blobs, monkeypatch):
         quick().fit(*blobs[:2])
 
 
+@pytest.mark.slow
 def test_in_pipelines_and_searches(blobs):
     X, given, true = blobs
     mask = np.zeros(600, bool)

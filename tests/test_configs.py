@@ -208,7 +208,7 @@ SMALL = [
 ]
 
 
-SLOWER = {"cifar10.py", "cifar100.py", "webvision.py"}  # tests/data/sources reads their archives
+SLOWER = {"cifar10.py", "cifar100.py", "webvision.py", "webvision_mini.py"}  # tests/data/sources reads their archives
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import csv
 import subprocess
 import sys
 
+import joblib
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from pyarrow import parquet
 from runs import ROOT, SMALL
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 
 from configs import default
 from ieg_jax import inference
@@ -187,8 +189,33 @@ def test_features(tmp_path):
     predict(str(tmp_path / "model"), [str(tmp_path / "more.npz")], str(tmp_path / "out.csv"), probabilities=True)
     expected = untrained.by_hand(trained, ((more - features.mean(0)) / features.std(0))[:, None, None])
     np.testing.assert_allclose(numbers(read(tmp_path / "out.csv")), expected, atol=1e-5)
-    with pytest.raises(UserError, match="takes features, expected an .npz file"):
+    with pytest.raises(UserError, match="takes features, expected a file of them"):
         predict(str(tmp_path / "model"), [str(tmp_path)], str(tmp_path / "other.csv"))
+
+
+def test_the_classifier_of_an_audit_in_place_of_the_network(tmp_path, colour):
+    rng = np.random.default_rng(4)
+    features, labels = rng.normal(3, 2, (50, 6)).astype(np.float32), np.arange(50) % 2
+    np.savez(tmp_path / "own.npz", features=features, labels=labels)
+    keys = {"data__name": "features", "data__train": str(tmp_path / "own.npz"), "model__name": "mlp", "model__depth": 2}
+    inference.export(untrained.trained((1, 1, 6), "abc", **keys), tmp_path / "model")
+    plain = LogisticRegression().fit((features - features.mean(0)) / features.std(0), labels)  # never saw class 2
+    joblib.dump({"kind": "logistic", "model": plain, "num_classes": 3}, tmp_path / "classifier.joblib")
+    arguments = [str(tmp_path / "model"), [str(tmp_path / "own.npz")]]
+    said = predict(
+        *arguments, str(tmp_path / "out.csv"), probabilities=True, classifier=str(tmp_path / "classifier.joblib")
+    )
+    assert said.endswith("; logistic")
+    expected = plain.predict_proba((features - features.mean(0)) / features.std(0))
+    np.testing.assert_allclose(numbers(read(tmp_path / "out.csv"))[:, :2], expected, atol=1e-5)
+    joblib.dump({"kind": "logistic", "model": plain, "num_classes": 2}, tmp_path / "other.joblib")
+    for file, message in (("other.joblib", "of 2 classes, the run has 3"), ("own.npz", "cannot be read")):
+        with pytest.raises(UserError, match=message):
+            predict(*arguments, str(tmp_path / "no.csv"), classifier=str(tmp_path / file))
+    with pytest.raises(UserError, match="expected features"):
+        predict(
+            str(colour[1]), [str(tmp_path)], str(tmp_path / "no.csv"), classifier=str(tmp_path / "classifier.joblib")
+        )
 
 
 def test_classes_of_one_name_have_columns_of_their_own(tmp_path):

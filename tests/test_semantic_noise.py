@@ -73,6 +73,7 @@ def test_summary_by_hand():
     assert lines[1:] == ["  cat     25.0 %", "  dog    100.0 %", "  horse    0.0 %", "  cow        – %"]
 
 
+@pytest.mark.slow
 def test_labels_of_digits_and_back_as_noise(tiny_config, tmp_path, monkeypatch):
     digits = sources.REGISTRY["digits"].read(tiny_config.data)
     order = np.random.default_rng(0).permutation(1297)

@@ -1,4 +1,4 @@
-"""Writes cleaned.csv or cleaned.npz: the labels of a run, of which the wrong ones are replaced or left out."""
+"""Writes cleaned.csv and its kin: the labels of a run, of which the wrong ones are replaced or left out."""
 
 import csv
 import io
@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from ieg_jax import files
 from ieg_jax.audit.files import BEGUN, SUMMARY, TABLE, read_exported
+from ieg_jax.data.sources import feature_tables
 from ieg_jax.data.splits import in_lines
 from ieg_jax.errors import UserError, first_line
 
@@ -24,8 +25,9 @@ def write(
 
     Args:
       audit: the folder that ieg_jax.audit wrote its tables to.
-      out: the file: .csv, with the columns path, label, given_label and id; or, of data that were an .npz file, .npz, a
-        copy of that file with other labels and without the examples that are dropped.
+      out: the file: .csv, with the columns path, label, given_label and id; or, of data that were an .npz file or a
+        table of features, a name with the ending of that, for a copy with other labels and without the examples that
+        are dropped.
       threshold: labels with P(right) below it are not kept.
       below: what becomes of these: relabel or drop.
       marks: marks.csv as the page exports it, which decides for the examples in it; "" = none.
@@ -53,11 +55,19 @@ def write(
             kept.append((row, row["given_label"] if action == "keep" else label))
     if not kept:
         raise UserError(f"all {len(rows)} examples would be dropped; lower --threshold, or set fewer marks")
-    if out.suffix == ".npz":
-        classes = {name: number for number, name in enumerate(begun["class_names"])}
+    file = pathlib.Path(begun.get("arrays", ""))
+    if out.suffix in (".npz", *feature_tables.ENDINGS):
+        if file.suffix.lower() != out.suffix.lower():
+            expected = f".csv or {file.suffix}" if file.suffix else ".csv"
+            raise UserError(f"{out}: the data of this audit are no {out.suffix} file; expected a name in {expected}")
         dropped = np.setdiff1d([row["id"] for row in rows], [row["id"] for row, _ in kept])
-        labels = {row["id"]: classes[label] for row, label in kept}
-        files.write_arrays(out, _arrays(begun.get("arrays", ""), labels, dropped), compressed=False)
+        labels = {row["id"]: label for row, label in kept}
+        if out.suffix == ".npz":
+            classes = {name: number for number, name in enumerate(begun["class_names"])}
+            labels = {row: classes[label] for row, label in labels.items()}
+            files.write_arrays(out, _arrays(file, labels, dropped), compressed=False)
+        else:
+            feature_tables.rewrite(file, out, labels, dropped)
         return counts
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -69,16 +79,14 @@ def write(
     return counts
 
 
-def _arrays(file: str, labels: dict[int, int], dropped: np.ndarray) -> dict[str, np.ndarray]:
+def _arrays(file: pathlib.Path, labels: dict[int, int], dropped: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays of the .npz file that a run was trained on, cleaned.
 
     Args:
-      file: its path; "" where the data were no such file.
+      file: its path.
       labels: id, the place in the file -> label.
       dropped: ids.
     """
-    if not file:
-        raise UserError("the data of this audit are no .npz file; name an --out that ends in .csv")
     try:
         with np.load(file, allow_pickle=False) as content:
             arrays = dict(content)

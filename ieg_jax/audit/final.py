@@ -41,6 +41,7 @@ from ieg_jax.audit.noise_model import softmax
 from ieg_jax.audit.quality import Quality, clopper_pearson, estimate
 from ieg_jax.audit.sample import Answers, as_evidence
 from ieg_jax.data.splits import Split
+from ieg_jax.inference import plain
 
 SURE = 0.7  # examples of whose class the audit is less sure are left out of training
 VALIDATION = 0.2  # share of the noisy examples by which the classifiers are compared
@@ -148,7 +149,8 @@ class Final:
 
     Attributes:
       name: of the final classifier: in CLASSIFIERS, or NETWORK.
-      model: the fitted one of CLASSIFIERS, of classes as numbers, even where the network is final.
+      kind: the best of CLASSIFIERS, even where the network is final.
+      model: the fitted one, of classes as numbers.
       num_classes: K.
       quality: the last audit.
       out_of_fold: `[N, K]`, its predictions of the noisy examples.
@@ -156,6 +158,7 @@ class Final:
     """
 
     name: str
+    kind: str
     model: Any
     num_classes: int
     quality: Quality
@@ -164,13 +167,7 @@ class Final:
 
     def predict_proba(self, examples: np.ndarray) -> np.ndarray:
         """Probabilities of the classes, `[n, K]` float32, of examples `[n, D]`."""
-        return _probabilities(self.model, examples, self.num_classes)
-
-
-def flat(split: Split) -> np.ndarray:
-    """The examples of a split in memory as `[n, D]` float32; pixels in [0, 1]."""
-    found = split.images.reshape(len(split), -1)
-    return found.astype(np.float32) / 255 if found.dtype == np.uint8 else found
+        return plain.probabilities(self.model, examples, self.num_classes)
 
 
 def possible(noisy: Split) -> bool:
@@ -218,9 +215,9 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
     final = NETWORK if images else best
     if held_out is not None:
         gain = (found == held_out.labels) - (held_out.predictions.argmax(1) == held_out.labels).astype(float)
-        error = gain.std() / np.sqrt(len(gain))
+        error = np.sqrt(np.mean(gain**2) / len(gain))  # of the mean, were both as good: one example does not decide
         final = best if (gain.mean() > error if images else gain.mean() >= -error) else NETWORK
-    return Final(final, model, task.num_classes, quality, by_cleaned[0], tuple(compared))
+    return Final(final, best, model, task.num_classes, quality, by_cleaned[0], tuple(compared))
 
 
 def cleaned(quality: Quality, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -274,7 +271,7 @@ def as_json(final: Final) -> Mapping[str, Any]:
 def save(final: Final, file: pathlib.Path) -> None:
     """Writes the fitted classifier, whole or not at all; raises StorageError where that is not possible."""
     buffer = io.BytesIO()
-    joblib.dump({"name": final.name, "model": final.model, "num_classes": final.num_classes}, buffer)
+    joblib.dump({"kind": final.kind, "model": final.model, "num_classes": final.num_classes}, buffer)
     files.write(file, buffer.getvalue())
 
 
@@ -300,9 +297,9 @@ def _out_of_fold(
         mine = fold == number
         model = _train(task, name, labels, used & ~mine)
         if mine.any():
-            found[mine] = _probabilities(model, task.noisy.examples[mine], task.num_classes)
+            found[mine] = plain.probabilities(model, task.noisy.examples[mine], task.num_classes)
         if len(held_out):
-            elsewhere.append(_probabilities(model, held_out, task.num_classes))
+            elsewhere.append(plain.probabilities(model, held_out, task.num_classes))
     mean = np.mean(elsewhere, 0) if elsewhere else np.empty((0, task.num_classes), np.float32)
     return _floored(found), _floored(mean)
 
@@ -330,13 +327,6 @@ def _compared(
         return Compared(name, labels, expected, None, None)
     share = float(np.mean(found == held_out.labels))
     return Compared(name, labels, expected, share, clopper_pearson(share, len(found)))
-
-
-def _probabilities(model: Any, examples: np.ndarray, num_classes: int) -> np.ndarray:
-    """`[n, K]` float32; classes that the classifier was not trained with have probability 0."""
-    found = np.zeros((len(examples), num_classes), np.float32)
-    found[:, model.classes_] = model.predict_proba(examples)
-    return found
 
 
 def _floored(probabilities: np.ndarray) -> np.ndarray:

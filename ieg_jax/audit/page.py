@@ -9,6 +9,7 @@ admits that one script and nothing from elsewhere.
 """
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -33,6 +34,7 @@ from ieg_jax.errors import UserError
 from ieg_jax.inference import Trained
 
 THUMBNAIL = 96  # pixels of the longer side, at most
+LONGEST_TEXT = 1_000  # characters of an example that are shown
 UNITS = 10_000  # numbers in the page are integers of 1/UNITS: half the size, and typed arrays in the browser
 MATRIX_CLASSES = 30  # a matrix of more classes is unreadable as a table; then the largest entries are listed
 LISTED_PAIRS = 50
@@ -67,6 +69,7 @@ class Page:
       alarms: sentences, why the estimates should not be relied on.
       sample: `random` and `stratified` → (row, weight) of each example that a person is asked about, see `draw_sample`.
       thumbnails: row → data: URI of its image, for the most suspicious rows.
+      texts: row → the text of an example that is no image, likewise.
       key: identifies the audit; the browser keeps marks under it.
     """
 
@@ -90,6 +93,7 @@ class Page:
     alarms: Sequence[str]
     sample: Mapping[str, Sequence[tuple[int, float]]]
     thumbnails: Mapping[int, str]
+    texts: Mapping[int, str]
     key: str
 
 
@@ -175,6 +179,7 @@ def content(page: Page) -> dict[str, Any]:
             if number and np.isfinite((predicted, observed)).all()
         ],
         "thumbnails": {str(int(row)): uri for row, uri in page.thumbnails.items()},
+        "texts": {str(int(row)): text for row, text in page.texts.items()},
         "key": page.key,
     }
 
@@ -284,7 +289,7 @@ def write_page(
       disagreement: `[N]` in [0, 1], between augmented views.
       columns: those of the tables; mean_weight and mean_trust are shown.
       summary: the contents of summary.json.
-      thumbnails: how many of the most suspicious images are shown.
+      thumbnails: how many of the most suspicious images, or texts, are shown.
 
     Raises:
       UserError, StorageError: see `write`.
@@ -299,6 +304,7 @@ def write_page(
     }
     key = hashlib.sha256((folder / BEGUN).read_bytes()).hexdigest()[:16]
     drawn = draw_sample(quality.right, int(key, 16))
+    pictures, texts = _previews(data.train, quality.right, thumbnails, drawn)
     page = Page(
         title=data.name,
         facts=facts,
@@ -319,7 +325,8 @@ def write_page(
         reliability=quality.reliability,
         alarms=summary["alarms"],
         sample=drawn,
-        thumbnails=_thumbnails(data.train, quality.right, thumbnails, drawn),
+        thumbnails=pictures,
+        texts=texts,
         key=key,
     )
     write(page, folder / PAGE)
@@ -350,15 +357,30 @@ def draw_sample(right: np.ndarray, seed: int) -> dict[str, list[tuple[int, float
     }
 
 
-def _thumbnails(
+def _previews(
     split: Split, right: np.ndarray, count: int, drawn: Mapping[str, Sequence[tuple[int, float]]]
-) -> dict[int, str]:
-    """Row -> data: URI of its image, for the `count` rows that are least likely right and for those of the sample."""
-    if not split.is_visible or not count:
-        return {}
+) -> tuple[dict[int, str], dict[int, str]]:
+    """What is shown of the `count` rows that are least likely right, and of those of the sample.
+
+    Returns:
+      Row -> data: URI of its image; row -> its text. A row has one of them, or none.
+    """
+    if not count:
+        return {}, {}
     asked = [row for rows in drawn.values() for row, _ in rows]
     rows = np.unique(np.concatenate([np.argsort(right, kind="stable")[:count], np.array(asked, int)]))
-    return {int(row): thumbnail(image) for row, image in zip(rows, split.originals(rows), strict=True)}
+    if split.is_visible:
+        return {int(row): thumbnail(image) for row, image in zip(rows, split.originals(rows), strict=True)}, {}
+    if split.previews is None:
+        return {}, {}
+    shown = {int(row): split.previews[row] for row in rows if split.previews[row]}
+    pictures = {}
+    for row, path in shown.items():
+        if isinstance(path, pathlib.Path):
+            # A picture that is gone or damaged is one preview less: it was not trained on.
+            with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(path) as image:
+                pictures[row] = thumbnail(np.asarray(image.convert("RGB")))
+    return pictures, {row: text[:LONGEST_TEXT] for row, text in shown.items() if isinstance(text, str)}
 
 
 def thumbnail(image: np.ndarray) -> str:

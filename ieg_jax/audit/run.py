@@ -17,7 +17,7 @@ from ieg_jax import cli, files, inference, methods, models
 from ieg_jax.audit import cleaned, final, measures, sample
 from ieg_jax.audit import page as audit_page
 from ieg_jax.audit import quality as label_quality
-from ieg_jax.audit.files import BEGUN, CLASSIFIER, CLEANED, CLEANED_ARRAYS, CLEANLAB, SUMMARY, write_tables
+from ieg_jax.audit.files import BEGUN, CLASSIFIER, CLEANED, CLEANED_DATA, CLEANLAB, SUMMARY, write_tables
 from ieg_jax.audit.options import Options
 from ieg_jax.audit.quality import Quality
 from ieg_jax.data import splits
@@ -25,7 +25,7 @@ from ieg_jax.data.load import Data, fold_of, load_data
 from ieg_jax.data.sources import image_files
 from ieg_jax.data.splits import Split
 from ieg_jax.errors import StorageError, UserError, check_choice, first_line
-from ieg_jax.inference import Trained
+from ieg_jax.inference import Trained, plain
 from ieg_jax.train.loop import train_and_evaluate
 
 MEMORISED_GAP = 0.25  # between accuracies on trusted examples that were trained with and on those that were held out
@@ -118,7 +118,8 @@ def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data,
     if options.force or not alarms:
         counts = cleaned.write(folder, folder / CLEANED, options.threshold, options.below)
         if _is_arrays(trained.config.data):
-            cleaned.write(folder, folder / CLEANED_ARRAYS, options.threshold, options.below)
+            copy = (folder / CLEANED_DATA).with_suffix(pathlib.Path(trained.config.data.train).suffix.lower())
+            cleaned.write(folder, copy, options.threshold, options.below)
     summary = _summary(trained, train, quality, alarms, options, counts)
     if found is not None:
         summary["final"] = final.as_json(found)
@@ -141,7 +142,7 @@ def _final(
     """The final classifier of features, see `audit.final`."""
 
     def examples(split: Split, predictions: np.ndarray) -> final.Examples:
-        return final.Examples(final.flat(split), split.labels, predictions)
+        return final.Examples(plain.flat(split), split.labels, predictions)
 
     task = final.Task(
         noisy=examples(data.train, probabilities),

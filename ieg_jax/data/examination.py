@@ -21,7 +21,7 @@ from ieg_jax.data import check, images
 from ieg_jax.data.batches import train_batches
 from ieg_jax.data.load import Data, load_data
 from ieg_jax.data.noise import human_labels
-from ieg_jax.data.sources import image_files
+from ieg_jax.data.sources import lists
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.splits import Split, in_lines
 from ieg_jax.errors import UserError
@@ -53,7 +53,7 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
     config.data.unreadable = "skip"
     try:
         data = load_data(config)
-    except image_files.ListError as error:
+    except lists.ListError as error:
         raise UserError(f"{error}{_unreadable_besides(error.paths)}") from None
     splits, problems = data.splits, []
     console.rule(Text(f"{data.name}: {', '.join(f'{len(split):,} {name}' for name, split in splits.items())}"))

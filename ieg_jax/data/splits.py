@@ -26,6 +26,8 @@ class Split:
       names: `[n]` str objects, by which a person finds the image: its path, or its place in an archive.
       given_labels: `[n]` int32, of trusted examples the labels that they were given before somebody checked them;
         UNKNOWN where nobody kept it, and of all other examples.
+      previews: `[n]` objects, what a person is shown of an example that is no image: a text, or the path of an image as
+        a `pathlib.Path`; "" = nothing. None = nothing of any.
     """
 
     images: np.ndarray | StoredImages
@@ -34,13 +36,15 @@ class Split:
     ids: np.ndarray
     names: np.ndarray
     given_labels: np.ndarray
+    previews: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> "Split":
         """The examples in these rows, in this order."""
-        return Split(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+        columns = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Split(*(None if column is None else column[rows] for column in columns))
 
     @property
     def in_memory(self) -> bool:

@@ -18,11 +18,12 @@ from rich.progress import track
 from ieg_jax import files
 from ieg_jax.data import images
 from ieg_jax.data.batches import image_shape
-from ieg_jax.data.sources import image_files
+from ieg_jax.data.sources import feature_tables, image_files, lists
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.sources.arrays import read_features
 from ieg_jax.data.splits import check_images_and_labels, distinct, in_lines, make_split
 from ieg_jax.errors import StorageError, UserError, first_line
+from ieg_jax.inference import plain
 from ieg_jax.inference.trained import load, predictor
 
 ENDINGS = (".csv", ".parquet")  # how the name of a table may end
@@ -73,6 +74,7 @@ def predict(
     checkpoint: int | str | None = None,
     probabilities: bool = False,
     unreadable: str = "skip",
+    classifier: str = "",
 ) -> str:
     """Writes a table of predictions, unless there is an error.
 
@@ -85,6 +87,7 @@ def predict(
       checkpoint: the argument `step` of `trained.load`.
       probabilities: whether each class gets a column.
       unreadable: see `predictions`.
+      classifier: classifier.joblib of an audit of the run, which predicts in place of the network; "" = none.
 
     Returns:
       A line that says what was written.
@@ -96,10 +99,14 @@ def predict(
     """
     table_path, places = _check_out(out), _check_places(arguments)
     trained = load(workdir, checkpoint)
-    inputs = find_inputs(places, trained.config.data.name == "features")
+    is_features = trained.config.data.name == "features"
+    if classifier and not is_features:
+        raise UserError(f"--classifier={classifier}: the run is one on {trained.config.data.name}, expected features")
+    by, instead = plain.load(classifier, trained.num_classes) if classifier else ("", None)
+    inputs = find_inputs(places, is_features)
     count, bad = 0, []
     with PredictionFile(table_path, trained.class_names, inputs, probabilities) as table:
-        for rows in predictions(trained, inputs, unreadable):
+        for rows in predictions(trained, inputs, unreadable, instead):
             table.write(rows)
             count += len(rows.paths)
             bad += [f"{path}: {error}" for path, error in zip(rows.paths, rows.errors, strict=True) if error]
@@ -108,7 +115,7 @@ def predict(
     if bad:
         print(f"{len(bad)} of {count} images cannot be read:\n{in_lines(bad)}", file=sys.stderr)
     besides = f", {len(bad)} of them without a prediction (column error)" if bad else ""
-    return f"{count:,} images in {table_path}{besides}; {trained.config.model.name} of step {trained.step}"
+    return f"{count:,} images in {table_path}{besides}; {by or f'{trained.config.model.name} of step {trained.step}'}"
 
 
 def find_inputs(places: Sequence[pathlib.Path], is_features: bool = False) -> list[Input]:
@@ -125,8 +132,9 @@ def find_inputs(places: Sequence[pathlib.Path], is_features: bool = False) -> li
     for place in places:
         suffix = place.suffix.lower()
         if is_features:
-            if suffix != ".npz":
-                raise UserError(f"{place}: the network takes features, expected an .npz file with `features` [n,D]")
+            endings = (".npz", *feature_tables.ENDINGS)
+            if suffix not in endings:
+                raise UserError(f"{place}: the network takes features, expected a file of them ({', '.join(endings)})")
             found.append(Input(str(place)))
         elif suffix in ARRAYS and place.is_file():
             found.append(Input(str(place), images=_read_array(place)))
@@ -136,7 +144,9 @@ def find_inputs(places: Sequence[pathlib.Path], is_features: bool = False) -> li
     return found
 
 
-def predictions(trained: Any, inputs: Sequence[Input], unreadable: str = "skip") -> Iterator[Rows]:
+def predictions(
+    trained: Any, inputs: Sequence[Input], unreadable: str = "skip", instead: Callable | None = None
+) -> Iterator[Rows]:
     """Predicts some hundred images at a time, in order.
 
     Args:
@@ -144,6 +154,7 @@ def predictions(trained: Any, inputs: Sequence[Input], unreadable: str = "skip")
       inputs: from `find_inputs`.
       unreadable: skip = the rows of images that cannot be read have an error; refuse = all images are decoded before
         the first prediction, and one that cannot be read is an error of the command.
+      instead: of the network predicts this function, split -> probabilities.
 
     Yields:
       The rows of these images.
@@ -160,7 +171,7 @@ def predictions(trained: Any, inputs: Sequence[Input], unreadable: str = "skip")
     files = [path for one in inputs for path in one.paths]
     if files and unreadable == "refuse":
         _refuse(files)
-    predict = predictor(trained)
+    predict = instead or predictor(trained)
     step = trained.config.eval_batch_size * max(1, AT_ONCE // trained.config.eval_batch_size)
     chunks = [(one, start) for one in inputs for start in range(0, len(one), step)]
     for one, start in track(chunks, "predicting", transient=True, disable=sum(map(len, inputs)) < 1000):
@@ -377,7 +388,7 @@ def _list_folder(folder: pathlib.Path) -> list[str]:
 
 def _read_list(file: pathlib.Path) -> list[str]:
     """Returns the paths in a list; the list has them relative to itself."""
-    cells = [(row["path"] or "").strip() for _, row in image_files.list_rows(file, ["path"])]
+    cells = [(row["path"] or "").strip() for _, row in lists.list_rows(file, ["path"])]
     paths = [str(file.parent / cell) for cell in cells if cell]
     if not paths:
         raise UserError(f"{file}: no images listed")

@@ -65,6 +65,7 @@ def small(**changes):
         alarms=[],
         sample={"random": [(2, 1.0), (5, 1.0), (3, 1.0)], "stratified": [(7, 2.0), (1, 0.5)]},
         thumbnails={3: uri(0), 1: uri(200), 6: "https://example.org/x.png"},
+        texts={5: HOSTILE[0], 0: "two\nlines"},
         key="audit of the tests",
     )
     return dataclasses.replace(page, **changes)
@@ -306,6 +307,7 @@ def test_cards(browser):
     widths = browser.run("return [...document.images].map(i => [i.naturalWidth, i.closest('.card').dataset.row])")
     assert widths == [[4, "3"], [4, "1"]], "no image from elsewhere"
     assert browser.text("[data-row='6'] .thumb") == "no preview"
+    assert browser.text("[data-row='5'] .thumb") == HOSTILE[0]
     browser.open(small(weight=None, trust=np.arange(8) / 10))
     assert browser.texts("[data-row='1'] dt") == ["P(right)", "confidence", "disagreement", "trust", "id"]
 
@@ -569,6 +571,7 @@ def test_hostile_names(browser, tmp_path):
             1: "javascript:alert(5)",
             2: 'x" onerror="alert(6)',
         },
+        texts={3: HOSTILE[3], 4: HOSTILE[4]},
         key=HOSTILE[3],
         **{name: np.linspace(0, 1, count) for name in ("right", "confidence", "disagreement", "weight")},
     )
@@ -659,7 +662,7 @@ def test_without_storage(browser, driver):
 def test_no_examples(browser):
     empty = {name: np.zeros(0) for name in ("right", "confidence", "disagreement", "weight")}
     whole = {name: np.zeros(0, np.int64) for name in ("ids", "given", "suggested")}
-    browser.open(small(paths=[], thumbnails={}, **empty, **whole))
+    browser.open(small(paths=[], thumbnails={}, texts={}, **empty, **whole))
     assert browser.rows() == [] and browser.one("#none").is_displayed()
 
 

@@ -294,6 +294,7 @@ def test_marks_decide(case, finished, tmp_path):
     assert not (tmp_path / "no.csv").exists()
 
 
+@pytest.mark.slow
 def test_out_of_fold_probabilities(case):
     """Two more trainings; each example is predicted by the one that did without it."""
     options = dataclasses.replace(OPTIONS, views=0, thumbnails=0, folds=2, fold_method="supervised")
@@ -357,9 +358,20 @@ def test_the_most_suspicious_examples_get_thumbnails():
     pictures = np.zeros((4, 8, 8, 3), np.uint8)
     split = types.SimpleNamespace(is_visible=True, originals=lambda rows: pictures[rows])
     right, nothing = np.array([0.9, 0.2, 0.6, 0.1]), {"random": []}
-    assert set(audit_page._thumbnails(split, right, 2, nothing)) == {3, 1}
-    assert set(audit_page._thumbnails(split, right, 2, {"random": [(0, 1.0), (1, 1.0)]})) == {0, 1, 3}
-    assert audit_page._thumbnails(split, right, 0, {"random": [(0, 1.0)]}) == {}
+    assert set(audit_page._previews(split, right, 2, nothing)[0]) == {3, 1}
+    assert set(audit_page._previews(split, right, 2, {"random": [(0, 1.0), (1, 1.0)]})[0]) == {0, 1, 3}
+    assert audit_page._previews(split, right, 0, {"random": [(0, 1.0)]}) == ({}, {})
+
+
+def test_features_have_texts_and_pictures_for_previews(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no picture")
+    previews = np.array(["a text", tmp_path / "a.png", tmp_path / "b.png", tmp_path / "gone.png", ""], object)
+    split = types.SimpleNamespace(is_visible=False, previews=previews)
+    pictures, texts = audit_page._previews(split, np.linspace(0, 1, 5), 5, {"random": []})
+    assert texts == {0: "a text"} and set(pictures) == {1} and pictures[1].startswith("data:image/png")
+    nothing = types.SimpleNamespace(is_visible=False, previews=None)
+    assert audit_page._previews(nothing, np.linspace(0, 1, 5), 5, {"random": []}) == ({}, {})
 
 
 @pytest.mark.parametrize("side, kind", [(8, "png"), (200, "jpeg")])
@@ -444,7 +456,7 @@ def test_features_are_audited_by_the_final_classifier(features):
     columns = table(folder / "audit")
     assert len(columns["self_confidence"]) == 900
     stored = joblib.load(folder / "audit" / "classifier.joblib")
-    assert stored["name"] == summary["final"]["classifier"] and stored["num_classes"] == 10
+    assert stored["kind"] == summary["final"]["classifier"] and stored["num_classes"] == 10
 
 
 def test_cleaned_arrays_can_be_trained_on_again(features):

@@ -99,7 +99,12 @@ def test_floats_and_what_is_no_such_image(trained, pixels, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"name": "wide_resnet"}, {"name": "tiny", "dtype": "bfloat16"}, {"name": "resnet29_v2", "remat": True}]
+    "keys",
+    [
+        {"name": "wide_resnet"},
+        {"name": "tiny", "dtype": "bfloat16"},
+        pytest.param({"name": "resnet29_v2", "remat": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_networks(keys, tmp_path):
     keys = {f"model__{key}": value for key, value in keys.items()} | {"model__width": 0.5}
@@ -138,6 +143,7 @@ def test_what_cannot_be_exported_or_read(trained, tmp_path):
         inference.load(tmp_path / "weights", "last")
 
 
+@pytest.mark.slow
 def test_the_command(trained, tmp_path):
     inference.export(trained, tmp_path / "weights")
     command = [sys.executable, "-m", "ieg_jax.export", f"--workdir={tmp_path / 'weights'}", "--format=stablehlo"]

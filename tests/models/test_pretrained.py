@@ -82,6 +82,7 @@ def test_torchvision_weights_answer_as_in_torchvision(golden):
     assert np.abs(plain - expected).max() > 0.1 * expected.std(), "the statistics of the images matter"
 
 
+@pytest.mark.slow
 def test_the_same_arrays_from_other_names_and_files(golden, tmp_path):
     _, weights = golden
     state = torchvision()

@@ -65,7 +65,11 @@ def plain():
         ("co_teaching", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}),
         pytest.param("ieg", {"model.remat": True}, marks=pytest.mark.slow),
         ("ieg", {"mesh.data": 2, "mesh.fsdp": 4}),
-        ("ieg", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2, "model.remat": True}),
+        pytest.param(
+            "ieg",
+            {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2, "model.remat": True},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "ieg",
             {"mesh.data": 1, "mesh.fsdp": 4, "batch_groups": 1, "optimizer.name": "adam"},

@@ -1,5 +1,6 @@
-"""A user's own arrays: images or features in an .npz file."""
+"""A user's own arrays: images or features in an .npz file, and features in tables."""
 
+import dataclasses
 import pathlib
 import zipfile
 import zlib
@@ -8,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
+from ieg_jax.data.sources import feature_tables
 from ieg_jax.data.splits import UNKNOWN, Source, Split, check_images_and_labels, check_labels, make_split
 from ieg_jax.errors import UserError
 
@@ -20,7 +22,7 @@ def arrays(data: ConfigDict) -> Source:
     It holds the arrays `images` `[n,H,W]` or `[n,H,W,C]`, uint8 or floats in [0, 1], and `labels` `[n]` integers, as
     given. Optional are `clean_labels` `[n]` (true labels, -1 where not known), `test_images` and `test_labels`,
     `trusted_images` and `trusted_labels`, and `trusted_given_labels`, those that these had before they were checked (-1
-    where not known), from which an audit learns how often labels are wrong.
+    where not known), from which an audit learns how often labels are wrong; and `class_names` `[K]`, texts.
 
     Raises:
       UserError: for a file that is missing, damaged or lacks an array, and for arrays of another shape, dtype or range.
@@ -37,26 +39,25 @@ def arrays(data: ConfigDict) -> Source:
 
 
 def features(data: ConfigDict) -> Source:
-    """A user's own features (embeddings) in an .npz file, `data.train`.
+    """A user's own features (embeddings) in an .npz file, `data.train`, or in tables, see `feature_tables.read`.
 
-    It holds the arrays `features` `[n,D]` floats and `labels` `[n]` integers, as given. Optional are `clean_labels`,
-    `test_features` and `test_labels`, `trusted_features`, `trusted_labels` and `trusted_given_labels`, as for `arrays`.
-    Each of the D numbers is standardised: its mean in `features` is subtracted, and it is divided by its standard
+    The .npz file holds the arrays `features` `[n,D]` floats and `labels` `[n]` integers, as given. Optional are
+    `clean_labels`, `test_features` and `test_labels`, `trusted_features`, `trusted_labels` and `trusted_given_labels`,
+    as for `arrays`.
+    Each of the D numbers is standardised: its mean in the training set is subtracted, and it is divided by its standard
     deviation there. Features are held as images of one pixel with D channels, float32 `[n,1,1,D]`, which the pipeline
     does not scale.
 
     Raises:
-      UserError: as for `arrays`; and where `data.image_size` is set.
+      UserError: as for `arrays` and `feature_tables.read`; and where `data.image_size` is set.
     """
     if data.image_size:
         raise UserError(f"data.image_size={data.image_size}, but features have no pixels; set it to 0")
-    content = _read_npz(data.train, ("features", "labels"), data.name)
     statistics = None
 
-    def check(values: np.ndarray, labels: np.ndarray, where: str) -> np.ndarray:
+    def check(values: np.ndarray, where: str) -> np.ndarray:
         nonlocal statistics
         _check_features(values, where)
-        check_labels(labels, len(values), f"{where}: their labels", data.num_classes, lowest=0)
         statistics = statistics or feature_statistics(values)  # those of the training set, which comes first
         if values.shape[1] != len(statistics[0]):
             raise UserError(
@@ -64,7 +65,25 @@ def features(data: ConfigDict) -> Source:
             )
         return standardised(values, *statistics)
 
-    return _own_arrays(data, content, "features", check)
+    def check_both(values: np.ndarray, labels: np.ndarray, where: str) -> np.ndarray:
+        _check_features(values, where)
+        check_labels(labels, len(values), f"{where}: their labels", data.num_classes, lowest=0)
+        return check(values, where)
+
+    if pathlib.Path(data.train).suffix.lower() in feature_tables.ENDINGS:
+        source, values = feature_tables.read(data)
+        whole = {
+            split: dataclasses.replace(getattr(source, split), images=check(values[split], f"{data.train}: {split}"))
+            for split in values
+        }
+        return dataclasses.replace(source, **whole)
+    besides = [f"data.{name}" for name in ("test", "trusted") if getattr(data, name)]
+    if besides:
+        raise UserError(
+            f"{' and '.join(besides)} are set, but an .npz file as data.train has these examples in it (test_features, "
+            f"trusted_features); expected none of them, or a table ({', '.join(feature_tables.ENDINGS)}) as data.train"
+        )
+    return _own_arrays(data, _read_npz(data.train, ("features", "labels"), data.name), "features", check_both)
 
 
 def read_features(data: ConfigDict, file: str) -> Split:
@@ -73,7 +92,8 @@ def read_features(data: ConfigDict, file: str) -> Split:
     Args:
       data: the group `data` of the run's configuration. The file `data.train` must still be there, as mean and
         deviation are computed from it.
-      file: .npz with the array `features` `[n,D]`, and perhaps `labels` `[n]`.
+      file: .npz with the array `features` `[n,D]`, and perhaps `labels` `[n]`; .npy with such an array, or Parquet with
+        a column `features`.
 
     Returns:
       The split; labels are UNKNOWN where the file has none.
@@ -81,14 +101,21 @@ def read_features(data: ConfigDict, file: str) -> Split:
     Raises:
       UserError: for either file, where it is missing or damaged or its arrays do not fit.
     """
-    trained = _read_npz(data.train, ("features",), data.name)["features"]
-    content = _read_npz(file, ("features",), data.name)
-    values = content["features"]
+    labels = None
+    if pathlib.Path(data.train).suffix.lower() in feature_tables.ENDINGS:
+        trained = feature_tables.read(data)[1]["train"]
+    else:
+        trained = _read_npz(data.train, ("features",), data.name)["features"]
+    if pathlib.Path(file).suffix.lower() in feature_tables.ENDINGS:
+        values = feature_tables.vectors(pathlib.Path(file).expanduser())
+    else:
+        content = _read_npz(file, ("features",), data.name)
+        values, labels = content["features"], content.get("labels")
     for array, where in ((trained, data.train), (values, file)):
         _check_features(array, f"{where}: features")
     if values.shape[1] != trained.shape[1]:
         raise UserError(f"{file}: {values.shape[1]} numbers in a row, expected {trained.shape[1]} as in {data.train}")
-    labels = content.get("labels", np.full(len(values), UNKNOWN))
+    labels = np.full(len(values), UNKNOWN) if labels is None else labels
     check_labels(labels, len(values), f"{file}: labels", data.num_classes, lowest=UNKNOWN)
     return make_split(standardised(values, *feature_statistics(trained)), labels, labels)
 
@@ -187,4 +214,9 @@ def _own_arrays(
     )
     if highest < 1:
         raise UserError(f"{path}: all labels are 0, expected at least two classes")
-    return Source(path.stem, highest + 1, train, test, trusted)
+    names = content.get("class_names", np.array([], str))
+    if names.dtype.kind != "U" or names.ndim != 1 or 0 < len(names) <= highest:
+        raise UserError(
+            f"{path}: class_names of shape {names.shape} and dtype {names.dtype}, expected at least {highest + 1} texts"
+        )
+    return Source(path.stem, max(highest + 1, len(names)), train, test, trusted, tuple(names.tolist()))

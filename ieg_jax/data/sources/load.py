@@ -180,7 +180,7 @@ REGISTRY: dict[str, Reader] = {
     "records": Reader(records.records, ("dir", "variant")),
     "huggingface": Reader(huggingface.huggingface, ("dir", "variant", "test", "trusted")),
     "arrays": Reader(arrays, ("train",)),
-    "features": Reader(features, ("train",)),
+    "features": Reader(features, ("train", "test", "trusted")),
 }
 
 

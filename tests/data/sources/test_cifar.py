@@ -43,6 +43,9 @@ def assert_same(one, other):
     for split in ("train", "test"):
         for field in dataclasses.fields(cifar.Split):
             columns = [getattr(getattr(source, split), field.name) for source in (one, other)]
+            if field.name == "previews":
+                assert columns == [None, None]
+                continue
             assert columns[0].dtype == columns[1].dtype and np.array_equal(*columns), field.name
 
 
@@ -54,6 +57,7 @@ def prepared(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_archives_of_published_size(name, tmp_path):
     content = archives.cifar_binary(tmp_path / BINARY[name], name, archives.PUBLISHED)
     archives.cifar_python(tmp_path / PYTHON[name], name, archives.PUBLISHED)

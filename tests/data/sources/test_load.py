@@ -165,7 +165,7 @@ def test_bad_arrays(tmp_path, arrays, message):
         ({"name": "digits", "dir": "x"}, r"data.dir='x', but data.name=digits does not read it: .*\(fashion_mnist,"),
         (
             {"name": "records", "dir": "x", "test": "y"},
-            r"data.test='y', but .*\(webvision, image_folder, image_csv, huggingface\)",
+            r"data.test='y', but .*\(webvision, image_folder, image_csv, huggingface, features\)",
         ),
         ({"name": "arrays", "train": "x", "variant": "mini"}, "data.variant='mini', but data.name=arrays"),
         ({"name": "cifar10", "trusted": "x"}, "data.trusted='x', but data.name=cifar10"),
