@@ -60,6 +60,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     # parts, always the same: for predictions of examples that a network has not seen. folds 0 = train on all.
     data.folds = 0
     data.fold = 0
+    # cleaned.csv of an audit of a run on the same data: train on the examples and labels in it. "" = on those given.
+    data.cleaned = ""
 
     config.noise = noise = ConfigDict()
     # none | uniform | symmetric_flip | asymmetric | asymmetric_contiguous | transition_matrix |

@@ -27,9 +27,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.data.name = "features"
     config.trusted.source, config.trusted.holdout = args.trusted, 0.2
     config.batch_size, config.eval_batch_size = 256, 4096
-    config.num_train_epochs = config.eval_every_epochs = config.checkpoint_every_epochs = float(config_lib.AUTO)
-    config.schedule.name = "cosine"
-    config.schedule.base_lr = 0.1
+    config_lib.follow_data(config, learning_rate=0.1)
     methods.tune(config, **config_lib.OWN_DATA)
     config.model.name = "mlp"
     config.model.depth = 2

@@ -40,9 +40,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.data.image_size = args.size
     config.trusted.source, config.trusted.holdout = "separate", 0.2
     config.model.depth, config.model.width = config_lib.AUTO, float(config_lib.AUTO)
-    config.num_train_epochs = config.eval_every_epochs = config.checkpoint_every_epochs = float(config_lib.AUTO)
-    config.schedule.name = "cosine"  # which ends at the last step, however many there are
-    config.schedule.base_lr = 0.05
+    config_lib.follow_data(config, learning_rate=0.05)
     methods.tune(config, **config_lib.OWN_DATA)
     config.augment.standard, config.augment.strong = config_lib.AUGMENT_PRESETS[args.augment]
     return config

@@ -28,7 +28,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from ieg_jax import cli, inference, methods, models
 from ieg_jax import config as config_lib
-from ieg_jax.audit import final
+from ieg_jax.audit import final, measures
 from ieg_jax.audit import quality as label_quality
 from ieg_jax.data.load import Data, load_data
 from ieg_jax.data.sources import load as sources
@@ -46,7 +46,7 @@ RATES = {"features": 0.1, "images": 0.05}  # learning rates, of configs/features
 BATCHES = {"features": 256, "images": 64}
 # Keys of `config` that are refused, or the beginnings of several: the arguments of `fit` say what they would say.
 FIXED = ("data.", "noise.", "trusted.source", "trusted.ids", "trusted.per_class", "trusted.fraction")
-NEVER = 1_000_000_000  # steps
+AUTO = "auto"
 DATA_FILE = "dataset.npz"  # of the work folder
 # Classifiers that were pickled when these modules had other names can still be loaded.
 sys.modules |= {"ieg_jax.label_quality": label_quality, "ieg_jax.program": own}
@@ -61,9 +61,9 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
       network: a name in `models.REGISTRY`, or any flax.linen module, called as `network(x, train=...)` with float32
         `[n, H, W, C]` in [-1, 1], features as `[n, 1, 1, D]`, that returns logits `[n, K]`. None = a wide ResNet for
         images, its size from the data, and `mlp` for features.
-      augment: of images: `photos`, `grey` (no change of colours), `symbols` (neither mirrored nor turned); or for
-        anything a pair (standard, strong) of policies of `data.augment`. Features have Gaussian noise instead of a
-        name's.
+      augment: of images: `photos`, `grey` (no change of colours), `symbols` (neither mirrored nor turned), `auto` (grey
+        where images have one channel, else photos); or for anything a pair (standard, strong) of policies of
+        `data.augment`. Features have Gaussian noise instead of a name's.
       epochs: length of the training in passes over X; at most one of it and `steps`.
       steps: the same in steps. Both None = 40 epochs, but no fewer than 500 and no more than 20,000 steps; of features
         20 epochs, but no fewer than 300 steps.
@@ -104,7 +104,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         *,
         method: str = "ieg",
         network: str | nn.Module | None = None,
-        augment: str | tuple[str, str] = "photos",
+        augment: str | tuple[str, str] = "auto",
         epochs: float | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
@@ -155,7 +155,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
           KeyboardInterrupt: after SIGINT or SIGTERM; with `workdir` the same call goes on from there.
         """
         check_choice("method", self.method, methods.REGISTRY)
-        check_choice("final", self.final, ("auto", final.NETWORK, *final.CLASSIFIERS))
+        check_choice("final", self.final, (AUTO, final.NETWORK, *final.CLASSIFIERS))
         X, given = self._check_fit(X, y)
         examples = self._examples(X, "X")
         in_x = _rows(trusted, len(given))
@@ -197,6 +197,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             except Interrupted as error:
                 raise KeyboardInterrupt(str(error)) from error
             trained = inference.load(folder, network=network)
+            earlier = inference.over_training(folder, trained, network)[1:]
             data = load_data(ConfigDict(trained.config.to_dict()))
             history = WorkFolder(folder, writes=False).rows()
         if self.workdir is None:
@@ -206,7 +207,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         trained = dataclasses.replace(trained, params=params, batch_stats=batch_stats, memory=memory)
         self._predictor = inference.predictor(trained)
         self._statistics = feature_statistics(arrays[what]) if what == "features" else None
-        quality = self._audit(data, names)
+        quality = self._audit(data, names, [self._predictor, *map(inference.predictor, earlier)])
         self.classes_ = names
         self.quality_ = quality
         self.noise_rate_, self.noise_interval_ = quality.noise_rate, quality.noise_interval
@@ -297,10 +298,11 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             shape = self.image_shape_ if self._statistics is None else (1, 1, self.n_features_in_)
             self._trained = inference.Trained(**known, image_shape=shape)
 
-    def _audit(self, data: Data, names: np.ndarray) -> label_quality.Quality:
-        """Which labels are right, by the network and, where there is one, by the final classifier."""
-        probabilities, held_out = self._predictor(data.train), data.held_out
-        evidence = () if held_out is None else (self._predictor(held_out), held_out.labels, held_out.given_labels)
+    def _audit(self, data: Data, names: np.ndarray, predictors: list) -> label_quality.Quality:
+        """Which labels are right, by the network over its training and, where there is one, by the final classifier."""
+        predict, held_out = measures.mean_over(predictors), data.held_out
+        probabilities = predict(data.train)
+        evidence = () if held_out is None else (predict(held_out), held_out.labels, held_out.given_labels)
         quality = label_quality.estimate(probabilities, data.train.labels, *evidence, class_names=names.astype(str))
         self.network_quality_, self._final, self.comparison_ = quality, None, ()
         if self.final != final.NETWORK and final.possible(data.train):
@@ -319,7 +321,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         """The final classifier, see `audit.final`."""
         held_out = given = None
         if evidence:
-            held_out, given = final.Examples(plain.flat(data.held_out), evidence[1], evidence[0]), evidence[2]
+            predicted = self._predictor(data.held_out)
+            held_out, given = final.Examples(plain.flat(data.held_out), evidence[1], predicted), evidence[2]
         task = final.Task(
             noisy=final.Examples(plain.flat(data.train), data.train.labels, probabilities),
             trusted=final.Examples(plain.flat(data.trusted), data.trusted.labels, self._predictor(data.trusted)),
@@ -328,7 +331,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             seed=_seed(self.random_state),
             class_names=names.astype(str),
         )
-        candidates = tuple(final.CLASSIFIERS) if self.final == "auto" else (self.final,)
+        candidates = tuple(final.CLASSIFIERS) if self.final == AUTO else (self.final,)
         return final.fit(task, quality, self.method, self._statistics is None, candidates)
 
     def _predict(self, split: Split) -> np.ndarray:
@@ -414,7 +417,6 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         config.method.name = self.method
         config.data.name, config.data.num_classes = ("features" if is_features else "arrays"), num_classes
         config.trusted.source = "separate"
-        config.schedule.name = "cosine"
         if is_features and self.image_size:
             raise UserError(f"image_size={self.image_size!r}, but X are features [N, D]; leave it None")
         if not is_features:
@@ -437,19 +439,16 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             elif config.model.name == "mlp":
                 config.model.depth = 2
         config.augment.standard, config.augment.strong = self._policies(is_features)
-        config.schedule.base_lr = RATES[what]
+        config_lib.follow_data(config, RATES[what])
         methods.tune(config, **config_lib.OWN_DATA)
 
         if self.epochs is not None and self.steps is not None:
             raise UserError(f"epochs={self.epochs!r} and steps={self.steps!r}, expected one of them")
-        config.num_train_epochs = config.eval_every_epochs = config.checkpoint_every_epochs = float(config_lib.AUTO)
         for name, value, kind in (("epochs", self.epochs, float), ("steps", self.steps, int)):
             if value is not None:
                 if not _number(name, value, None, kind) > 0:
                     raise UserError(f"{name}: got {value!r}, expected None or more than 0")
                 _set(config, f"num_train_{name}", kind(value))
-        if self.workdir is None:  # which nobody comes back to
-            _set(config, "checkpoint_every_steps", NEVER)
         for key, value in (self.config or {}).items():
             if str(key).startswith(FIXED):
                 raise UserError(f"config: {key!r} follows from the arguments of the classifier and of fit; omit it")
@@ -460,8 +459,11 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
 
     def _policies(self, is_features: bool) -> tuple[str, str]:
         if isinstance(self.augment, str):
-            check_choice("augment", self.augment, config_lib.AUGMENT_PRESETS)
-            return FEATURES_AUGMENT if is_features else config_lib.AUGMENT_PRESETS[self.augment]
+            check_choice("augment", self.augment, (AUTO, *config_lib.AUGMENT_PRESETS))
+            if is_features:
+                return FEATURES_AUGMENT
+            fitting = "grey" if self.__dict__.get("image_shape_", (0, 0, 3))[2] == 1 else "photos"
+            return config_lib.AUGMENT_PRESETS[fitting if self.augment == AUTO else self.augment]
         pair = tuple(self.augment) if isinstance(self.augment, tuple | list) else ()
         if len(pair) != 2 or not all(isinstance(policy, str) for policy in pair):
             raise UserError(

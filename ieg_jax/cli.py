@@ -4,6 +4,7 @@ import functools
 import os
 import runpy
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -13,12 +14,15 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from ieg_jax import config as config_lib
-from ieg_jax.errors import NonFiniteError, StorageError, UserError, check_choice
+from ieg_jax.errors import Interrupted, NonFiniteError, StorageError, UserError, check_choice
 
 CONFIG_HELP = (
     "Configuration file, with arguments behind a colon: configs/quickstart.py:method=l2r,noise_rate=0.4. "
     "Any key is set with --config.group.key=value; configs/default.py lists them."
 )
+
+
+UNENDING = "unending"  # the name of a thread that would keep a program from ending
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -31,13 +35,13 @@ def define_config_flag() -> flags.FlagHolder:
 def run(main: Callable[[list[str]], None], interrupted: str = "", positional: int | None = 0) -> None:
     """Parses the flags and calls `main`.
 
-    A UserError, a NonFiniteError, a StorageError, Ctrl-C and any mistake in the flags end the program with one message
-    and status 1. --help and similar flags end it with status 0. Libraries show warnings and errors of their logs,
-    unless --verbosity says otherwise.
+    A UserError, a NonFiniteError, a StorageError, Interrupted, Ctrl-C and any mistake in the flags end the program with
+    one message and status 1. --help and similar flags end it with status 0. Libraries show warnings and errors of their
+    logs, unless --verbosity says otherwise.
 
     Args:
       main: the command; it gets the command line without the flags.
-      interrupted: is added to the message after Ctrl-C, to say how to go on.
+      interrupted: is added to the message after Ctrl-C and to that of Interrupted, to say how to go on.
       positional: how many arguments besides flags `main` takes at most; None = any number.
     """
     try:
@@ -46,8 +50,19 @@ def run(main: Callable[[list[str]], None], interrupted: str = "", positional: in
         sys.exit(f"error: {error}")
     except StorageError as error:
         end_at_once(error)
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; {interrupted}" if interrupted else "stopped")
+    except (Interrupted, KeyboardInterrupt) as error:
+        message = str(error) or "stopped"
+        _leave(f"{message}; {interrupted}" if interrupted else message)
+
+
+def _leave(message: str) -> NoReturn:
+    """Ends the program with a message and status 1, at once where a thread would keep it from ending."""
+    if any(thread.name == UNENDING for thread in threading.enumerate()):
+        print(message, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.exit(message)
 
 
 def end_at_once(error: Exception) -> NoReturn:

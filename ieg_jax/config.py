@@ -1,6 +1,7 @@
 """Configurations: typed arguments, the paper/authors switch, validation, durations, comparison."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import sys
@@ -8,7 +9,7 @@ import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ieg_jax.errors import UserError, check_choice
 
@@ -38,6 +39,7 @@ AUGMENT_PRESETS = {
 # Of own data p and k are smaller than the paper's 5 and 20: in a short training of a few thousand examples these drown
 # the trusted loss, and one class takes over another.
 OWN_DATA = {"unlabeled_weight": 1.0, "consistency_weight": 2.0}
+KEPT = 10  # checkpoints of own data, evenly spread over training: an audit takes the mean of their predictions
 
 # Keys that may be AUTO: `resolve` puts what suits the data in its place.
 AUTO = -1
@@ -271,6 +273,19 @@ class Facts:
     smallest_side: int | None
 
 
+def follow_data(config: ConfigDict, learning_rate: float) -> None:
+    """Sets what the configurations for own data share: length and network by the data, and what suits short trainings.
+
+    Args:
+      config: from configs/default.py, with the group `model` as it is to be.
+      learning_rate: the highest one.
+    """
+    config.num_train_epochs = config.eval_every_epochs = config.checkpoint_every_epochs = float(AUTO)
+    config.checkpoint.keep = KEPT
+    config.schedule.name = "cosine"  # which ends at the last step, however many there are
+    config.schedule.base_lr = learning_rate
+
+
 # Longer trainings of own data learn wrong labels and the few trusted examples by heart; networks of features sooner.
 USUAL_EPOCHS, FEWEST_STEPS, MOST_STEPS = 40.0, 500, 20_000
 FEATURES_EPOCHS, FEATURES_FEWEST_STEPS = 20.0, 300
@@ -311,6 +326,19 @@ def resolve(config: ConfigDict, facts: Facts | None = None) -> ConfigDict:
     if config.model.width == AUTO:
         config.model.width = 1.0 if small else 2.0
     return config
+
+
+# Keys of which a compiled program knows nothing: the random numbers and the data are its arguments.
+OF_DATA = ("seed", "data", "noise", "trusted.seed", "trusted.ids", "trusted.holdout")
+
+
+def of_program(config: ConfigDict) -> FrozenConfigDict:
+    """The configuration without OF_DATA, so that no program depends on these; equal ones make equal programs."""
+    config = ConfigDict(config.to_dict())
+    for key in OF_DATA:
+        *groups, name = key.split(".")
+        del functools.reduce(lambda group, part: group[part], groups, config)[name]
+    return FrozenConfigDict(config)
 
 
 def duration(config: ConfigDict, name: str, steps_per_epoch: float) -> int:

@@ -45,4 +45,4 @@ def check_choice(key: str, got: str, allowed: Iterable[str]) -> None:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM, SIGINT) and has saved its state."""
+    """The run was asked to stop (SIGTERM, SIGINT), and what it had done is saved."""

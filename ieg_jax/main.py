@@ -1,7 +1,6 @@
 """Trains a network: `python -m ieg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`."""
 
 import json
-import sys
 
 from absl import flags
 
@@ -47,8 +46,8 @@ def main(argv: list[str]) -> None:
     processes.initialize(values.coordinator, values.num_processes, values.process_id)
     try:
         result = train_and_evaluate(values.config, values.workdir)
-    except Interrupted as interrupted:
-        sys.exit(f"{interrupted}; the same command goes on from there")
+    except Interrupted:
+        raise
     except Exception as error:
         if jax.process_count() > 1:
             cli.end_at_once(error)  # an orderly exit would wait for the other processes, and they for this one

@@ -7,13 +7,12 @@ results.json into the folder.
 """
 
 import pathlib
-import sys
 
 from absl import flags
 from rich.console import Console
 
 from ieg_jax import cli
-from ieg_jax.errors import Interrupted, UserError
+from ieg_jax.errors import UserError
 
 
 def define_flags() -> None:
@@ -34,12 +33,9 @@ def main(argv: list[str]) -> None:
     # This imports jax, which takes seconds, so it happens only after the flags have been checked.
     from ieg_jax.reproduce import quickstart
 
-    try:
-        quickstart.run(pathlib.Path(values.workdir), seeds, values.config_file, Console())
-    except Interrupted as interrupted:
-        sys.exit(f"{interrupted}; the same command goes on from there")
+    quickstart.run(pathlib.Path(values.workdir), seeds, values.config_file, Console())
 
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    cli.run(main, interrupted="the same command goes on from there")

@@ -17,13 +17,10 @@ CIFAR-100.
 command that was stopped goes on in its work folder.
 """
 
-import sys
-
 from absl import flags
 from ml_collections import config_flags
 
 from ieg_jax import cli
-from ieg_jax.errors import Interrupted
 
 
 def define_flags() -> None:
@@ -45,10 +42,7 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     overridden = config_flags.get_override_values(values["config"])
     config = semantic_labels.training_config(values.config, values.fraction, values.model, overridden)
-    try:
-        said = semantic_labels.write_labels(config, values.workdir, values.out)
-    except Interrupted as interrupted:
-        sys.exit(f"{interrupted}; the same command goes on from there")
+    said = semantic_labels.write_labels(config, values.workdir, values.out)
     if said:
         print(said)
 

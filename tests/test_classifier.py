@@ -28,7 +28,7 @@ import ieg_jax
 from configs import features as features_config
 from configs import own_data
 from ieg_jax import classifier, inference, models
-from ieg_jax.audit import final
+from ieg_jax.audit import final, measures
 from ieg_jax.audit import quality as label_quality
 from ieg_jax.classifier import IEGClassifier
 from ieg_jax.data.splits import make_split
@@ -141,9 +141,16 @@ def test_label_quality_is_calibrated_on_the_trusted_examples_that_were_held_out(
     out = json.loads((folder / "trusted.json").read_text())["held_out_ids"]
     number = {name: place for place, name in enumerate(fitted.classes_)}
     labels, held_out = (np.array([number[name] for name in y]) for y in (digits.given, digits.y_trusted[out]))
-    expected = label_quality.estimate(
-        fitted.predict_proba(digits.X), labels, fitted.predict_proba(digits.X_trusted[out]), held_out
+    # The geometric mean of the networks of all checkpoints.
+    networks = inference.over_training(folder, inference.load(folder))
+    assert len(networks) == 10
+    on_all, on_held_out = (
+        measures.pooled(
+            [inference.predict(network, make_split(X[..., None], np.zeros(len(X)))) for network in networks]
+        )
+        for X in (digits.X, digits.X_trusted[out])
     )
+    expected = label_quality.estimate(on_all, labels, on_held_out, held_out)
     np.testing.assert_allclose(fitted.label_quality_, expected.right, atol=1e-4)
     assert fitted.noise_rate_ == pytest.approx(expected.noise_rate, abs=1e-4)
     assert fitted.quality_.temperature == expected.temperature
@@ -399,7 +406,7 @@ NAN = np.full((12, 4, 4), np.nan)
         ({}, (IMAGES, LABELS, None, None, np.ones(12, bool)), "all rows of X are trusted"),
         ({}, (IMAGES, LABELS, None, None, [0, 1]), "no trusted example of 2"),
         ({"method": "IEG"}, (IMAGES, LABELS), "method: got 'IEG', expected one of co_teaching, eg"),
-        ({"augment": "photo"}, (), "augment: got 'photo', expected one of photos, grey.*Did you mean 'photos'"),
+        ({"augment": "photo"}, (), "augment: got 'photo', expected one of auto, photos, grey.*Did you mean 'photos'"),
         ({"augment": ("crop(pad=1)",)}, (), "augment: got .*a pair of policies"),
         ({"augment": ("crop(pad=1)", "blurr(1)")}, (), "augment.strong"),
         ({"epochs": 1.0}, (), "epochs=1.0 and steps=3, expected one of them"),
@@ -560,3 +567,33 @@ def test_all_checks_of_scikit_learn():
     assert by_status.get("skipped", {}).keys() <= SKIPPED
     assert by_status.get("xfail", {}).keys() == EXPECTED_FAILURES.keys()
     assert len(by_status["passed"]) > 40
+
+
+def test_the_import_is_light():
+    code = (
+        "import sys; from ieg_jax import IEGClassifier; IEGClassifier(); import ieg_jax.main, ieg_jax.train.loop;"
+        "sys.exit(str([name for name in ('tensorflow', 'clu', 'tensorflow_datasets') if name in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_a_second_fit_of_the_same_shapes_compiles_nothing(digits):
+    compiled = []
+
+    def note(name, seconds, **_):
+        if name.endswith("backend_compile_duration"):
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    X, y = digits.X[:300], digits.given[:300]
+    first, second = (quick(random_state=seed, steps=5, batch_size=28) for seed in (1, 2))
+    first.fit(X, y).predict_proba(X)
+    assert compiled, "the first one does"
+    compiled.clear()
+    second.fit(X, y)
+    assert second.predict_proba(X).shape == (300, 10) and not compiled
+    # It is another run: other weights, other batches.
+    assert np.abs(second.predict_proba(X) - first.predict_proba(X)).max() > 1e-3
+    quick(random_state=2, steps=5, batch_size=28, config={"ema.decay": 0.5}).fit(X, y)
+    assert compiled, "another configuration is compiled"

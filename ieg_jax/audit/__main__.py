@@ -17,7 +17,6 @@ or with the marks that were set in the page. docs/audit.md says how P(right) com
 """
 
 import dataclasses
-import pathlib
 
 from absl import flags
 
@@ -33,7 +32,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint",
         usual.checkpoint,
-        "A step, or best (by checkpoint.best_metric); by default the newest that is not damaged.",
+        "A step, or best (by checkpoint.best_metric), whose network alone predicts; by default the networks of all "
+        "checkpoints that the run keeps.",
     )
     flags.DEFINE_integer("views", usual.views, "Augmented views of each image that are compared.", lower_bound=0)
     flags.DEFINE_float("threshold", usual.threshold, "Labels with P(right) below it are not kept in cleaned.csv.")
@@ -50,6 +50,11 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("marks", usual.marks, "sample.csv of the page, by which everything is estimated anew.")
     flags.DEFINE_bool("force", usual.force, "Whether to write cleaned.csv even if there are alarms.")
+    flags.DEFINE_bool(
+        "retrain",
+        usual.retrain,
+        "Of images: train the network anew in a plain way, on the cleaned labels and, to compare, on those given.",
+    )
     flags.DEFINE_string("fold_method", usual.fold_method, "method.name of these, e.g. supervised; '' = the run's.")
 
 
@@ -57,27 +62,11 @@ def main(argv: list[str]) -> None:
     """Makes the audit, and says what came out."""
     del argv
     # These import jax, which takes seconds: after the flags were checked.
-    from ieg_jax.audit import final
-    from ieg_jax.audit.files import PAGE
-    from ieg_jax.audit.page import calibration_text
-    from ieg_jax.audit.run import audit
+    from ieg_jax.audit.run import audit, in_words
 
     values = flags.FLAGS
     options = Options(**{field.name: values[field.name].value for field in dataclasses.fields(Options)})
-    summary = audit(values.workdir, values.out, options)
-    low, high = summary["noise_interval"]
-    print(
-        f"{summary['examples']:,} labels, {summary['noise_rate']:.1%} of them wrong (95 %: {low:.1%} to {high:.1%}); "
-        f"open {pathlib.Path(values.out) / PAGE}\n{calibration_text(summary)}"
-    )
-    if "final" in summary:
-        print(f"{final.table(summary['final']['comparison'])}\nfinal classifier: {summary['final']['classifier']}")
-    for alarm in summary["alarms"]:
-        print(f"ALARM: {alarm}")
-    if summary["alarms"] and summary["cleaned"] is None:
-        print(
-            "cleaned.csv is not written, as the estimates are unreliable; ieg_jax.clean --force writes it all the same"
-        )
+    print(in_words(audit(values.workdir, values.out, options), values.out))
 
 
 if __name__ == "__main__":

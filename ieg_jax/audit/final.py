@@ -188,17 +188,16 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
     noisy, held_out = task.noisy, task.held_out
     numbers = np.random.default_rng(task.seed).random(len(noisy.labels))
     rest = numbers >= VALIDATION
-    compared = [
-        _compared(NETWORK, method, None, None if held_out is None else held_out.predictions.argmax(1), held_out)
-    ]
+    truth = None if held_out is None else held_out.labels
+    lines = [compared(NETWORK, method, None, None if held_out is None else held_out.predictions.argmax(1), truth)]
     labels, sure = cleaned(quality, noisy.labels)
     for name in names:
         for source, new, used in (("given", noisy.labels, rest), ("cleaned", labels, rest & sure)):
             model = _train(task, name, new, used)
             expected = expected_accuracy(quality, noisy.labels, ~rest, model.predict(noisy.examples[~rest]))
             found = None if held_out is None else model.predict(held_out.examples)
-            compared.append(_compared(name, source, expected, found, held_out))
-    best = max((one for one in compared if one.labels == "cleaned"), key=lambda one: one.expected).name
+            lines.append(compared(name, source, expected, found, truth))
+    best = max((one for one in lines if one.labels == "cleaned"), key=lambda one: one.expected).name
 
     fold = (numbers * FOLDS).astype(int)
     for _ in range(ROUNDS):
@@ -211,13 +210,38 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
     labels, sure = cleaned(quality, noisy.labels)
     model = _train(task, best, labels, sure)
     found = None if held_out is None else model.predict(held_out.examples)
-    compared.append(_compared(best, "final", None, found, held_out))
+    lines.append(compared(best, "final", None, found, truth))
     final = NETWORK if images else best
     if held_out is not None:
-        gain = (found == held_out.labels) - (held_out.predictions.argmax(1) == held_out.labels).astype(float)
-        error = np.sqrt(np.mean(gain**2) / len(gain))  # of the mean, were both as good: one example does not decide
-        final = best if (gain.mean() > error if images else gain.mean() >= -error) else NETWORK
-    return Final(final, best, model, task.num_classes, quality, by_cleaned[0], tuple(compared))
+        hits = (held_out.predictions.argmax(1) == truth, found == truth)
+        if images:
+            final = best if clearly_better(hits[1], hits[0]) else NETWORK
+        else:
+            final = NETWORK if clearly_better(*hits) else best
+    return Final(final, best, model, task.num_classes, quality, by_cleaned[0], tuple(lines))
+
+
+def compared(
+    name: str, labels: str, expected: float | None, found: np.ndarray | None, truth: np.ndarray | None
+) -> Compared:
+    """A line of a comparison: `Compared`, from the predictions `[M]` of held-out examples and their labels, if any."""
+    if found is None:
+        return Compared(name, labels, expected, None, None)
+    share = float(np.mean(found == truth))
+    return Compared(name, labels, expected, share, clopper_pearson(share, len(found)))
+
+
+def clearly_better(hits: np.ndarray, others: np.ndarray) -> bool:
+    """Whether a classifier is right more often than another by more than a standard error, were both as good.
+
+    One example does not decide.
+
+    Args:
+      hits: `[M]` bool, where it is right.
+      others: `[M]` bool, where the other one is.
+    """
+    gain = hits.astype(float) - others.astype(float)
+    return bool(gain.sum() > np.sqrt(np.square(gain).sum()))
 
 
 def cleaned(quality: Quality, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -318,15 +342,6 @@ def _train(task: Task, name: str, labels: np.ndarray, used: np.ndarray) -> Any:
         np.concatenate([task.noisy.examples[rows], task.trusted.examples]),
         np.concatenate([labels[rows], task.trusted.labels]),
     )
-
-
-def _compared(
-    name: str, labels: str, expected: float | None, found: np.ndarray | None, held_out: Examples | None
-) -> Compared:
-    if found is None:
-        return Compared(name, labels, expected, None, None)
-    share = float(np.mean(found == held_out.labels))
-    return Compared(name, labels, expected, share, clopper_pearson(share, len(found)))
 
 
 def _floored(probabilities: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Measures of predictions and estimates: divergence of views, reliability, and how good an audit is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
@@ -13,6 +14,17 @@ BINS = 10  # of the reliability plot
 def pooled(predictions: Sequence[np.ndarray]) -> np.ndarray:
     """The geometric mean of the predictions of several networks, `[n, K]` each; float32, rows that sum to 1."""
     return softmax(sum(map(centred_logs, predictions)) / len(predictions)).astype(np.float32)
+
+
+def mean_over(predictors: Sequence[Callable[..., np.ndarray]]) -> Callable[..., np.ndarray]:
+    """(split, view = None) -> `pooled` predictions of several networks; of a view, those of the first one alone."""
+
+    def predict(split: Any, view: int | None = None) -> np.ndarray:
+        if len(predictors) == 1 or view is not None:
+            return predictors[0](split, view)
+        return pooled([one(split) for one in predictors])
+
+    return predict
 
 
 def divergence(probabilities: np.ndarray) -> np.ndarray:

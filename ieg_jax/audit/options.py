@@ -8,7 +8,8 @@ class Options:
     """How an audit is made.
 
     Attributes:
-      checkpoint: a step, or best; None = the newest.
+      checkpoint: a step, or best, whose network alone predicts; None = the newest, and for the probabilities those of
+        all checkpoints that the run keeps.
       views: augmented views of each image that are compared; 0 = none, and disagreement is 0.
       threshold: labels with P(right) below it are not kept in cleaned.csv.
       below: what becomes of these: relabel or drop.
@@ -17,6 +18,8 @@ class Options:
       fold_method: method.name of these networks; "" = the run's.
       marks: sample.csv, the answers about examples drawn at random, as the page exports them; "" = none.
       force: whether cleaned.csv is written even if there are alarms.
+      retrain: of images, whether the network is trained anew as `supervised`, on the cleaned labels and, to compare, on
+        those given.
     """
 
     checkpoint: str | None = None
@@ -28,3 +31,4 @@ class Options:
     fold_method: str = ""
     marks: str = ""
     force: bool = False
+    retrain: bool = False

@@ -299,6 +299,7 @@ def write_page(
         "method": config.method.name,
         "network": config.model.name,
         "step": f"{trained.step:,}",
+        "judged by": summary["judged_by"],
         "trusted examples": f"{len(data.trusted):,}",
         "date": datetime.date.today().isoformat(),
     }

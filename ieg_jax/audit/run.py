@@ -17,7 +17,7 @@ from ieg_jax import cli, files, inference, methods, models
 from ieg_jax.audit import cleaned, final, measures, sample
 from ieg_jax.audit import page as audit_page
 from ieg_jax.audit import quality as label_quality
-from ieg_jax.audit.files import BEGUN, CLASSIFIER, CLEANED, CLEANED_DATA, CLEANLAB, SUMMARY, write_tables
+from ieg_jax.audit.files import BEGUN, CLASSIFIER, CLEANED, CLEANED_DATA, CLEANLAB, PAGE, SUMMARY, write_tables
 from ieg_jax.audit.options import Options
 from ieg_jax.audit.quality import Quality
 from ieg_jax.data import splits
@@ -29,6 +29,8 @@ from ieg_jax.inference import Trained, plain
 from ieg_jax.train.loop import train_and_evaluate
 
 MEMORISED_GAP = 0.25  # between accuracies on trusted examples that were trained with and on those that were held out
+LATER = ("force", "retrain")  # options that do not make an audit another one
+RETRAINED = "supervised"  # the method of the networks that are trained anew
 AT_ONCE = 4096  # examples that are predicted before the predictions are saved
 
 Predict = Callable[..., np.ndarray]  # see `inference.predictor`
@@ -62,27 +64,55 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
         raise UserError(f"{workdir} has no data.json: an audit needs the work folder of a run, not exported weights")
     data = load_data(trained.config)
     _check_data(workdir, data)
+    if options.retrain and not data.train.is_visible:
+        raise UserError("--retrain is for images; of features an audit trains a final classifier as it is")
     begun = {
         "workdir": os.path.abspath(workdir),
         "step": trained.step,
-        "options": {name: value for name, value in dataclasses.asdict(options).items() if name != "force"},
+        "options": {name: value for name, value in dataclasses.asdict(options).items() if name not in LATER},
         "data": data.fingerprint(),
         "evidence": sample.fingerprint(data.held_out, options.marks),
         "base": _base(trained.config.data),
         "arrays": os.path.abspath(trained.config.data.train) if _is_arrays(trained.config.data) else "",
         "class_names": splits.distinct(trained.class_names),
     }
-    if (finished := _begin(folder, begun)) is not None:
-        return finished
+    finished = _begin(folder, begun)
     try:
-        return _write_all(folder, workdir, trained, data, options)
+        summary = _write_all(folder, workdir, trained, data, options) if finished is None else finished
+        if options.retrain and "retrained" not in summary:
+            if summary["cleaned"] is None:
+                raise UserError("--retrain: there are alarms, so nothing was cleaned that could be trained on")
+            summary["retrained"] = _retrain(folder, workdir, trained, data)
+            files.write_json(folder / SUMMARY, summary)
+        return summary
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {first_line(error)}") from error
 
 
+def in_words(summary: dict[str, Any], out: str) -> str:
+    """What the command says of an audit in the folder `out`, from the contents of its summary.json."""
+    low, high = summary["noise_interval"]
+    lines = [
+        f"{summary['examples']:,} labels, {summary['noise_rate']:.1%} of them wrong (95 %: {low:.1%} to {high:.1%}), "
+        f"by {summary['judged_by']}; open {pathlib.Path(out) / PAGE}",
+        audit_page.calibration_text(summary),
+    ]
+    if "final" in summary:
+        lines += [final.table(summary["final"]["comparison"]), f"final classifier: {summary['final']['classifier']}"]
+    if "retrained" in summary:
+        lines += [final.table(summary["retrained"]["comparison"]), f"the best: {summary['retrained']['best']}"]
+    lines += [f"ALARM: {alarm}" for alarm in summary["alarms"]]
+    if summary["alarms"] and summary["cleaned"] is None:
+        lines.append(
+            "cleaned.csv is not written, as the estimates are unreliable; ieg_jax.clean --force writes it all the same"
+        )
+    return "\n".join(lines)
+
+
 def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data, options: Options) -> dict[str, Any]:
     """Predicts, estimates and writes all files of the audit; returns the contents of summary.json."""
-    predict, train = inference.predictor(trained), data.train
+    networks = inference.over_training(workdir, trained) if options.checkpoint is None else [trained]
+    predict, train = measures.mean_over(list(map(inference.predictor, networks))), data.train
     names = splits.distinct(trained.class_names)
     answers = sample.read(options.marks, train.ids, names) if options.marks else None
     probabilities, disagreement = _predict_training_set(folder, predict, train, options.views, trained.num_classes)
@@ -102,12 +132,18 @@ def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data,
     quality = label_quality.estimate(pooled, train.labels, *evidence, class_names=names)
     found = None
     if not options.folds and not train.is_visible and final.possible(train):
-        found = _final(trained, data, predict, probabilities, held_out, quality, answers)
+        found = _final(trained, data, probabilities, quality, answers)
         final.save(found, folder / CLASSIFIER)
+    by = f"the mean of {len(networks)} networks over training"
     if found is not None and found.name != final.NETWORK:
         quality, out_of_fold, alarms = found.quality, found.out_of_fold, list(found.quality.alarms)
+        by = f"out-of-fold predictions by the final classifier, {found.name}"
     else:
-        alarms = [*quality.alarms, *_alarm_trusted(data, predict, held_out)]
+        alarms = [*quality.alarms, *_alarm_trusted(data, inference.predictor(trained))]
+        if len(networks) == 1:
+            by = f"the network of step {trained.step:,}"
+        if options.folds:
+            by += f", and out-of-fold predictions by {options.folds} networks"
 
     columns = _columns(train, names, quality, disagreement, _averages(workdir, train.ids), out_of_fold)
     write_tables(folder, columns, probabilities, names)
@@ -120,7 +156,7 @@ def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data,
         if _is_arrays(trained.config.data):
             copy = (folder / CLEANED_DATA).with_suffix(pathlib.Path(trained.config.data.train).suffix.lower())
             cleaned.write(folder, copy, options.threshold, options.below)
-    summary = _summary(trained, train, quality, alarms, options, counts)
+    summary = _summary(trained, train, quality, alarms, options, counts) | {"judged_by": by}
     if found is not None:
         summary["final"] = final.as_json(found)
     if answers is not None:
@@ -133,9 +169,7 @@ def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data,
 def _final(
     trained: Trained,
     data: Data,
-    predict: Predict,
     probabilities: np.ndarray,
-    held_out: np.ndarray | None,
     quality: Quality,
     answers: sample.Answers | None,
 ) -> final.Final:
@@ -144,10 +178,11 @@ def _final(
     def examples(split: Split, predictions: np.ndarray) -> final.Examples:
         return final.Examples(plain.flat(split), split.labels, predictions)
 
+    predict = inference.predictor(trained)  # the comparison is with the network of the run, not with a mean of several
     task = final.Task(
         noisy=examples(data.train, probabilities),
         trusted=examples(data.trusted, predict(data.trusted)),
-        held_out=None if data.held_out is None else examples(data.held_out, held_out),
+        held_out=None if data.held_out is None else examples(data.held_out, predict(data.held_out)),
         held_out_given=None if data.held_out is None else data.held_out.given_labels,
         seed=trained.config.seed,
         class_names=splits.distinct(trained.class_names),
@@ -156,14 +191,11 @@ def _final(
     return final.fit(task, quality, trained.config.method.name, images=False)
 
 
-def _alarm_trusted(data: Data, predict: Predict, held_out: np.ndarray | None) -> list[str]:
+def _alarm_trusted(data: Data, predict: Predict) -> list[str]:
     """An alarm where the trusted examples are memorised: far more of those trained with are right."""
-    if held_out is None:
+    if data.held_out is None:
         return []
-    trained_with, unseen = (
-        predict(data.trusted).argmax(1) == data.trusted.labels,
-        held_out.argmax(1) == data.held_out.labels,
-    )
+    trained_with, unseen = (predict(split).argmax(1) == split.labels for split in (data.trusted, data.held_out))
     gap = trained_with.mean() - unseen.mean()
     chance = binom.cdf(unseen.sum(), len(unseen), min(trained_with.mean(), 1 - 1e-3))
     if gap < MEMORISED_GAP or chance >= label_quality.MEMORISED:
@@ -233,11 +265,42 @@ def _out_of_fold(
 
 def _fold_config(config: ConfigDict, options: Options, fold: int) -> ConfigDict:
     """The configuration, as a run has written it down, of the training without one fold."""
+    config = _other_run(config, options.fold_method or config.method.name)
+    config.data.folds, config.data.fold = options.folds, fold
+    return config
+
+
+def _other_run(config: ConfigDict, method: str) -> ConfigDict:
+    """The configuration, as a run has written it down, of another training like it, by a method."""
     config = ConfigDict(config.to_dict())
-    config.data.folds, config.data.fold, config.audit.epochs = options.folds, fold, 0.0
-    methods.choose(config, options.fold_method or config.method.name)
+    config.audit.epochs = 0.0
+    methods.choose(config, method)
     models.forget_unread(config.model)
     return config
+
+
+def _retrain(folder: pathlib.Path, workdir: str, trained: Trained, data: Data) -> dict[str, Any]:
+    """Trains the network anew, as `supervised`, on the labels as given and on the cleaned ones.
+
+    Returns:
+      `comparison` of the run's network and of these two, `final.Compared` as dicts; and `best`, the work folder of the
+      best one: that of the cleaned labels, unless the run's network is better on held-out trusted examples.
+    """
+    places = {(trained.config.method.name, "given"): str(workdir)}
+    for source in ("given", "cleaned"):
+        config, place = _other_run(trained.config, RETRAINED), str(folder / "retrained" / source)
+        config.data.cleaned = str(folder / CLEANED) if source == "cleaned" else ""
+        train_and_evaluate(config, place)
+        places[RETRAINED, source] = place
+    networks = [trained, *(inference.load(place) for place in list(places.values())[1:])]
+    labels, found = None, [None] * len(networks)
+    if data.held_out is not None:
+        labels = data.held_out.labels
+        found = [inference.predictor(network)(data.held_out).argmax(1) for network in networks]
+    comparison = [final.compared(*about, None, classes, labels) for about, classes in zip(places, found, strict=True)]
+    keep = labels is not None and final.clearly_better(found[0] == labels, found[-1] == labels)
+    best = list(places.values())[0 if keep else -1]
+    return {"comparison": [dataclasses.asdict(one) for one in comparison], "best": best}
 
 
 def _averages(workdir: str, ids: np.ndarray) -> dict[str, np.ndarray]:

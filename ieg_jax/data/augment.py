@@ -6,13 +6,14 @@ same seed gives the same result on every machine. A policy is written as operati
 `crop(pad=4)|flip|cutout(0.5)`. A new operation is a function with an entry in OPERATIONS.
 """
 
+from __future__ import annotations
+
 import ast
 import functools
 import inspect
 import math
 from collections.abc import Callable
 
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
@@ -20,9 +21,10 @@ from ieg_jax.config import at_least, one_of
 from ieg_jax.data import autoaugment
 from ieg_jax.data.images import ChooseWindow, Encoded, to_float
 from ieg_jax.errors import UserError, check_choice
+from ieg_jax.lazy import tf
 
 BLACK, GREY = -1.0, 0.0
-Policy = Callable[[tf.Tensor | Encoded, tf.Tensor], tf.Tensor]
+Policy = Callable[["tf.Tensor | Encoded", "tf.Tensor"], "tf.Tensor"]
 
 
 def crop(image: tf.Tensor, seed: tf.Tensor, pad: int = 4, fill: float = BLACK) -> tf.Tensor:

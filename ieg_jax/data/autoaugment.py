@@ -10,6 +10,8 @@ would be many more.
     Cubuk et al., RandAugment: Practical Automated Data Augmentation with a Reduced Search Space, 2020.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import math
@@ -18,7 +20,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
+
+from ieg_jax.lazy import tf
 
 GREY = 128
 

@@ -6,11 +6,12 @@ step s simply begins to count there, and every host can compute its own part. tf
 training, on the host's processors.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
@@ -19,16 +20,15 @@ from ieg_jax.data.images import Encoded, reason, to_float
 from ieg_jax.data.load import Data
 from ieg_jax.data.splits import Split
 from ieg_jax.errors import UserError
+from ieg_jax.lazy import tf
 from ieg_jax.methods.base import MAIN, TRUSTED, Stream
-
-tf.config.set_visible_devices([], "GPU")  # jax computes on the accelerators, TensorFlow is to leave them alone
 
 # The random numbers of a run come in numbered streams. A stream of examples uses two: for order and augmentation.
 _STREAMS = {MAIN: (0, 1), "probe": (3, 2)}
 _VIEW = 4  # for the views of `EvalBatches`
 _MORE_STREAMS = 5  # and up: two for each stream of examples with another name
 
-RowOf = Callable[[tf.Tensor], tf.Tensor]  # position in a stream -> row
+RowOf = Callable[["tf.Tensor"], "tf.Tensor"]  # position in a stream -> row
 
 
 def train_batches(
@@ -280,7 +280,8 @@ def _seed(seed: int, stream: int, position: tf.Tensor) -> tf.Tensor:
     return _fold(tf.constant([seed, stream], tf.int64), position)
 
 
-_fold = tf.random.experimental.stateless_fold_in
+def _fold(seed: tf.Tensor, data: tf.Tensor | int) -> tf.Tensor:
+    return tf.random.experimental.stateless_fold_in(seed, data)
 
 
 class _Reader:

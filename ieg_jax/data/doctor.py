@@ -1,7 +1,8 @@
 """The command that looks at data before they are trained on: `python -m ieg_jax.data.doctor --config=...`.
 
 It loads what a configuration names, just as training would, prints what a careful person would check, and writes a
-report and a contact sheet. If something is wrong, it ends with status 1 and a list of what that is.
+report and a contact sheet. If nothing is wrong, it compiles the training step and makes a few, to say how long training
+takes on this machine; else it ends with status 1 and a list of what is wrong.
 """
 
 import sys
@@ -17,6 +18,7 @@ def define_flags() -> None:
     cli.define_config_flag()
     flags.DEFINE_string("out", None, "New folder for the report and the contact sheet.", required=True)
     flags.DEFINE_bool("quick", False, "Do not read every image in search of duplicates.")
+    flags.DEFINE_bool("rehearse", True, "Compile the training step and make a few, to say how long training takes.")
 
 
 def main(argv: list[str]) -> None:
@@ -25,9 +27,13 @@ def main(argv: list[str]) -> None:
     from ieg_jax.data import examination  # imports TensorFlow, which takes seconds: after the flags were checked
 
     values = flags.FLAGS
-    problems = examination.examine(values.config, values.out, values.quick, Console())
+    problems, data = examination.examine(values.config, values.out, values.quick, Console())
     if problems:
         sys.exit("\n".join([f"error: {len(problems)} things are wrong:", *(f"  {problem}" for problem in problems)]))
+    if values.rehearse:
+        from ieg_jax.train import rehearsal  # likewise
+
+        print(rehearsal.rehearse(values.config, data))
     print("nothing wrong found")
 
 

@@ -27,10 +27,11 @@ from ieg_jax.data.splits import Split, in_lines
 from ieg_jax.errors import UserError
 from ieg_jax.methods.base import Stream
 
+GREY = 50  # images that are looked at to know whether all are grey
 ROWS_SHOWN = 25  # in a table with a row for each class
 
 
-def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Console) -> list[str]:
+def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Console) -> tuple[list[str], Data]:
     """Prints what there is to know about the data of a configuration, and writes a report.
 
     Args:
@@ -40,7 +41,7 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
       console: prints it.
 
     Returns:
-      What is wrong, one line for each problem.
+      What is wrong, one line for each problem; and the data.
 
     Raises:
       UserError: for what training would refuse, and where `out` holds files already.
@@ -63,6 +64,8 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
     for name, size in (sizes | {f"{name} as they come": size for name, size in original.items()}).items():
         _say(console, f"image sizes, {name}: {size}")
     problems += _left_out(data.left_out, refuses, console)
+    if _changes_colours(config.augment) and _is_grey(data.train):
+        _say(console, "the images are grey, and the augmentation changes colours: use augment=grey (docs/data.md)")
     label_file = _label_file(config.noise, console)
     _noise(data, console)
     duplicates = {} if quick else _duplicates(splits)
@@ -95,7 +98,7 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
     files.write_json(out / "noisy_labels.json", data.noisy_labels.tolist(), indent=None)
     draw_batch(first, data.class_names, out / "contact_sheet.png")
     _say(console, f"written: report, trusted set, labels and contact sheet in {out}")
-    return problems
+    return problems, data
 
 
 def throughput(config: ConfigDict, data: Data, streams: Mapping[str, Stream], seconds: float = 3.0) -> dict[str, float]:
@@ -210,6 +213,18 @@ def _sizes(split: Split) -> str:
     return (
         f"height {low[0]} to {high[0]} (median {middle[0]}), width {low[1]} to {high[1]} (median {middle[1]}), {which}"
     )
+
+
+def _changes_colours(augment: ConfigDict) -> bool:
+    return config_lib.AUGMENT_PRESETS["photos"] == (augment.standard, augment.strong)
+
+
+def _is_grey(split: Split) -> bool:
+    """Whether images that are evenly spread over the set, GREY of them, are grey."""
+    if not split.is_visible:
+        return False
+    rows = np.unique(np.linspace(0, len(split) - 1, GREY).astype(int))
+    return all((image == image[..., :1]).all() for image in split.originals(rows))
 
 
 def _original_sizes(data: ConfigDict) -> dict[str, str]:

@@ -5,6 +5,8 @@ Pillow decodes all others (CMYK, 16 bits, palettes, transparency, EXIF orientati
 knows them all. Where both can read a file, both give the same pixels.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -17,19 +19,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from PIL import Image, ImageOps
 from rich.progress import track
 
 from ieg_jax import files
 from ieg_jax.errors import UserError
+from ieg_jax.lazy import tf
 
 JPEG_START = b"\xff\xd8\xff"
 JPEG_QUALITY = 95
 CHECKED_AT_ONCE = 5000  # image files whose outcome is kept in one file of the cache
 ORIENTATION = 0x0112  # EXIF tag; 1 = upright
 # (height, width) int32 [2] -> (top, left, height, width) int32 [4]
-ChooseWindow = Callable[[tf.Tensor], tf.Tensor]
+ChooseWindow = Callable[["tf.Tensor"], "tf.Tensor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ class StoredImages:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def __getitem__(self, rows: np.ndarray) -> "StoredImages":
+    def __getitem__(self, rows: np.ndarray) -> StoredImages:
         """The images in these rows, in this order."""
         raise NotImplementedError
 
@@ -101,7 +103,7 @@ class FileImages(StoredImages):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, rows: np.ndarray) -> "FileImages":
+    def __getitem__(self, rows: np.ndarray) -> FileImages:
         columns = (self.paths, self.plain, self.sizes)
         return FileImages(*(None if column is None else column[rows] for column in columns))
 

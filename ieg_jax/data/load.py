@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
-from ieg_jax.data import selection
+from ieg_jax.data import cleaned, selection
 from ieg_jax.data import trusted as trusted_set
 from ieg_jax.data.noise import kinds
 from ieg_jax.data.sources import load as sources
@@ -94,6 +94,9 @@ def load_data(config: ConfigDict) -> Data:
     evaluation, evaluation_name = source.test, "test"
     if evaluation is None and held_out is not None:
         evaluation, evaluation_name = held_out, "held_out"
+    names = source.class_names or tuple(map(str, range(source.num_classes)))
+    if file := config.data.get("cleaned", ""):
+        train = cleaned.apply(train, file, names)
     if config.data.validation_size:
         train, evaluation = _hold_out(train, config.data.validation_size)
         evaluation_name = "validation"
@@ -109,7 +112,7 @@ def load_data(config: ConfigDict) -> Data:
         evaluation_name=evaluation_name,
         name=source.name,
         num_classes=source.num_classes,
-        class_names=source.class_names or tuple(map(str, range(source.num_classes))),
+        class_names=names,
         noise_report=kinds.report(train, config.noise, source.num_classes),
         trusted_report=trusted_set.report(whole_trusted, config.trusted, num_removed, held_out),
         noisy_labels=source.train.labels[np.argsort(source.train.ids)],

@@ -1,5 +1,7 @@
 """Writes sharded records: a data set in a form that a training reads fast, from a disk or a bucket."""
 
+from __future__ import annotations
+
 import collections
 import concurrent.futures
 import dataclasses
@@ -11,7 +13,6 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
-import tensorflow as tf
 from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -25,6 +26,7 @@ from ieg_jax.data.sources import load as sources
 from ieg_jax.data.sources import records
 from ieg_jax.data.splits import Split, in_lines
 from ieg_jax.errors import UserError
+from ieg_jax.lazy import tf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """Draws the contact sheet: every operation and policy of the augmentation on a photograph."""
 
+from __future__ import annotations
+
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_image
 
 from ieg_jax.data import augment, autoaugment
 from ieg_jax.errors import UserError
+from ieg_jax.lazy import tf
 
 SIDES = (32, 224)
 LEVELS = (0, 2, 4, 6, 8, 10)

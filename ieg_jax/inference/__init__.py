@@ -15,7 +15,7 @@ from ieg_jax.inference.exported import (
     load_saved_model,
     load_stablehlo,
 )
-from ieg_jax.inference.trained import SIGNATURE, Trained, load, predict, predictor
+from ieg_jax.inference.trained import SIGNATURE, Trained, load, over_training, predict, predictor
 
 __all__ = [
     "INPUTS",
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "load_saved_model",
     "load_stablehlo",
+    "over_training",
     "predict",
     "predictor",
 ]

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from ieg_jax import files
 from ieg_jax.errors import UserError, first_line
 from ieg_jax.inference.trained import SIGNATURE, Trained
+from ieg_jax.lazy import tf
 from ieg_jax.models import own, pretrained
 from ieg_jax.runtime.workdir import class_name, provenance
 
@@ -152,7 +153,6 @@ def export_saved_model(trained: Trained, folder: epath.Path, dtype: str = "uint8
       UserError: for a network of features, and where this version of TensorFlow is too old for this version of jax. In
         both cases nothing is written.
     """
-    import tensorflow as tf
     from jax.experimental import jax2tf
 
     served, shape = _served(trained, dtype)
@@ -181,8 +181,6 @@ def export_saved_model(trained: Trained, folder: epath.Path, dtype: str = "uint8
 
 def load_saved_model(folder: epath.PathLike) -> Served:
     """Loads what `export_saved_model` wrote; TensorFlow runs it."""
-    import tensorflow as tf
-
     folder = epath.Path(folder)
     serve = tf.saved_model.load(str(folder)).signatures["serving_default"]
     signature = json.loads((folder / SIGNATURE).read_text())

@@ -1,5 +1,6 @@
 """Loads a trained network from a work folder or from exported weights, and predicts with it."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -16,6 +17,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from ieg_jax import config as config_lib
 from ieg_jax import methods, models
 from ieg_jax.data.batches import EvalBatches
 from ieg_jax.data.splits import Split
@@ -77,20 +79,32 @@ class Trained:
         Returns:
           Probabilities `[n, K]`.
         """
-        channels = self.image_shape[2]
-        if images.shape[-1] == 1 and channels == 3:
-            images = jnp.repeat(images, 3, -1)
-        elif images.shape[-1] == 3 and channels == 1:
-            images = jnp.sum(images * jnp.asarray(LUMA, images.dtype), -1, keepdims=True)
-        method = methods.get(self.config.method.name)
-        context = Context(
-            config=FrozenConfigDict(self.config),
-            network=self.network,
-            optimizer=optimizers.create(self.config.optimizer),
-            num_classes=self.num_classes,
+        config = FrozenConfigDict(self.config)
+        return _probabilities(
+            config, self.network, self.num_classes, self.image_shape[2], params, batch_stats, memory, images
         )
-        variables = {"params": params, "batch_stats": batch_stats}
-        return method.bind(context).predict(variables, memory, images)
+
+
+def _probabilities(
+    config: FrozenConfigDict,
+    network: nn.Module,
+    num_classes: int,
+    channels: int,
+    params: Any,
+    batch_stats: Any,
+    memory: Any,
+    images: jax.Array,
+) -> jax.Array:
+    """See `Trained.probabilities`."""
+    if images.shape[-1] == 1 and channels == 3:
+        images = jnp.repeat(images, 3, -1)
+    elif images.shape[-1] == 3 and channels == 1:
+        images = jnp.sum(images * jnp.asarray(LUMA, images.dtype), -1, keepdims=True)
+    context = Context(
+        config=config, network=network, optimizer=optimizers.create(config.optimizer), num_classes=num_classes
+    )
+    variables = {"params": params, "batch_stats": batch_stats}
+    return methods.get(config.method.name).bind(context).predict(variables, memory, images)
 
 
 def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Module | None = None) -> Trained:
@@ -219,11 +233,8 @@ def predictor(trained: Trained) -> Callable[..., np.ndarray]:
     """
     config = for_these_devices(trained.config)
     shardings = mesh.create(config)
-    forward = jax.jit(
-        trained.probabilities,
-        in_shardings=(*[shardings.replicated] * 3, shardings.batch),
-        out_shardings=shardings.replicated,
-    )
+    about = (trained.network, trained.num_classes, trained.image_shape[2])
+    forward = _compiled(config_lib.of_program(trained.config), *about, shardings)
 
     def predict(split: Split, view: int | None = None) -> np.ndarray:
         # Each result is fetched before the next batch is sent, so that only one batch of images is on the devices.
@@ -234,6 +245,43 @@ def predictor(trained: Trained) -> Callable[..., np.ndarray]:
         return np.concatenate(parts)[: len(split)]  # the last batch is padded at its end
 
     return predict
+
+
+def _forward(
+    config: FrozenConfigDict, network: nn.Module, num_classes: int, channels: int, shardings: mesh.Shardings
+) -> Callable[..., jax.Array]:
+    return jax.jit(
+        functools.partial(_probabilities, config, network, num_classes, channels),
+        in_shardings=(*[shardings.replicated] * 3, shardings.batch),
+        out_shardings=shardings.replicated,
+    )
+
+
+_kept = functools.lru_cache(maxsize=4)(_forward)
+
+
+def _compiled(config: FrozenConfigDict, network: nn.Module, *others: Any) -> Callable[..., jax.Array]:
+    """The function that predicts: the last few are kept, for they serve any weights of the same shapes."""
+    try:
+        return _kept(config, network, *others)
+    except TypeError:  # someone's network that is not hashable
+        return _forward(config, network, *others)
+
+
+def over_training(workdir: epath.PathLike, newest: Trained, network: nn.Module | None = None) -> list[Trained]:
+    """The networks of the checkpoints that a run keeps, the newest first; those that are damaged are left out.
+
+    Args:
+      workdir: of a run.
+      newest: from `load`.
+      network: see `load`.
+    """
+    steps = sorted(int(path.name) for path in (epath.Path(workdir) / "checkpoints").iterdir() if path.name.isdigit())
+    found = [newest]
+    for step in reversed([step for step in steps if step < newest.step]):
+        with contextlib.suppress(UserError):
+            found.append(load(workdir, step, network))
+    return found
 
 
 def for_these_devices(config: ConfigDict) -> ConfigDict:

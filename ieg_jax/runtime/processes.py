@@ -7,11 +7,13 @@ step when one is told to stop.
 
 import contextlib
 import os
+import queue
 import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +21,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ieg_jax.errors import UserError
+from ieg_jax.cli import UNENDING
+from ieg_jax.errors import Interrupted, UserError
 
 VISIBLE_WITHIN = 10.0  # seconds until a file that one host has written must be seen on the others
 
@@ -181,6 +184,34 @@ class StopRequest:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked.is_set()
+
+    def wait(self, function: Callable[[], Any]) -> Any:
+        """Calls a function that does not come back to Python for long, and returns what it returns.
+
+        One process does so in a thread, so that a signal is heard in the meantime; the thread cannot be ended, and the
+        program leaves it behind (`cli.run`). Several processes, which have to stop together, wait for the end.
+
+        Raises:
+          Interrupted: after a signal.
+        """
+        if jax.process_count() > 1:
+            return function()
+        results: queue.SimpleQueue = queue.SimpleQueue()
+
+        def call():
+            try:
+                results.put((function(), None))
+            except BaseException as error:  # which the caller raises
+                results.put((None, error))
+
+        threading.Thread(target=call, name=UNENDING, daemon=True).start()
+        while not self._asked.is_set():
+            with contextlib.suppress(queue.Empty):
+                found, error = results.get(timeout=0.2)
+                if error is not None:
+                    raise error
+                return found
+        raise Interrupted("stopped while a program was being compiled; nothing is lost")
 
     def _ask(self, *_) -> None:
         """Handles the signal."""

@@ -3,10 +3,23 @@
 import datetime
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+TIMED = 4  # steps after the first, which begins slowly
+WORTH_SAYING = 50  # steps; of fewer it is not said how long they will take
+
+
+def duration_text(seconds: float) -> str:
+    """A duration as people say it: `40 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    for unit, length, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.{digits}f} {unit}"
+    return f"{max(1, round(seconds))} s"
 
 
 class Reporter:
@@ -21,6 +34,7 @@ class Reporter:
           visible: False = nothing is shown but warnings, as on all processes but the first.
         """
         self._title, self._start, self._total = title, 0, total
+        self._second = None  # when the first step was done; None = not yet, or no longer of interest
         self._visible = visible
         self._began = time.monotonic()
         self._bar = None
@@ -37,7 +51,9 @@ class Reporter:
     def __enter__(self) -> "Reporter":
         if self._bar:
             self._bar.start()
-            self._task = self._bar.add_task("compiling", total=self._total)
+            self._task = self._bar.add_task("compiling the step (seconds to minutes)", total=self._total)
+        else:
+            self.say(f"{self._total:,} steps; compiling them first, which takes seconds to minutes")
         return self
 
     def __exit__(self, *_) -> None:
@@ -51,10 +67,24 @@ class Reporter:
             self._bar.update(self._task, description="training", completed=start)
         self.say(f"compiled in {seconds:.0f} s")
 
-    def step(self, done: int) -> None:
-        """Moves the bar to the number of steps that are done."""
+    def step(self, done: int, wait: Callable[[], Any] = lambda: None) -> None:
+        """Moves the bar to the number of steps that are done; after a few it says how long all will take.
+
+        Args:
+          done: steps.
+          wait: until they really are.
+        """
         if self._bar:
             self._bar.update(self._task, completed=done)
+        count = done - self._start
+        if count in (1, 1 + TIMED) and self._total - self._start > WORTH_SAYING:
+            wait()
+            if count == 1:
+                self._second = time.monotonic()
+            else:
+                each = (time.monotonic() - self._second) / TIMED
+                left = duration_text(each * (self._total - done))
+                self.say(f"{each:.2g} s a step, about {left} for the {self._total - done:,} that are left")
 
     def metrics(self, done: int, values: dict[str, float]) -> None:
         """Shows the metrics of the step `done`, which was logged: name -> value."""

@@ -1,14 +1,17 @@
 """The beginning of a run: what stays the same while it goes on, and the state from which it goes on."""
 
+from __future__ import annotations
+
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
-from clu import metric_writers  # write TensorBoard files and the log
+import numpy as np
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
@@ -16,6 +19,7 @@ from ieg_jax.data.batches import EvalBatches, train_batches
 from ieg_jax.data.load import Data, load_data
 from ieg_jax.data.splits import UNKNOWN
 from ieg_jax.errors import UserError, check_choice
+from ieg_jax.lazy import metric_writers
 from ieg_jax.models import pretrained
 from ieg_jax.runtime import mesh, processes
 from ieg_jax.runtime.checkpoints import Checkpoints
@@ -75,8 +79,16 @@ def prepare(config: ConfigDict, folder: WorkFolder, shardings: mesh.Shardings, n
     processes.check_same("the data", json.dumps(data.fingerprint()))
     built = program.build(config, shardings, shape, steps, network)
     _check_best_metric(config, built, evaluations)
-    rngs = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=shardings.replicated)()
+    # jax takes the lowest 32 bits of a seed.
+    seed = jax.device_put(np.uint32(config.seed % 2**32), shardings.replicated)
+    rngs = _split_key(shardings.replicated)(seed)
     return Run(config, folder, data, steps, shardings, built, evaluations, shape.evaluation_image, *rngs)
+
+
+@functools.lru_cache(maxsize=4)
+def _split_key(place: jax.sharding.Sharding) -> Callable[[np.uint32], tuple[jax.Array, jax.Array]]:
+    """Seed -> two keys."""
+    return jax.jit(lambda seed: tuple(jax.random.split(jax.random.key(seed))), out_shardings=place)
 
 
 def write_down(run: Run, network: nn.Module | None) -> None:

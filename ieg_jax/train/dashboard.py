@@ -4,21 +4,22 @@ The tab Custom Scalars has the charts of `layout`; HParams the columns of HYPERP
 for each run; Images what `suspects` draws. All of it goes through CLU's writer into the same event files.
 """
 
+from __future__ import annotations
+
 import pathlib
 from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
-from clu import metric_writers
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as custom_scalars
-from tensorboard.plugins.hparams import api as hparams
 
 from ieg_jax.data.splits import UNKNOWN, Split
+from ieg_jax.lazy import hparams, metric_writers
 from ieg_jax.train import metrics
 
 # The columns of HParams: the keys in which experiments usually differ. config.json has all.

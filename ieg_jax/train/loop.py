@@ -9,7 +9,10 @@ A run can start in four ways, decided by what is in the work folder:
 4. a run with another configuration: an error that names the differing keys.
 """
 
+from __future__ import annotations
+
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -17,11 +20,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from clu import asynclib  # write TensorBoard files and the log
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax.errors import Interrupted, NonFiniteError, StorageError, first_line
+from ieg_jax.lazy import asynclib
 from ieg_jax.models import pretrained
 from ieg_jax.runtime import mesh, processes, watch
 from ieg_jax.runtime.checkpoints import Checkpoints, checkpoints_exist
@@ -52,7 +55,7 @@ def train_and_evaluate(
       UserError: for a configuration, data or work folder that cannot be used; before anything is compiled.
       NonFiniteError: where a metric becomes nan or infinite.
       StorageError: where the work folder can no longer be written; what it held before is intact.
-      Interrupted: after SIGTERM or SIGINT to any process, when the state has been saved.
+      Interrupted: after SIGTERM or SIGINT to any process, when the state has been saved; or in compilation.
     """
     # ---- What is to be done, and has it been done?
     began = time.monotonic()
@@ -102,7 +105,7 @@ def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Rep
         stack.push(_closing(progress.writer))
         stack.enter_context(reporter)
         stop = stack.enter_context(processes.StopRequest())
-        train_step, flops = _compile(run, progress, reporter)
+        train_step, flops = _compile(run, progress, reporter, stop)
         watchdog = stack.enter_context(watch.Watchdog(folder.path, config.stall_minutes))
         profiler = watch.Profiler(folder.path, config.profile.start_step, config.profile.num_steps)
         stack.callback(profiler.close)
@@ -115,7 +118,7 @@ def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Rep
             with clock("compute"):
                 progress.state, progress.window = train_step(progress.state, progress.window, batch, run.step_rng)
                 traced = profiler.after(step, progress.state)
-            reporter.step(step)
+            reporter.step(step, functools.partial(jax.block_until_ready, progress.window))
             if traced:
                 reporter.say(f"a profile of the steps up to {step} is in {folder.path / 'plugins' / 'profile'}")
             row: dict[str, Any] = {}
@@ -160,11 +163,10 @@ def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Rep
         checkpoints.wait()
 
 
-def _compile(run: Run, progress: Progress, reporter: Reporter) -> tuple[Callable, float]:
+def _compile(run: Run, progress: Progress, reporter: Reporter, stop: processes.StopRequest) -> tuple[Callable, float]:
     """The compiled step, and the operations of one device in it; 0 where they are not known."""
     began = time.monotonic()
-    lowered = run.program.train_step.lower(progress.state, progress.window, run.program.batch, run.step_rng)
-    train_step = lowered.compile()
+    train_step = run.program.compiled_step(stop.wait)
     progress.compile_seconds = time.monotonic() - began
     reporter.compiled(progress.compile_seconds, progress.start)
     # XLA counts what is in a loop once, so that parts of a batch would be missing.

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from ieg_jax import config as config_lib
 from ieg_jax import methods, models
 from ieg_jax.data.batches import batch_size_of, image_shape, split_image_size
 from ieg_jax.data.load import Data
@@ -72,6 +73,18 @@ class Program:
     features: Callable[..., jax.Array]
     num_rows: int
 
+    def compiled_step(self, wait: Callable[[Callable[[], Any]], Any] = lambda compiling: compiling()) -> Any:
+        """`train_step`, compiled; takes its time when it is first asked for.
+
+        Args:
+          wait: calls the function that it is given, which is in the compiler for seconds or minutes, and returns what
+            that returns.
+        """
+        if "compiled" not in self.__dict__:
+            lowered = self.train_step.lower(self.state, self.window, self.batch, self.rng)
+            self.__dict__["compiled"] = wait(lowered.compile)
+        return self.__dict__["compiled"]
+
     @property
     def one_network(self) -> dict[str, Any]:
         """Shapes of the parameters and the moving averages of one of the R networks."""
@@ -90,6 +103,9 @@ def build(
 ) -> Program:
     """Builds the program of a configuration; nothing is compiled yet.
 
+    The last few are kept: what has been compiled for a configuration serves for the next run that differs in its data
+    or seed alone, as in a search or a cross-validation (`config.of_program`).
+
     Args:
       config: the configuration, resolved.
       shardings: on the devices.
@@ -97,6 +113,20 @@ def build(
       durations: of the run.
       network: in place of the one that `config.model` names, see `models.own.adapt`.
     """
+    config = config_lib.of_program(config)
+    try:
+        return _kept(config, shardings, data, durations, network)
+    except TypeError:  # someone's network that is not hashable
+        return _build(config, shardings, data, durations, network)
+
+
+def _build(
+    config: FrozenConfigDict,
+    shardings: mesh.Shardings,
+    data: DataShape,
+    durations: Durations,
+    network: nn.Module | None,
+) -> Program:
     groups = config.batch_groups // config.microbatches
     if network is None:
         network = models.create(config.model, data.num_classes, groups)
@@ -104,7 +134,7 @@ def build(
         network = own.adapt(network, data.num_classes, groups, data.image)
     described = methods.get(config.method.name)
     context = base.Context(
-        config=FrozenConfigDict(config),
+        config=config,
         network=network,
         optimizer=optimizers.create(config.optimizer),
         num_classes=data.num_classes,
@@ -181,6 +211,9 @@ def build(
         features=of_variables(context.features),
         num_rows=num_rows,
     )
+
+
+_kept = functools.lru_cache(maxsize=4)(_build)
 
 
 def _state_shardings(state: TrainState, shardings: mesh.Shardings, num_rows: int) -> Any:

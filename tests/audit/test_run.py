@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -235,7 +236,7 @@ def test_an_interrupted_audit_goes_on(case, finished, monkeypatch):
     calls.clear()
     calls += [None] * 100  # from here on it does not stop
     summary = audit(case.workdir, str(folder), OPTIONS)
-    assert len(calls) == 100 + 2 * 3 + 2, "two parts, the held-out and the trusted images"
+    assert len(calls) == 100 + 2 * 3 + 3, "two parts; the held-out images, and for an alarm these and the trusted ones"
     assert summary == finished[1]
     for name in (TABLE, CLEANED, CLEANLAB):
         assert (folder / name).read_bytes() == (finished[0] / name).read_bytes(), name
@@ -292,6 +293,27 @@ def test_marks_decide(case, finished, tmp_path):
         with pytest.raises(UserError, match=message):
             cleaned.write(folder, tmp_path / "no.csv", marks=str(marks))
     assert not (tmp_path / "no.csv").exists()
+
+
+@pytest.mark.slow
+def test_retraining_on_the_cleaned_labels(case, tmp_path):
+    """Asked for when the audit was finished already, it makes the two trainings and nothing else."""
+    options = dataclasses.replace(OPTIONS, views=0, thumbnails=0)
+    before = audit(case.workdir, str(tmp_path / "audit"), options)
+    assert "retrained" not in before
+    summary = audit(case.workdir, str(tmp_path / "audit"), dataclasses.replace(options, retrain=True))
+    lines = [(one["name"], one["labels"]) for one in summary["retrained"]["comparison"]]
+    assert lines == [("ieg", "given"), ("supervised", "given"), ("supervised", "cleaned")]
+    on_given, on_cleaned = (inference.load(tmp_path / "audit/retrained" / name) for name in ("given", "cleaned"))
+    labels = {name: load_data(one.config).train.labels for name, one in (("g", on_given), ("c", on_cleaned))}
+    assert (labels["g"] != labels["c"]).sum() == before["cleaned"]["relabel"] > 0
+    held_out = load_data(on_cleaned.config).held_out
+    accuracy = (inference.predict(on_cleaned, held_out).argmax(1) == held_out.labels).mean()
+    assert summary["retrained"]["comparison"][2]["held_out"] == pytest.approx(accuracy)
+    best = pathlib.Path(summary["retrained"]["best"])
+    assert best in (tmp_path / "audit/retrained/cleaned", pathlib.Path(case.workdir))
+    again = audit(case.workdir, str(tmp_path / "audit"), dataclasses.replace(options, retrain=True))
+    assert again == json.loads(json.dumps(summary))
 
 
 @pytest.mark.slow
@@ -513,6 +535,6 @@ def test_trusted_examples_that_are_known_by_heart():
     sure = np.eye(2)[np.zeros(80, int)]
     for right, alarms in ((6, 1), (18, 0)):
         unseen = np.eye(2)[(np.arange(20) >= right).astype(int)]
-        found = audit_run._alarm_trusted(data, lambda _: sure, unseen)
+        found = audit_run._alarm_trusted(data, lambda split, unseen=unseen: sure if split is trusted else unseen)
         assert len(found) == alarms
-    assert audit_run._alarm_trusted(types.SimpleNamespace(held_out=None), None, None) == []
+    assert audit_run._alarm_trusted(types.SimpleNamespace(held_out=None), None) == []

@@ -12,6 +12,7 @@ from rich.console import Console
 from runs import ROOT
 
 from configs import default
+from ieg_jax import config as config_lib
 from ieg_jax.data import examination, shards
 from ieg_jax.data.sources import cifar
 from ieg_jax.errors import UserError
@@ -29,7 +30,7 @@ def fast(tmp_path, monkeypatch):
 
 def examine(config, out, quick=False, width=200):
     console = Console(record=True, width=width)
-    problems = examination.examine(config, out, quick, console)
+    problems, _ = examination.examine(config, out, quick, console)
     return problems, console.export_text(), json.loads((out / "report.json").read_text())
 
 
@@ -254,3 +255,14 @@ def test_the_command(photos, tmp_path):
     assert done.stderr.strip().splitlines()[-2] == "error: 1 things are wrong:"
     assert "Traceback" not in done.stderr
     assert "images/s here" in done.stdout
+
+
+def test_grey_images_are_told_from_colours(photos, tmp_path):
+    photos.augment.standard, photos.augment.strong = config_lib.AUGMENT_PRESETS["photos"]
+    photos.data.image_size = 8
+    assert "the images are grey" not in examine(photos, tmp_path / "colours")[1]
+    for path in (tmp_path / "train").rglob("*.jpg"):
+        Image.open(path).convert("L").convert("RGB").save(path)
+    assert "the images are grey" in examine(photos, tmp_path / "grey")[1]
+    photos.augment.standard, photos.augment.strong = config_lib.AUGMENT_PRESETS["grey"]
+    assert "the images are grey" not in examine(photos, tmp_path / "as they should be")[1]

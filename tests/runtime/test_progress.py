@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from ieg_jax.runtime import progress
 from ieg_jax.runtime.progress import Reporter
 
 
@@ -17,7 +18,24 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
         reporter.compiled(2.4, start=0)
         reporter.step(5)
         reporter.metrics(5, {"loss": 0.123456, "test": 0.5})
-    assert capsys.readouterr().out == "run: compiled in 2 s\nrun: step 5/10  loss 0.1235  test 0.5  ETA 0:00:00\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "run: 10 steps; compiling them first, which takes seconds to minutes",
+        "run: compiled in 2 s",
+        "run: step 5/10  loss 0.1235  test 0.5  ETA 0:00:00",
+    ]
+
+
+def test_how_long_it_takes_is_said_after_a_few_steps(capsys, monkeypatch):
+    """Steps 21 to 25 after a start at step 20: the first is not counted, the other four take half a second each."""
+    now, waits = [100.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Reporter("run", total=1025) as reporter:
+        reporter.compiled(2, start=20)
+        for step in range(21, 40):
+            now[0] += 9 if step == 21 else 0.5
+            reporter.step(step, lambda step=step: waits.append(step))
+    said = [line for line in capsys.readouterr().out.splitlines() if "a step" in line]
+    assert said == ["run: 0.5 s a step, about 8 min for the 1,000 that are left"] and waits == [21, 25]
 
 
 def test_a_bar_on_a_terminal(monkeypatch):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -26,6 +27,7 @@ from ieg_jax.runtime import processes
 from ieg_jax.runtime.checkpoints import Checkpoints
 from ieg_jax.train import begin, evaluation, metrics
 from ieg_jax.train.loop import train_and_evaluate
+from ieg_jax.train.program import Program
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +214,30 @@ def test_sigterm_saves_and_the_same_command_goes_on(config, undisturbed, tmp_pat
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handler is gone again"
     train_and_evaluate(config, str(tmp_path))
     assert_same_run(tmp_path, undisturbed[0], step=6)
+
+
+def test_a_signal_is_heard_while_the_step_is_compiled(config, tmp_path, monkeypatch):
+    stopped = threading.Event()
+
+    def compile_for_long(program, wait):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return wait(lambda: stopped.wait(60))
+
+    monkeypatch.setattr(Program, "compiled_step", compile_for_long)
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="while a program was being compiled"):
+        train_and_evaluate(config, str(tmp_path))
+    assert time.monotonic() - began < 30
+    stopped.set()
+
+
+def test_what_the_compiler_raises_is_raised(config, tmp_path, monkeypatch):
+    def fail():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Program, "compiled_step", lambda program, wait: wait(fail))
+    with pytest.raises(ZeroDivisionError):
+        train_and_evaluate(config, str(tmp_path))
 
 
 def test_a_finished_run_is_reported_and_not_touched(config, undisturbed, monkeypatch):

@@ -5,6 +5,8 @@ The folder of a `Dataset` holds `dataset_info.json` (the features, that is the m
 it is needed. The folder of a `DatasetDict` holds `dataset_dict.json` and such a folder for each split.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -16,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from ieg_jax import files
@@ -24,6 +25,7 @@ from ieg_jax.data import images
 from ieg_jax.data.sources import records
 from ieg_jax.data.splits import UNKNOWN, Source, Split, check_labels, make_split
 from ieg_jax.errors import UserError
+from ieg_jax.lazy import tf
 
 CLEAN_LABEL = "clean_label"
 
@@ -48,7 +50,7 @@ class ArrowImages(images.StoredImages):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, rows: np.ndarray) -> "ArrowImages":
+    def __getitem__(self, rows: np.ndarray) -> ArrowImages:
         columns = (self.rows, self.plain, self.sizes)
         return ArrowImages(self.column, self.files, *(None if part is None else part[rows] for part in columns))
 

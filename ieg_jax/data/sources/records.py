@@ -7,6 +7,8 @@ the image. With it any record is one seek away, locally or in a bucket, so the o
 TFDS prepared it is made at the first use, by reading them once.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import io
 import json
@@ -15,7 +17,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import tensorflow as tf
 from etils import epath
 from ml_collections import ConfigDict
 from rich.progress import track
@@ -24,6 +25,7 @@ from ieg_jax.data import images
 from ieg_jax.data.splits import UNKNOWN, Source, Split
 from ieg_jax.errors import StorageError, UserError
 from ieg_jax.files import write_arrays
+from ieg_jax.lazy import tf
 
 _FRAME = struct.Struct("<QI")  # length of the record and its checksum; the data and their checksum follow
 
@@ -45,7 +47,7 @@ class RecordImages(images.StoredImages):
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def __getitem__(self, rows: np.ndarray) -> "RecordImages":
+    def __getitem__(self, rows: np.ndarray) -> RecordImages:
         return RecordImages(self.files, self.shards[rows], self.offsets[rows])
 
     def reader(self) -> Callable[[tf.Tensor], images.Encoded]:

@@ -6,11 +6,12 @@ images; `google` is the Google part of all classes, `full` both parts. A wnid is
 n01440764.
 """
 
+from __future__ import annotations
+
 import os
 import pathlib
 
 import numpy as np
-import tensorflow as tf
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from ieg_jax.data.sources import records, webvision_lists
 from ieg_jax.data.sources.image_files import SUFFIXES
 from ieg_jax.data.splits import NO_CLASS, Source, Split, make_split
 from ieg_jax.errors import UserError, check_choice
+from ieg_jax.lazy import tf
 
 
 def webvision(data: ConfigDict) -> Source:

@@ -1,0 +1,67 @@
+"""TensorFlow, and what needs it, CLU and TensorBoard: loaded where first used, for they take seconds and 400 MB.
+
+Commands check their flags and `IEGClassifier` is imported without them. jax computes on the accelerators, TensorFlow is
+to leave them alone. What TensorFlow logs while it is loaded, of processors and of CUDA that is not there, is not shown,
+unless TF_CPP_MIN_LOG_LEVEL is 0.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import re
+import sys
+import tempfile
+import types
+from collections.abc import Iterator
+from typing import Any
+
+_LOG_LINE = re.compile(rb"[IWE]\d{4} \d|WARNING: All log messages before absl")
+
+
+class _Lazy(types.ModuleType):
+    """A module that is imported when it is first asked for something."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_imported(self.__name__), name)
+
+
+@functools.cache
+def _imported(name: str) -> types.ModuleType:
+    if "tensorflow" not in sys.modules:
+        with _without_log():
+            import tensorflow
+
+            with contextlib.suppress(RuntimeError):  # where another program's TensorFlow has begun already
+                tensorflow.config.set_visible_devices([], "GPU")
+    return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Keeps lines of TensorFlow's native log from standard error; whatever else is written there follows at the end."""
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
+        yield
+        return
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # jax sets it to 1
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as written:
+        try:
+            usual = os.dup(2)
+        except OSError:  # standard error is closed
+            yield
+            return
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(usual, 2)
+            os.close(usual)
+            written.seek(0)
+            for line in written:
+                if not _LOG_LINE.match(line):
+                    os.write(2, line)
+
+
+tf, asynclib, metric_writers = map(_Lazy, ("tensorflow", "clu.asynclib", "clu.metric_writers"))
+hparams = _Lazy("tensorboard.plugins.hparams.api")

@@ -1,0 +1,90 @@
+"""A rehearsal: compiles the step of a run and makes a few, to know how long the run will take here."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ieg_jax import config as config_lib
+from ieg_jax.data.batches import train_batches
+from ieg_jax.data.load import Data
+from ieg_jax.runtime import mesh
+from ieg_jax.runtime.progress import TIMED, duration_text
+from ieg_jax.train import durations, program
+
+LONGEST_STEP = 20.0  # seconds; on a processor, slower steps are judged by their operations alone
+SIDE = 1024  # of the matrices by whose product the speed of a processor is judged
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What came out.
+
+    Attributes:
+      num_steps: of the whole run.
+      step_seconds: of one, without evaluation and checkpoints.
+      compile_seconds: None where the step was too slow to be tried; `step_seconds` is then a lower bound.
+    """
+
+    num_steps: int
+    step_seconds: float
+    compile_seconds: float | None
+
+    def __str__(self) -> str:
+        total = duration_text(self.num_steps * self.step_seconds)
+        if self.compile_seconds is None:
+            return (
+                f"training: {self.num_steps:,} steps would take more than {total} here, by the number of their "
+                f"operations; a smaller network, smaller images, or an accelerator"
+            )
+        return (
+            f"training: {self.num_steps:,} steps of {self.step_seconds:.2g} s, about {total} here, after "
+            f"{duration_text(self.compile_seconds)} of compilation; evaluation and checkpoints come on top"
+        )
+
+
+def rehearse(config: ConfigDict, data: Data) -> Rehearsal:
+    """Compiles the training step and times TIMED of them, with batches as in training; nothing is written.
+
+    Args:
+      config: of the run.
+      data: that it names.
+
+    Raises:
+      UserError: for what training would refuse.
+    """
+    config = config_lib.resolve(config, data.facts)
+    shardings = mesh.create(config)
+    steps = durations.in_steps(config, len(data.train))
+    built = program.build(config, shardings, program.data_shape(config, data), steps)
+    if jax.devices()[0].platform == "cpu":
+        cost = built.train_step.lower(built.state, built.window, built.batch, built.rng).cost_analysis() or {}
+        fastest = cost.get("flops", 0.0) / _operations_per_second()
+        if fastest > LONGEST_STEP:
+            return Rehearsal(steps.num_steps, fastest, None)
+    began = time.monotonic()
+    train_step = built.compiled_step()
+    compile_seconds = time.monotonic() - began
+    rng = jax.device_put(jax.random.key(0), shardings.replicated)
+    state, window = built.init(rng), built.empty_window()
+    batches = train_batches(config, data, built.method.streams, 0, TIMED + 1, shardings.batch)
+    for number in range(TIMED + 1):  # the first one begins slowly
+        state, window = train_step(state, window, next(batches), rng)
+        if number == 0:
+            jax.block_until_ready(window)
+            began = time.monotonic()
+    jax.block_until_ready(window)
+    return Rehearsal(steps.num_steps, (time.monotonic() - began) / TIMED, compile_seconds)
+
+
+def _operations_per_second() -> float:
+    """Of a large product of matrices, about the fastest that this processor does anything."""
+    matrix = np.ones((SIDE, SIDE), np.float32)
+    best = np.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - began)
+    return 2 * SIDE**3 / best
