@@ -17,7 +17,7 @@ FLOORS = [
     {"data"},
     {"runtime", "methods", "models"},
     {"cli"},
-    {"config", "files", "hardware"},
+    {"config", "files", "hardware", "unpickle"},
     {"errors", "lazy"},
 ]
 COMMANDS = {"main", "quickstart", "predict", "export", "clean", "semantic_noise"}

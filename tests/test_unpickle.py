@@ -12,7 +12,7 @@ import archives
 import numpy as np
 import pytest
 
-from ieg_jax.data import unpickle
+from ieg_jax import unpickle
 from ieg_jax.errors import UserError
 
 ARRAYS = {

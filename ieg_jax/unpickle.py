@@ -1,22 +1,25 @@
-"""Reads pickles, here and nowhere else: numbers, text, plain containers and arrays of numbers, nothing else.
+"""Reads pickles, here and nowhere else: numbers, text, plain containers, arrays and tensors of numbers, nothing else.
 
 A pickle is a program that may call whatever it can name. Here it can name nothing real: each of the few names
 that arrays need stands for a recipe, which only notes what it is called with. When the program has ended, arrays
 are made from these notes, after a check that they describe bytes of a numeric dtype.
 """
 
+import dataclasses
 import io
 import os
 import pathlib
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 
 import numpy as np
 from etils import epath
 
 from ieg_jax.errors import UserError
 
+MAX_TENSORS = 1 << 34  # bytes of weights, unpacked
 MAX_UNPACKED = 1 << 28  # bytes in a torch file, unpacked; the published label files have a few million
 _NUMERIC = re.compile(rb"[biufc]\d{1,2}")  # booleans, integers, floats and complex numbers, with their size in bytes
 
@@ -59,7 +62,7 @@ def read_torch_zip(path: str | os.PathLike) -> dict:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(epath.Path(path).expanduser().read_bytes())) as archive:
-            name = _find_pickle(archive.infolist(), str(path))
+            name = _find_pickle(archive.infolist(), str(path), MAX_UNPACKED)
             content = archive.read(name)
     except UserError:
         raise
@@ -73,7 +76,76 @@ def read_torch_zip(path: str | os.PathLike) -> dict:
     return found
 
 
-def _find_pickle(entries: list[zipfile.ZipInfo], where: str) -> str:
+def read_tensors(content: bytes, where: str) -> dict[str, np.ndarray]:
+    """Reads the tensors of a state dict that `torch.save` wrote; torch is not needed, and nothing in it is run.
+
+    Both forms are read: the zip, and the stream of pickles and bytes from before 2020.
+
+    Args:
+      content: of the file.
+      where: its name, for messages.
+
+    Returns:
+      Name -> array. bfloat16 becomes float32.
+
+    Raises:
+      UserError: for a file that is damaged, and for one that holds or names anything but tensors in dicts.
+    """
+    try:
+        if content.startswith(b"PK"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                pickled = _find_pickle(archive.infolist(), where, MAX_TENSORS)
+                folder = pickled.removesuffix("data.pkl")
+                found = _TensorUnpickler(io.BytesIO(archive.read(pickled))).load()
+                tensors = _tensors(found, lambda key, _: archive.read(f"{folder}data/{key}"))
+        else:
+            tensors = _tensors_of_stream(io.BytesIO(content))
+    except UserError:
+        raise
+    except _Refused as error:
+        raise UserError(f"{where}: {error}; expected a state dict, tensors by name. Nothing of it was run") from None
+    except Exception as error:  # whatever a damaged file provokes
+        raise UserError(
+            f"{where}: not a file of torch.save, or damaged ({type(error).__name__}: {error}); is the copy complete?"
+        ) from None
+    if not tensors:
+        raise UserError(f"{where}: no tensors in it, expected a state dict, tensors by name")
+    return tensors
+
+
+def _tensors_of_stream(stream: io.BytesIO) -> dict[str, np.ndarray]:
+    """The form before the zip: magic number, version and machine, the state dict, and then the bytes by key."""
+    magic, version, _ = (_TensorUnpickler(stream).load() for _ in range(3))
+    if (magic, version) != (0x1950A86A20F9469CFC6C, 1001):
+        raise _Refused(f"begins with {magic!r:.40}, version {version!r:.40}")
+    found = _TensorUnpickler(stream)
+    state, keys = found.load(), _TensorUnpickler(stream).load()
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise _Refused("has no list of the keys of its tensors")
+    widths, stored = {storage.key: storage.dtype.itemsize for storage in found.storages}, {}
+    for key in keys:
+        (count,) = np.frombuffer(stream.read(8), "<i8")
+        stored[key] = stream.read(int(count) * widths[key])
+    return _tensors(state, lambda key, _: stored[key])
+
+
+def _tensors(found: object, read: Callable[[str, np.dtype], bytes], prefix: str = "") -> dict[str, np.ndarray]:
+    """The tensors in nested dicts, by their names joined with dots; other values, such as the epoch, are left out."""
+    if not isinstance(found, dict):
+        raise _Refused(f"holds a {type(found).__name__}")
+    arrays = {}
+    for name, value in found.items():
+        if isinstance(value, dict):
+            # A checkpoint of a training: the weights are in one of its dicts.
+            arrays |= _tensors(
+                value, read, "" if name in ("state_dict", "model", "model_state") else f"{prefix}{name}."
+            )
+        elif isinstance(value, _Tensor):
+            arrays[f"{prefix}{name}"] = value.made(read)
+    return arrays
+
+
+def _find_pickle(entries: list[zipfile.ZipInfo], where: str, largest: int) -> str:
     """The name of the one pickle in a file of torch.save; raises UserError for whatever else is in it."""
     for entry in entries:
         parts = pathlib.PureWindowsPath(entry.filename)  # splits at both / and \, and knows drives
@@ -82,8 +154,8 @@ def _find_pickle(entries: list[zipfile.ZipInfo], where: str) -> str:
         if entry.flag_bits & 1:
             raise UserError(f"{where}: {entry.filename} is encrypted, expected a file as torch.save writes it")
     size = sum(entry.file_size for entry in entries)
-    if size > MAX_UNPACKED:
-        raise UserError(f"{where}: {size} bytes unpacked, expected at most {MAX_UNPACKED}")
+    if size > largest:
+        raise UserError(f"{where}: {size} bytes unpacked, expected at most {largest}")
     pickles = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise UserError(f"{where}: {len(pickles)} entries called <name>/data.pkl, expected one; is it of torch.save?")
@@ -150,6 +222,78 @@ _RECIPES = {
     "numpy._core.multiarray.scalar": _Scalar,
     "_codecs.encode": _Encode,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """The bytes of a tensor, which lie outside of the pickle."""
+
+    key: str
+    dtype: np.dtype
+
+
+class _Tensor(_Recipe):
+    """Stands for `torch._utils._rebuild_tensor_v2`."""
+
+    def made(self, read: Callable[[str, np.dtype], bytes]) -> np.ndarray:
+        storage, offset, size, stride = self.args[:4]
+        if not isinstance(storage, _Storage):
+            raise _Refused(f"has a tensor of a {type(storage).__name__}")
+        flat = np.frombuffer(read(storage.key, storage.dtype), storage.dtype)
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if min((offset, *size, *stride)) < 0 or (all(size) and last >= len(flat)):
+            raise _Refused(f"has a tensor of shape {size} that leads out of its {len(flat)} numbers")
+        width = storage.dtype.itemsize
+        array = np.lib.stride_tricks.as_strided(flat[offset:], size, [width * step for step in stride], writeable=False)
+        if storage.dtype == np.uint16:  # bfloat16, the upper half of a float32
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.copy()
+
+
+class _Parameter(_Recipe):
+    """Stands for `torch._utils._rebuild_parameter`: a tensor, and whether it is trained."""
+
+    def __new__(cls, tensor, *_):
+        return tensor
+
+
+class _Dict(dict):
+    """Stands for `OrderedDict`, whose attributes, such as versions of modules, are left out."""
+
+    def __setstate__(self, state):
+        pass
+
+
+_STORAGES = {
+    "FloatStorage": "<f4", "HalfStorage": "<f2", "DoubleStorage": "<f8", "BFloat16Storage": "<u2",
+    "LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "i1", "ByteStorage": "u1",
+    "BoolStorage": "?",
+}  # fmt: skip
+_OF_TENSORS = {
+    "torch._utils._rebuild_tensor_v2": _Tensor,
+    "torch._utils._rebuild_parameter": _Parameter,
+    "collections.OrderedDict": _Dict,
+} | {f"torch.{name}": kind for name, kind in _STORAGES.items()}
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads tensors in dicts; notes the storages that they refer to."""
+
+    def __init__(self, stream: io.BytesIO):
+        super().__init__(stream, encoding="latin1")
+        self.storages: list[_Storage] = []
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in _OF_TENSORS:
+            raise _Refused(f"names {module}.{name}, which could run code")
+        return _OF_TENSORS[f"{module}.{name}"]
+
+    def persistent_load(self, pid):
+        kind, dtype, key, *_ = pid
+        if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str) or "/" in key or ".." in key:
+            raise _Refused(f"refers to {pid!r:.80}")
+        self.storages.append(_Storage(key, np.dtype(dtype)))
+        return self.storages[-1]
 
 
 class _Unpickler(pickle.Unpickler):
