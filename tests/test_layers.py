@@ -20,7 +20,7 @@ FLOORS = [
     {"config", "files", "hardware", "unpickle"},
     {"errors", "lazy"},
 ]
-COMMANDS = {"main", "quickstart", "predict", "export", "clean", "semantic_noise"}
+COMMANDS = {"main", "quickstart", "predict", "export", "embed", "clean", "semantic_noise"}
 COMMANDS_OF_DATA = {"doctor", "prepare", "contact_sheet", "semantic_noise"}
 
 

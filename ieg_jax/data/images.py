@@ -260,13 +260,14 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ieg_jax"
 
 
-def load_resized(images: StoredImages, size: int, names: np.ndarray) -> np.ndarray:
+def load_resized(images: StoredImages, size: int, names: np.ndarray, method: str = "area") -> np.ndarray:
     """Decodes all images into memory.
 
     Args:
       images: n of them.
-      size: pixels of a side; the centre square of each image is resized (area) to it.
+      size: pixels of a side; the centre square of each image is resized to it.
       names: `[n]`, for messages.
+      method: area, or bilinear (with antialiasing), which is smooth where images become larger.
 
     Returns:
       uint8 `[n, size, size, 3]`.
@@ -277,7 +278,7 @@ def load_resized(images: StoredImages, size: int, names: np.ndarray) -> np.ndarr
     read = images.reader()
 
     def load(row):
-        return square(tf.cast(read(row).whole(), tf.float32), size)
+        return square(tf.cast(read(row).whole(), tf.float32), size, method)
 
     rows = tf.data.Dataset.range(len(images)).map(load, tf.data.AUTOTUNE, deterministic=True).batch(256)
     batches = track(rows, "decoding images", -(-len(images) // 256), transient=True, disable=len(images) < 1000)
@@ -311,13 +312,13 @@ def reason(error: tf.errors.OpError) -> str:
     return re.sub(r"^(\{\{.*?\}\}\s*)+|\s*\[Op:.*\]\s*.*$", "", lines[0])
 
 
-def square(image: tf.Tensor, size: int) -> tf.Tensor:
-    """The centre square of an image `[..., H, W, C]`, resized (area) to `size`; float32."""
+def square(image: tf.Tensor, size: int, method: str = "area") -> tf.Tensor:
+    """The centre square of an image `[..., H, W, C]`, resized to `size`; float32. `method`: see `load_resized`."""
     height, width = tf.shape(image)[-3], tf.shape(image)[-2]
     side = tf.minimum(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     image = image[..., top : top + side, left : left + side, :]
-    return tf.image.resize(image, (size, size), method="area")
+    return tf.image.resize(image, (size, size), method, antialias=method == "bilinear")
 
 
 def to_float(image: tf.Tensor) -> tf.Tensor:

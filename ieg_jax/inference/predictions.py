@@ -97,7 +97,7 @@ def predict(
         and where no image can be read.
       StorageError: where there is no room for the table.
     """
-    table_path, places = _check_out(out), _check_places(arguments)
+    table_path, places = _check_out(out), existing(arguments)
     trained = load(workdir, checkpoint)
     is_features = trained.config.data.name == "features"
     if classifier and not is_features:
@@ -367,7 +367,7 @@ def _check_out(out: str) -> pathlib.Path:
     return path
 
 
-def _check_places(arguments: Sequence[str]) -> list[pathlib.Path]:
+def existing(arguments: Sequence[str]) -> list[pathlib.Path]:
     """Returns the paths that the command names; raises UserError where there is none, or where one does not exist."""
     if not arguments:
         raise UserError("nothing to predict; name image files, folders, lists (.csv, .parquet) or arrays (.npy, .npz)")

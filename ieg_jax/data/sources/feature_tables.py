@@ -171,9 +171,10 @@ def _rows(file: pathlib.Path, split: str) -> list[Listed]:
         values = lists.described(row, f"{place}, {where}", split, ("label",))
         if values is None:
             raise UserError(f"{place}, {where}: empty, expected a label for each vector")
-        if values["id"] in seen:
-            raise UserError(f"{place}, {where}: id {values['id']!r} for the second time, expected each once")
-        seen |= {values["id"]} - {""}
+        key = values["split"], values["id"]
+        if values["id"] and key in seen:
+            raise UserError(f"{place}, {where}: id {key[1]!r} for the second time in {key[0]}, expected each once")
+        seen.add(key)
         labels = (values[name] for name in ("label", "clean_label", "given_label", "split"))
         name = values["id"] or values["path"] or f"{file.name}/{number}"
         path = str(file.parent / values["path"]) if values["path"] else ""

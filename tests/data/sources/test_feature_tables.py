@@ -117,7 +117,7 @@ def test_features_to_predict(tmp_path, suffix):
         (lambda folder: (folder / "own.pq").write_text(""), "2 lists of its labels beside it"),
         (lambda folder: (folder / "own.npy").write_bytes(b"no array"), "cannot be read as .npy"),
         (lambda folder: (folder / "own.npy").unlink(), "cannot be read as .npy"),
-        (lambda folder: array(folder, id=["a"] * 8), "own.csv, line 3: id 'a' for the second time"),
+        (lambda folder: array(folder, id=["a"] * 8), "own.csv, line 3: id 'a' for the second time in train"),
         (lambda folder: array(folder, label=["owl", "bta", *["owl"] * 6], split=["train"] * 8, clean_label=[""] * 8),
          "brings no trusted set"),
         (lambda folder: array(folder, label=["owl"] * 8, clean_label=[""] * 8), "label|expected at least two"),
