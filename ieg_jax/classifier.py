@@ -13,7 +13,7 @@ import numbers
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -207,7 +207,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         trained = dataclasses.replace(trained, params=params, batch_stats=batch_stats, memory=memory)
         self._predictor = inference.predictor(trained)
         self._statistics = feature_statistics(arrays[what]) if what == "features" else None
-        quality = self._audit(data, names, [self._predictor, *map(inference.predictor, earlier)])
+        quality = self._audit(data, names, inference.predictor_of_all([trained, *earlier]))
         self.classes_ = names
         self.quality_ = quality
         self.noise_rate_, self.noise_interval_ = quality.noise_rate, quality.noise_interval
@@ -298,9 +298,9 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             shape = self.image_shape_ if self._statistics is None else (1, 1, self.n_features_in_)
             self._trained = inference.Trained(**known, image_shape=shape)
 
-    def _audit(self, data: Data, names: np.ndarray, predictors: list) -> label_quality.Quality:
+    def _audit(self, data: Data, names: np.ndarray, of_all: Callable[..., np.ndarray]) -> label_quality.Quality:
         """Which labels are right, by the network over its training and, where there is one, by the final classifier."""
-        predict, held_out = measures.mean_over(predictors), data.held_out
+        predict, held_out = measures.mean_over(self._predictor, of_all), data.held_out
         probabilities = predict(data.train)
         evidence = () if held_out is None else (predict(held_out), held_out.labels, held_out.given_labels)
         quality = label_quality.estimate(probabilities, data.train.labels, *evidence, class_names=names.astype(str))

@@ -16,13 +16,19 @@ def pooled(predictions: Sequence[np.ndarray]) -> np.ndarray:
     return softmax(sum(map(centred_logs, predictions)) / len(predictions)).astype(np.float32)
 
 
-def mean_over(predictors: Sequence[Callable[..., np.ndarray]]) -> Callable[..., np.ndarray]:
-    """(split, view = None) -> `pooled` predictions of several networks; of a view, those of the first one alone."""
+def mean_over(first: Callable[..., np.ndarray], of_all: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """(split, view = None) -> `pooled` predictions of several networks; of a view, those of the first one alone.
+
+    Args:
+      first: `inference.predictor` of one.
+      of_all: `inference.predictor_of_all`.
+    """
 
     def predict(split: Any, view: int | None = None) -> np.ndarray:
-        if len(predictors) == 1 or view is not None:
-            return predictors[0](split, view)
-        return pooled([one(split) for one in predictors])
+        if view is not None:
+            return first(split, view)
+        found = of_all(split)
+        return found[0] if len(found) == 1 else pooled(found)
 
     return predict
 

@@ -112,7 +112,8 @@ def in_words(summary: dict[str, Any], out: str) -> str:
 def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data, options: Options) -> dict[str, Any]:
     """Predicts, estimates and writes all files of the audit; returns the contents of summary.json."""
     networks = inference.over_training(workdir, trained) if options.checkpoint is None else [trained]
-    predict, train = measures.mean_over(list(map(inference.predictor, networks))), data.train
+    predict = measures.mean_over(inference.predictor(trained), inference.predictor_of_all(networks))
+    train = data.train
     names = splits.distinct(trained.class_names)
     answers = sample.read(options.marks, train.ids, names) if options.marks else None
     probabilities, disagreement = _predict_training_set(folder, predict, train, options.views, trained.num_classes)

@@ -15,7 +15,7 @@ from ieg_jax.inference.exported import (
     load_saved_model,
     load_stablehlo,
 )
-from ieg_jax.inference.trained import SIGNATURE, Trained, load, over_training, predict, predictor
+from ieg_jax.inference.trained import SIGNATURE, Trained, load, over_training, predict, predictor, predictor_of_all
 
 __all__ = [
     "INPUTS",
@@ -34,4 +34,5 @@ __all__ = [
     "over_training",
     "predict",
     "predictor",
+    "predictor_of_all",
 ]

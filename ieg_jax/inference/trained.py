@@ -6,7 +6,7 @@ import functools
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ from ieg_jax import methods, models
 from ieg_jax.data.batches import EvalBatches
 from ieg_jax.data.splits import Split
 from ieg_jax.errors import UserError
-from ieg_jax.methods.base import Context
+from ieg_jax.methods.base import Context, Method
 from ieg_jax.methods.parts import optimizers
 from ieg_jax.models import own, pretrained
 from ieg_jax.runtime import mesh
@@ -79,14 +79,15 @@ class Trained:
         Returns:
           Probabilities `[n, K]`.
         """
-        config = FrozenConfigDict(self.config)
+        config, method = FrozenConfigDict(self.config), methods.get(self.config.method.name)
         return _probabilities(
-            config, self.network, self.num_classes, self.image_shape[2], params, batch_stats, memory, images
+            config, method, self.network, self.num_classes, self.image_shape[2], params, batch_stats, memory, images
         )
 
 
 def _probabilities(
     config: FrozenConfigDict,
+    method: Method,
     network: nn.Module,
     num_classes: int,
     channels: int,
@@ -104,7 +105,7 @@ def _probabilities(
         config=config, network=network, optimizer=optimizers.create(config.optimizer), num_classes=num_classes
     )
     variables = {"params": params, "batch_stats": batch_stats}
-    return methods.get(config.method.name).bind(context).predict(variables, memory, images)
+    return method.bind(context).predict(variables, memory, images)
 
 
 def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Module | None = None) -> Trained:
@@ -231,27 +232,41 @@ def predictor(trained: Trained) -> Callable[..., np.ndarray]:
       (split, view = None) -> probabilities, as from `predict`. Where `view` is a number, the images are augmented as in
       training in place of `augment.evaluation`, see `data.batches.EvalBatches`.
     """
+    predict = predictor_of_all([trained])
+    return lambda split, view=None: predict(split, view)[0]
+
+
+def predictor_of_all(networks: Sequence[Trained]) -> Callable[..., np.ndarray]:
+    """Like `predictor`, of several networks of one run, such as those of `over_training`, for `[V, n, K]`."""
+    trained = networks[0]
     config = for_these_devices(trained.config)
     shardings = mesh.create(config)
     about = (trained.network, trained.num_classes, trained.image_shape[2])
-    forward = _compiled(config_lib.of_program(trained.config), *about, shardings)
+    # With the method, of which there may be another of the same name after a change in a notebook.
+    method = methods.get(trained.config.method.name)
+    forward = _compiled(config_lib.of_program(trained.config), method, *about, shardings)
 
     def predict(split: Split, view: int | None = None) -> np.ndarray:
         # Each result is fetched before the next batch is sent, so that only one batch of images is on the devices.
         parts = [
-            np.asarray(forward(*trained.arrays, batch["image"]), np.float32)
+            np.stack([np.asarray(forward(*one.arrays, batch["image"]), np.float32) for one in networks])
             for batch in EvalBatches(config, split, shardings.batch, view)
         ]
-        return np.concatenate(parts)[: len(split)]  # the last batch is padded at its end
+        return np.concatenate(parts, 1)[:, : len(split)]  # the last batch is padded at its end
 
     return predict
 
 
 def _forward(
-    config: FrozenConfigDict, network: nn.Module, num_classes: int, channels: int, shardings: mesh.Shardings
+    config: FrozenConfigDict,
+    method: Method,
+    network: nn.Module,
+    num_classes: int,
+    channels: int,
+    shardings: mesh.Shardings,
 ) -> Callable[..., jax.Array]:
     return jax.jit(
-        functools.partial(_probabilities, config, network, num_classes, channels),
+        functools.partial(_probabilities, config, method, network, num_classes, channels),
         in_shardings=(*[shardings.replicated] * 3, shardings.batch),
         out_shardings=shardings.replicated,
     )
@@ -260,12 +275,12 @@ def _forward(
 _kept = functools.lru_cache(maxsize=4)(_forward)
 
 
-def _compiled(config: FrozenConfigDict, network: nn.Module, *others: Any) -> Callable[..., jax.Array]:
+def _compiled(*parts: Any) -> Callable[..., jax.Array]:
     """The function that predicts: the last few are kept, for they serve any weights of the same shapes."""
     try:
-        return _kept(config, network, *others)
+        return _kept(*parts)
     except TypeError:  # someone's network that is not hashable
-        return _forward(config, network, *others)
+        return _forward(*parts)
 
 
 def over_training(workdir: epath.PathLike, newest: Trained, network: nn.Module | None = None) -> list[Trained]:

@@ -283,6 +283,10 @@ class Method:
     predict: Callable[..., jax.Array]
     passes: Callable[[ConfigDict], float]
 
+    def __hash__(self) -> int:
+        """Methods are equal where all that they consist of is; dicts among these have no hash."""
+        return hash(self.name)
+
     @property
     def needs_trusted(self) -> bool:
         """Whether it learns from trusted examples."""
@@ -300,6 +304,16 @@ class Method:
         return dataclasses.replace(self, **{name: functools.partial(getattr(self, name), ctx) for name in names})
 
 
+def nothing_to_check(config: ConfigDict) -> None:
+    """`check` of a method whose keys do not depend on each other."""
+
+
+@functools.cache
+def _three_of_each(networks: int) -> Callable[[ConfigDict], float]:
+    """`passes` of a step that is one forward and one backward pass of R networks."""
+    return lambda config: 3.0 * networks
+
+
 def read(name: str, module: ModuleType) -> Method:
     """Reads the module of a method."""
     keys = {key if "." in key else f"method.{key}": value for key, value in getattr(module, "KEYS", {}).items()}
@@ -311,11 +325,11 @@ def read(name: str, module: ModuleType) -> Method:
         keys=keys,
         streams=getattr(module, "STREAMS", {MAIN: Stream()}),
         networks=networks,
-        check=getattr(module, "check", lambda config: None),
+        check=getattr(module, "check", nothing_to_check),
         init=getattr(module, "init", nothing_remembered),
         supervise=getattr(module, "supervise", labels_as_given),
         loss=module.loss,
         on_epoch=getattr(module, "on_epoch", None),
         predict=getattr(module, "predict", mean_of_networks),
-        passes=getattr(module, "passes", lambda config: 3.0 * networks),
+        passes=getattr(module, "passes", _three_of_each(networks)),
     )

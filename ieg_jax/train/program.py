@@ -114,10 +114,17 @@ def build(
       network: in place of the one that `config.model` names, see `models.own.adapt`.
     """
     config = config_lib.of_program(config)
+    groups = config.batch_groups // config.microbatches
+    if network is None:
+        network = models.create(config.model, data.num_classes, groups)
+    else:
+        network = own.adapt(network, data.num_classes, groups, data.image)
+    # With the method, of which there may be another of the same name after a change in a notebook.
+    parts = (config, shardings, data, durations, methods.get(config.method.name), network)
     try:
-        return _kept(config, shardings, data, durations, network)
+        return _kept(*parts)
     except TypeError:  # someone's network that is not hashable
-        return _build(config, shardings, data, durations, network)
+        return _build(*parts)
 
 
 def _build(
@@ -125,14 +132,9 @@ def _build(
     shardings: mesh.Shardings,
     data: DataShape,
     durations: Durations,
-    network: nn.Module | None,
+    described: base.Method,
+    network: nn.Module,
 ) -> Program:
-    groups = config.batch_groups // config.microbatches
-    if network is None:
-        network = models.create(config.model, data.num_classes, groups)
-    else:
-        network = own.adapt(network, data.num_classes, groups, data.image)
-    described = methods.get(config.method.name)
     context = base.Context(
         config=config,
         network=network,

@@ -215,20 +215,24 @@ def test_the_page_is_there(finished):
 
 def test_an_interrupted_audit_goes_on(case, finished, monkeypatch):
     folder = case.folder / "interrupted"
-    real, calls = inference.predictor, []
+    calls = []
 
-    def broken(trained):
-        predict = real(trained)
+    def broken(real):
+        def make(networks):
+            predict = real(networks)
 
-        def stops(split, view=None):
-            calls.append(split)
-            if len(calls) == 8:  # three views of each part: in the middle of the third
-                raise KeyboardInterrupt
-            return predict(split, view)
+            def stops(split, view=None):
+                calls.append(split)
+                if len(calls) == 8:  # three views of each part: in the middle of the third
+                    raise KeyboardInterrupt
+                return predict(split, view)
 
-        return stops
+            return stops
 
-    monkeypatch.setattr(inference, "predictor", broken)
+        return make
+
+    for name in ("predictor", "predictor_of_all"):
+        monkeypatch.setattr(inference, name, broken(getattr(inference, name)))
     with pytest.raises(KeyboardInterrupt):
         audit(case.workdir, str(folder), OPTIONS)
     parts = sorted(path.name for path in (folder / "parts").iterdir())
@@ -463,7 +467,7 @@ def features(tmp_path_factory):
         0.0,
         80,
     )
-    config.eval_every_epochs, config.eval_every_steps = 0.0, 80
+    config.eval_every_epochs, config.eval_every_steps, config.checkpoint.keep = 0.0, 80, 2
     train_and_evaluate(config, str(folder / "run"))
     summary = audit(str(folder / "run"), str(folder / "audit"), dataclasses.replace(OPTIONS, views=0))
     return folder, true, given, summary
