@@ -22,7 +22,7 @@ from ieg_jax.train.step import eval_step, moving_average, train_step
 RNG = jax.random.key(3)
 
 
-@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_eight_devices_do_what_one_does(groups):
     """Three IEG steps in float64: losses, ω, λ and all variables."""
     with x64():
