@@ -74,11 +74,7 @@ IN_PROCESS = [name for name in FILES if name not in PUBLISHED]
 
 @pytest.mark.parametrize(
     "name, arguments",
-    [
-        # tests/test_quickstart.py runs that of the quickstart.
-        *(pytest.param(name, "", marks=[pytest.mark.slow] * (name == "quickstart.py")) for name in IN_PROCESS),
-        pytest.param("quickstart.py", "reference=paper", marks=pytest.mark.slow),
-    ],
+    [*((name, "") for name in IN_PROCESS), pytest.param("quickstart.py", "reference=paper", marks=pytest.mark.slow)],
 )
 def test_one_step(name, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
