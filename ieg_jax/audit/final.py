@@ -12,7 +12,8 @@ are better evidence on their labels. So the two take turns:
 3. Audit. The best classifier predicts each noisy example out of fold, trained on the cleaned other four fifths, and a
    new audit is made of these predictions; ROUNDS times from 1. The last audit takes the geometric mean of these and of
    out-of-fold predictions by the same classifier, trained on the labels as given: a network that was steered wrongly,
-   or has learnt wrong labels by heart, has less say in these.
+   or has learnt wrong labels by heart, has less say in these. The network's own predictions take part as a third,
+   unless it has: it then agrees with the given labels more often than it is right on held-out trusted examples.
 4. The best classifier is trained on all cleaned examples. That is the final one, unless the network is better on the
    held-out trusted examples by more than a standard error; of images, on whose pixels a plain classifier knows little,
    it has to be better than the network by as much.
@@ -204,7 +205,10 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
         by_cleaned = _out_of_fold(task, best, *cleaned(quality, noisy.labels), fold)
         quality = _audit(task, *by_cleaned)
     by_given = _out_of_fold(task, best, noisy.labels, np.ones(len(fold), bool), fold)
-    out_of_fold, elsewhere = (pooled(two) for two in zip(by_cleaned, by_given, strict=True))
+    sources = [by_cleaned, by_given]
+    if held_out is not None and not _knows_by_heart(task):
+        sources.append((_floored(noisy.predictions), _floored(held_out.predictions)))
+    out_of_fold, elsewhere = (pooled(all_of) for all_of in zip(*sources, strict=True))
     quality = _audit(task, out_of_fold, elsewhere)
 
     labels, sure = cleaned(quality, noisy.labels)
@@ -326,6 +330,12 @@ def _out_of_fold(
             elsewhere.append(plain.probabilities(model, held_out, task.num_classes))
     mean = np.mean(elsewhere, 0) if elsewhere else np.empty((0, task.num_classes), np.float32)
     return _floored(found), _floored(mean)
+
+
+def _knows_by_heart(task: Task) -> bool:
+    """Whether the network agrees with the labels that it learnt from more often than it is right elsewhere."""
+    agreement, accuracy = (np.mean(one.predictions.argmax(1) == one.labels) for one in (task.noisy, task.held_out))
+    return bool(agreement > accuracy)
 
 
 def _audit(task: Task, predictions: np.ndarray, held_out: np.ndarray) -> Quality:

@@ -161,3 +161,15 @@ def test_the_kernel_machine_with_two_classes_and_too_many_examples(monkeypatch):
     assert found.machine_[-1].shape_fit_[0] == 200
     assert np.mean(found.predict(x) == y) > 0.9 and found.predict_proba(x).shape == (300, 2)
     np.testing.assert_array_equal(found.classes_[found.predict_proba(x).argmax(1)], found.predict(x))
+
+
+def test_a_network_that_knows_labels_by_heart_has_no_say_in_the_end():
+    """It agrees with 3 of 4 labels that it learnt from, and is right on 2 or on 4 of 4 held-out examples."""
+    sure = np.eye(2)[[0, 0, 1, 1]]
+
+    def task(noisy, held_out):
+        examples = [final.Examples(np.zeros((4, 1)), np.array(labels), sure) for labels in (noisy, noisy, held_out)]
+        return final.Task(*examples, None, 0)
+
+    assert final._knows_by_heart(task([0, 0, 1, 0], [0, 1, 1, 0]))
+    assert not final._knows_by_heart(task([0, 0, 1, 0], [0, 0, 1, 1]))
