@@ -97,7 +97,7 @@ def read_tensors(content: bytes, where: str) -> dict[str, np.ndarray]:
                 pickled = _find_pickle(archive.infolist(), where, MAX_TENSORS)
                 folder = pickled.removesuffix("data.pkl")
                 found = _TensorUnpickler(io.BytesIO(archive.read(pickled))).load()
-                tensors = _tensors(found, lambda key, _: archive.read(f"{folder}data/{key}"))
+                tensors = _tensors(found, lambda key: archive.read(f"{folder}data/{key}"))
         else:
             tensors = _tensors_of_stream(io.BytesIO(content))
     except UserError:
@@ -126,10 +126,10 @@ def _tensors_of_stream(stream: io.BytesIO) -> dict[str, np.ndarray]:
     for key in keys:
         (count,) = np.frombuffer(stream.read(8), "<i8")
         stored[key] = stream.read(int(count) * widths[key])
-    return _tensors(state, lambda key, _: stored[key])
+    return _tensors(state, stored.__getitem__)
 
 
-def _tensors(found: object, read: Callable[[str, np.dtype], bytes], prefix: str = "") -> dict[str, np.ndarray]:
+def _tensors(found: object, read: Callable[[str], bytes], prefix: str = "") -> dict[str, np.ndarray]:
     """The tensors in nested dicts, by their names joined with dots; other values, such as the epoch, are left out."""
     if not isinstance(found, dict):
         raise _Refused(f"holds a {type(found).__name__}")
@@ -235,11 +235,11 @@ class _Storage:
 class _Tensor(_Recipe):
     """Stands for `torch._utils._rebuild_tensor_v2`."""
 
-    def made(self, read: Callable[[str, np.dtype], bytes]) -> np.ndarray:
+    def made(self, read: Callable[[str], bytes]) -> np.ndarray:
         storage, offset, size, stride = self.args[:4]
         if not isinstance(storage, _Storage):
             raise _Refused(f"has a tensor of a {type(storage).__name__}")
-        flat = np.frombuffer(read(storage.key, storage.dtype), storage.dtype)
+        flat = np.frombuffer(read(storage.key), storage.dtype)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if min((offset, *size, *stride)) < 0 or (all(size) and last >= len(flat)):
             raise _Refused(f"has a tensor of shape {size} that leads out of its {len(flat)} numbers")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import pickle
 import re
@@ -28,6 +29,7 @@ import ieg_jax
 from configs import features as features_config
 from configs import own_data
 from ieg_jax import classifier, inference, models
+from ieg_jax import config as config_lib
 from ieg_jax.audit import final, measures
 from ieg_jax.audit import quality as label_quality
 from ieg_jax.classifier import IEGClassifier
@@ -576,6 +578,20 @@ def test_the_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_the_log_of_tensorflow_is_silent():
+    code = "import sys; from ieg_jax.lazy import tf; tf.constant(1); print('ours', file=sys.stderr)"
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "ours\n")
+
+
+@pytest.mark.parametrize("channels, preset", [(1, "grey"), (3, "photos")])
+def test_the_augmentation_suits_the_channels(channels, preset):
+    clf = IEGClassifier()
+    clf.image_shape_ = (8, 8, channels)
+    assert clf._policies(is_features=False) == config_lib.AUGMENT_PRESETS[preset]
 
 
 def test_a_second_fit_of_the_same_shapes_compiles_nothing(digits):

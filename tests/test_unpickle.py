@@ -1,6 +1,7 @@
 import copyreg
 import io
 import os
+import pathlib
 import pickle
 import pickletools
 import random
@@ -335,3 +336,53 @@ def test_a_zip_that_unpacks_to_far_more_than_it_is(tmp_path):
     path.write_bytes(small[:at] + struct.pack("<I", 2**32 - 2) + small[at + 4 :])
     with pytest.raises(UserError, match="4294967294 bytes unpacked"):
         unpickle.read_torch_zip(path)
+
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+# torch.save of 2.14.1, in the form of today and in that of before 2020: a turned view, halves, bfloat16, a counter.
+STATE = {
+    "conv.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2),
+    "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    "half": np.array([1.5, -2], np.float16),
+    "brain": np.array([1, 3.140625], np.float32),
+    "bn.num_batches_tracked": np.array(7),
+}
+
+
+@pytest.mark.parametrize("form", ["zip", "stream"])
+def test_a_state_dict_of_torch(form):
+    found = unpickle.read_tensors((FIXTURES / f"torch_state_{form}.pth").read_bytes(), "file")
+    assert found.keys() == STATE.keys()
+    for name, array in STATE.items():
+        assert found[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+@pytest.mark.parametrize("form", ["zip", "stream"])
+def test_a_state_dict_that_names_anything_else_is_refused_and_not_run(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evil = pickle.dumps({"weight": Evil()}, 2)
+    if form == "zip":
+        with zipfile.ZipFile(content := io.BytesIO(), "w") as archive:
+            archive.writestr("model/data.pkl", evil)
+        evil = content.getvalue()
+    else:
+        evil = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {})) + evil
+    with pytest.raises(UserError, match="names (posix|nt).system, which could run code.*Nothing of it was run"):
+        unpickle.read_tensors(evil, "file")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_state_dict_that_is_cut_off():
+    for form in ("zip", "stream"):
+        content = (FIXTURES / f"torch_state_{form}.pth").read_bytes()
+        with pytest.raises(UserError, match="damaged"):
+            unpickle.read_tensors(content[:-40], "file")
+    with pytest.raises(UserError, match="no tensors in it"):
+        stream = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}, {"epoch": 3}, []))
+        unpickle.read_tensors(stream, "file")

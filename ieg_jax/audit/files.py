@@ -30,7 +30,7 @@ TABLE, TABLE_CSV, PAGE, CLEANED, CLEANLAB, SUMMARY = (
     "labels.parquet", "labels.csv", "audit.html", "cleaned.csv", "cleanlab.npz", "summary.json",
 )  # fmt: skip
 CLEANED_DATA = "cleaned"  # with the ending of data.train, of data that were an .npz file or a table of features
-CLASSIFIER = "classifier.joblib"  # of features: the final classifier, see `final.load`
+CLASSIFIER = "classifier.joblib"  # of features: the final classifier, see `inference.plain`
 BEGUN = "audit.json"  # what an audit was begun with, by which the same command knows it again
 
 

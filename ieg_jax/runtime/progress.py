@@ -34,7 +34,7 @@ class Reporter:
           visible: False = nothing is shown but warnings, as on all processes but the first.
         """
         self._title, self._start, self._total = title, 0, total
-        self._second = None  # when the first step was done; None = not yet, or no longer of interest
+        self._first_done = None  # when the first step was done; None = not yet
         self._visible = visible
         self._began = time.monotonic()
         self._bar = None
@@ -80,9 +80,9 @@ class Reporter:
         if count in (1, 1 + TIMED) and self._total - self._start > WORTH_SAYING:
             wait()
             if count == 1:
-                self._second = time.monotonic()
+                self._first_done = time.monotonic()
             else:
-                each = (time.monotonic() - self._second) / TIMED
+                each = (time.monotonic() - self._first_done) / TIMED
                 left = duration_text(each * (self._total - done))
                 self.say(f"{each:.2g} s a step, about {left} for the {self._total - done:,} that are left")
 

@@ -73,6 +73,11 @@ class Program:
     features: Callable[..., jax.Array]
     num_rows: int
 
+    @functools.cached_property
+    def lowered_step(self) -> Any:
+        """`train_step`, traced for its shapes and not compiled yet."""
+        return self.train_step.lower(self.state, self.window, self.batch, self.rng)
+
     def compiled_step(self, wait: Callable[[Callable[[], Any]], Any] = lambda compiling: compiling()) -> Any:
         """`train_step`, compiled; takes its time when it is first asked for.
 
@@ -81,8 +86,7 @@ class Program:
             that returns.
         """
         if "compiled" not in self.__dict__:
-            lowered = self.train_step.lower(self.state, self.window, self.batch, self.rng)
-            self.__dict__["compiled"] = wait(lowered.compile)
+            self.__dict__["compiled"] = wait(self.lowered_step.compile)
         return self.__dict__["compiled"]
 
     @property

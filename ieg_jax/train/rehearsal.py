@@ -60,7 +60,7 @@ def rehearse(config: ConfigDict, data: Data) -> Rehearsal:
     steps = durations.in_steps(config, len(data.train))
     built = program.build(config, shardings, program.data_shape(config, data), steps)
     if jax.devices()[0].platform == "cpu":
-        cost = built.train_step.lower(built.state, built.window, built.batch, built.rng).cost_analysis() or {}
+        cost = built.lowered_step.cost_analysis() or {}
         fastest = cost.get("flops", 0.0) / _operations_per_second()
         if fastest > LONGEST_STEP:
             return Rehearsal(steps.num_steps, fastest, None)
