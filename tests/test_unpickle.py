@@ -226,7 +226,7 @@ def test_registered_extension_codes_are_refused_too(tmp_path):
 
 def test_a_buffer_of_another_size():
     for state in ((1, (2,), np.dtype(np.int64), False, b"\0" * 8), (1, (1,), np.dtype(np.int64), False, b"\0" * 9)):
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match="damaged|leads out of its"):
             unpickle.loads(pickle.dumps(with_state(np.zeros(1), state), 2), "file")
 
 
@@ -381,7 +381,7 @@ def test_a_state_dict_that_names_anything_else_is_refused_and_not_run(form, tmp_
 def test_a_state_dict_that_is_cut_off():
     for form in ("zip", "stream"):
         content = (FIXTURES / f"torch_state_{form}.pth").read_bytes()
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match="damaged|leads out of its"):
             unpickle.read_tensors(content[:-40], "file")
     with pytest.raises(UserError, match="no tensors in it"):
         stream = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}, {"epoch": 3}, []))
