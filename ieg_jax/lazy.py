@@ -12,11 +12,14 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
 
 _LOG_LINE = re.compile(rb"[IWE]\d{4} \d|WARNING: All log messages before absl")
+
+_LOCK = threading.RLock()  # of the thread that loads
 
 
 class _Lazy(types.ModuleType):
@@ -28,13 +31,14 @@ class _Lazy(types.ModuleType):
 
 @functools.cache
 def _imported(name: str) -> types.ModuleType:
-    if "tensorflow" not in sys.modules:
-        with _without_log():
-            import tensorflow
+    with _LOCK:  # two threads that redirect standard error at once would leave it redirected
+        if "tensorflow" not in sys.modules:
+            with _without_log():
+                import tensorflow
 
-            with contextlib.suppress(RuntimeError):  # where another program's TensorFlow has begun already
-                tensorflow.config.set_visible_devices([], "GPU")
-    return importlib.import_module(name)
+                with contextlib.suppress(RuntimeError):  # where another program's TensorFlow has begun already
+                    tensorflow.config.set_visible_devices([], "GPU")
+        return importlib.import_module(name)
 
 
 @contextlib.contextmanager

@@ -581,7 +581,11 @@ def test_the_import_is_light():
 
 
 def test_the_log_of_tensorflow_is_silent():
-    code = "import sys; from ieg_jax.lazy import tf; tf.constant(1); print('ours', file=sys.stderr)"
+    # From several threads at once: each would redirect standard error, the last one for good.
+    code = (
+        "import concurrent.futures as cf, sys; from ieg_jax.lazy import tf;"
+        "list(cf.ThreadPoolExecutor(8).map(lambda i: tf.constant(i), range(8))); print('ours', file=sys.stderr)"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "ours\n")
