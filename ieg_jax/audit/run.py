@@ -64,7 +64,7 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
         raise UserError(f"{workdir} has no data.json: an audit needs the work folder of a run, not exported weights")
     data = load_data(trained.config)
     _check_data(workdir, data)
-    if options.retrain and not data.train.is_visible:
+    if options.retrain and data.train.is_features:
         raise UserError("--retrain is for images; of features an audit trains a final classifier as it is")
     begun = {
         "workdir": os.path.abspath(workdir),
@@ -132,7 +132,7 @@ def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data,
         evidence = ()
     quality = label_quality.estimate(pooled, train.labels, *evidence, class_names=names)
     found = None
-    if not options.folds and not train.is_visible and final.possible(train):
+    if not options.folds and train.is_features and final.possible(train):
         found = _final(trained, data, probabilities, quality, answers)
         final.save(found, folder / CLASSIFIER)
     by = f"the mean of {len(networks)} networks over training"

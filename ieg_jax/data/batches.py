@@ -115,14 +115,18 @@ class _Stream:
         """What stands at a position of the stream."""
         row = self._row_of(position)
         seed = _seed(self._config.seed, self._image_stream, position)
-        original, labels = self._reader.image(row), self._reader.labels(row)
+        original, labels = self._reader.view(row, _fold(seed, 0)), self._reader.labels(row)
         if not self._is_main:
             labels = {name: labels[name] for name in ("label", "row")}
         image = self._standard(original, _fold(seed, 0) if self._is_main or self._num_views > 1 else seed)
         example = {"image": image, **labels}
         if self._num_views > 1:
             base = original if self._config.augment.views_of == "original" else image
-            views = [self._strong(base, _fold(seed, view)) for view in range(1, self._num_views)]
+            seeds = [_fold(seed, view) for view in range(1, self._num_views)]
+            if self._reader.has_views:  # each strong view is of another one than the standard view
+                views = [self._strong(self._reader.view(row, one), one) for one in seeds]
+            else:
+                views = [self._strong(base, one) for one in seeds]
             example["views"] = tf.stack(views)
             if example["views"].shape[1:] != image.shape:
                 raise UserError(
@@ -292,15 +296,24 @@ class _Reader:
         if split.in_memory:
             pixels = tf.constant(split.images)
             # Images of one pixel in floats are features (`sources.arrays.features`), which are not scaled.
-            is_features = split.images.shape[1:3] == (1, 1) and split.images.dtype != np.uint8
-            convert = tf.identity if is_features else to_float
+            convert = tf.identity if split.is_features and split.images.dtype != np.uint8 else to_float
             self.image = lambda row: convert(pixels[row])
         else:
             self.image = split.images.reader()
+        self.has_views = split.views is not None
+        self._views = tf.constant(split.views) if self.has_views else None
         # The ids of a data set fit in 32 bits; jax has no 64-bit integers by default.
         ids = split.ids.astype(np.int32)
         self._labels = {"label": split.labels, "clean_label": split.clean_labels, "id": ids}
         self._labels = {name: tf.constant(values) for name, values in self._labels.items()}
+
+    def view(self, row: tf.Tensor, seed: tf.Tensor) -> tf.Tensor | Encoded:
+        """The image, or of features that have views one of these, the first one among them."""
+        if not self.has_views:
+            return self.image(row)
+        count = self._views.shape[1]
+        number = tf.random.stateless_uniform([], seed, 0, count + 1, tf.int32)
+        return tf.cond(number == count, lambda: self.image(row), lambda: self._views[tf.cast(row, tf.int32), number])
 
     def labels(self, row: tf.Tensor) -> dict[str, tf.Tensor]:
         return {name: values[row] for name, values in self._labels.items()} | {"row": tf.cast(row, tf.int32)}

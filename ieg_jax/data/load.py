@@ -7,8 +7,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
-from ieg_jax.data import cleaned, selection
+from ieg_jax.data import cleaned, features, selection
 from ieg_jax.data import trusted as trusted_set
+from ieg_jax.data.features import Features
 from ieg_jax.data.noise import kinds
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.splits import UNKNOWN, Split
@@ -31,6 +32,8 @@ class Data:
         the order of the ids.
       left_out: name -> what is wrong with it, for each image that is listed and not used.
       image_size: pixels of a side to which images were resized; 0 = they are as they came.
+      features: how features were made of the images (`config.backbone`), which the splits then have as `pictures`; or
+        None.
     """
 
     train: Split
@@ -46,6 +49,7 @@ class Data:
     noisy_labels: np.ndarray
     left_out: dict[str, str]
     image_size: int
+    features: Features | None = None
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -65,7 +69,10 @@ class Data:
         return config_lib.Facts(len(self.train), self.image_size, side)
 
     def fingerprint(self) -> dict[str, str]:
-        """A hash of the ids, names, labels and, if in memory, images of each split; a resumed run compares them."""
+        """A hash of the ids, names, labels and, if in memory, images of each split; a resumed run compares them.
+
+        Features that were made of images do not count: another machine computes others, but for rounding.
+        """
         return {name: _hash(split) for name, split in self.splits.items()}
 
 
@@ -104,7 +111,7 @@ def load_data(config: ConfigDict) -> Data:
         train = _subset(train, config.data.train_size)
     if config.data.folds:
         train = train.take(np.flatnonzero(fold_of(train.ids, config.data.folds) != config.data.fold))
-    return Data(
+    data = Data(
         train=train,
         trusted=trusted,
         held_out=held_out,
@@ -119,6 +126,20 @@ def load_data(config: ConfigDict) -> Data:
         left_out=left_out,
         image_size=source.image_size,
     )
+    return _as_features(data, config.backbone) if uses_backbone(config) else data
+
+
+def uses_backbone(config: ConfigDict) -> bool:
+    """Whether a run is one on features that are made of images; older runs do not know of these."""
+    return bool(config.get("backbone", {}).get("name", ""))
+
+
+def _as_features(data: Data, group: ConfigDict) -> Data:
+    splits, made = features.replace_images(data.splits, group)
+    return dataclasses.replace(
+        data, features=made, train=splits["train"], trusted=splits["trusted"], held_out=splits.get("held_out"),
+        evaluation=splits.get(data.evaluation_name),
+    )  # fmt: skip
 
 
 def fold_of(ids: np.ndarray, folds: int) -> np.ndarray:
@@ -154,6 +175,7 @@ def _subset(train: Split, size: int) -> Split:
 
 def _hash(split: Split) -> str:
     digest = hashlib.sha256("\n".join(split.names).encode("utf-8", "surrogateescape"))
-    for column in (split.ids, split.labels, split.clean_labels, *([split.images] if split.in_memory else [])):
+    shown = split.images if split.pictures is None else split.pictures
+    for column in (split.ids, split.labels, split.clean_labels, *([shown] if isinstance(shown, np.ndarray) else [])):
         digest.update(np.ascontiguousarray(column))
     return digest.hexdigest()

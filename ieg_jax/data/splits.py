@@ -28,6 +28,9 @@ class Split:
         UNKNOWN where nobody kept it, and of all other examples.
       previews: `[n]` objects, what a person is shown of an example that is no image: a text, or the path of an image as
         a `pathlib.Path`; "" = nothing. None = nothing of any.
+      views: `[n, V-1, 1, 1, D]` float32, of features that were made of images: those of augmented views of each; or
+        None.
+      pictures: in the form of `images`, the images that features were made of; or None.
     """
 
     images: np.ndarray | StoredImages
@@ -37,6 +40,8 @@ class Split:
     names: np.ndarray
     given_labels: np.ndarray
     previews: np.ndarray | None = None
+    views: np.ndarray | None = None
+    pictures: np.ndarray | StoredImages | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,9 +57,14 @@ class Split:
         return isinstance(self.images, np.ndarray)
 
     @property
+    def is_features(self) -> bool:
+        """Whether these are features: images of one pixel."""
+        return self.in_memory and self.images.shape[1:3] == (1, 1)
+
+    @property
     def is_visible(self) -> bool:
-        """Whether the images can be looked at; features are images of one pixel and cannot."""
-        return not self.in_memory or self.images.shape[1:3] != (1, 1)
+        """Whether there are images that can be looked at."""
+        return self.pictures is not None or not self.is_features
 
     def originals(self, rows: Iterable[int]) -> Iterator[np.ndarray]:
         """The images in these rows without augmentation, `[H, W, 1 or 3]` uint8, one after the other.
@@ -62,10 +72,11 @@ class Split:
         Raises:
           UserError: naming the image, where it cannot be read or decoded.
         """
-        reader = None if self.in_memory else self.images.reader()
+        shown = self.images if self.pictures is None else self.pictures
+        reader = None if isinstance(shown, np.ndarray) else shown.reader()
         for row in rows:
             if reader is None:
-                image = self.images[row]
+                image = shown[row]
             else:
                 image = readable(lambda number: reader(number).whole(), row, self.names[row]).numpy()
             yield image if image.dtype == np.uint8 else np.clip(np.round(image * 255), 0, 255).astype(np.uint8)

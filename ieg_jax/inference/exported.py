@@ -16,6 +16,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from ieg_jax import files
+from ieg_jax.data.splits import make_split
 from ieg_jax.errors import UserError, first_line
 from ieg_jax.inference.trained import SIGNATURE, Trained
 from ieg_jax.lazy import tf
@@ -55,6 +56,8 @@ def export(trained: Trained, folder: epath.Path) -> None:
         "step": trained.step,
         "image_shape": trained.image_shape,
     }
+    if trained.features is not None:  # the weights of the backbone stay where they are
+        about["features"] = trained.features.to_json()
     files.write_json(folder / pretrained.MODEL, about)
 
 
@@ -198,7 +201,11 @@ def largest_difference(trained: Trained, served: Served, count: int = 3) -> floa
     _, *shape = served.signature["input"]["shape"]
     pixels = np.random.default_rng(0).integers(0, 256, (count, *shape)).astype(np.uint8)
     given = pixels if served.signature["input"]["dtype"] == "uint8" else pixels / np.float32(255)
-    expected = jax.jit(trained.probabilities)(*jax.device_get(trained.arrays), pixels / np.float32(127.5) - 1)
+    if trained.features is None:
+        inputs = pixels / np.float32(127.5) - 1
+    else:
+        inputs = trained.features.of(make_split(pixels, np.zeros(count))).images
+    expected = jax.jit(trained.probabilities)(*jax.device_get(trained.arrays), inputs)
     return float(np.abs(served(given) - np.asarray(expected, np.float32)).max())
 
 
@@ -213,6 +220,12 @@ def _served(trained: Trained, dtype: str) -> tuple[Callable[[jax.Array], jax.Arr
         raise UserError("a network of features is exported with --format=weights alone; ieg_jax.predict takes these")
     # The constants of the function must be numpy arrays, for arrays of jax would tie it to the devices that are here.
     arrays = jax.device_get(trained.arrays)
+    if features := trained.features:
+        weights = features.backbone.variables
+        return (
+            lambda image: trained.probabilities(*arrays, features.apply(weights, image)).astype(jnp.float32),
+            (features.backbone.size, features.backbone.size, 3),
+        )
 
     def served(image: jax.Array) -> jax.Array:
         image = image.astype(jnp.float32)
@@ -231,7 +244,7 @@ def _write_signature(
         **more,
         "input": {"name": "image", "shape": ["n", *shape], "dtype": dtype, "range": INPUTS[dtype]},
         "preprocessing": {
-            "image_size": trained.config.data.image_size,
+            "image_size": shape[0] if trained.features else trained.config.data.image_size,
             "evaluation": trained.config.augment.evaluation,
         },
         "output": {"name": "probabilities", "shape": ["n", trained.num_classes], "dtype": "float32"},

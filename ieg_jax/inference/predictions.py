@@ -100,9 +100,12 @@ def predict(
     table_path, places = _check_out(out), existing(arguments)
     trained = load(workdir, checkpoint)
     is_features = trained.config.data.name == "features"
-    if classifier and not is_features:
+    if classifier and not is_features and trained.features is None:
         raise UserError(f"--classifier={classifier}: the run is one on {trained.config.data.name}, expected features")
     by, instead = plain.load(classifier, trained.num_classes) if classifier else ("", None)
+    if classifier and trained.features is not None:
+        of_features = instead
+        instead = lambda split: of_features(trained.features.of(split))  # noqa: E731
     inputs = find_inputs(places, is_features)
     count, bad = 0, []
     with PredictionFile(table_path, trained.class_names, inputs, probabilities) as table:
@@ -190,6 +193,8 @@ def _configured(trained: Any, inputs: Sequence[Input]) -> Any:
     config, shape = ConfigDict(trained.config.to_dict()), trained.image_shape
     # A batch that is larger than the number of images would mostly be padding.
     config.eval_batch_size = min(config.eval_batch_size, AT_ONCE, sum(map(len, inputs)))
+    if trained.features is not None:  # its backbone takes images of any size
+        return dataclasses.replace(trained, config=config)
 
     def made(size: tuple[int, int, int] | None) -> tuple[int, int, int]:
         """Returns the shape after resizing and `augment.evaluation`; None stands for image files of various sizes."""

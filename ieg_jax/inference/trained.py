@@ -6,7 +6,7 @@ import functools
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ieg_jax import config as config_lib
 from ieg_jax import methods, models
 from ieg_jax.data.batches import EvalBatches
+from ieg_jax.data.features import Features, of_run
 from ieg_jax.data.splits import Split
 from ieg_jax.errors import UserError
 from ieg_jax.methods.base import Context, Method
@@ -48,6 +49,7 @@ class Trained:
       class_names: `[K]`, in the order of the classes.
       image_shape: (H, W, C) of the images that the network sees, after `augment.evaluation`; for features (1, 1, D).
       memory: what the method remembers, where its predictions need it; else None.
+      features: how images become what the network sees (`config.backbone`); None where it sees images.
     """
 
     config: ConfigDict
@@ -59,6 +61,7 @@ class Trained:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     memory: Any = None
+    features: Features | None = None
 
     @property
     def arrays(self) -> tuple[Any, Any, Any]:
@@ -157,7 +160,13 @@ def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Mod
     else:
         network = own.adapt(network, len(class_names), getattr(network, "batch_groups", 1), shape)
         _check_parameters(network, params, shape)
-    return Trained(config, network, params, batch_stats, len(class_names), step, class_names, shape, memory)
+    features = _features(config, about)
+    return Trained(config, network, params, batch_stats, len(class_names), step, class_names, shape, memory, features)
+
+
+def _features(config: ConfigDict, about: Mapping[str, Any]) -> Features | None:
+    """How images become features, from what a run has written down."""
+    return of_run(config.backbone, about["features"]) if about.get("features") else None
 
 
 def _check_parameters(network: nn.Module, params: Any, shape: tuple[int, int, int]) -> None:
@@ -204,6 +213,7 @@ def _load_exported(folder: epath.Path) -> Trained:
         class_names=class_names,
         image_shape=tuple(about["image_shape"]),
         memory=tree.get("memory"),
+        features=_features(config, about),
     )
 
 
@@ -214,7 +224,7 @@ def predict(trained: Trained, split: Split) -> np.ndarray:
 
     Args:
       trained: from `load`.
-      split: the examples; their labels have no effect.
+      split: the examples, images or already features; their labels have no effect.
 
     Returns:
       `[n, K]` float32, in the order of the split.
@@ -247,6 +257,7 @@ def predictor_of_all(networks: Sequence[Trained]) -> Callable[..., np.ndarray]:
     forward = _compiled(config_lib.of_program(trained.config), method, *about, shardings)
 
     def predict(split: Split, view: int | None = None) -> np.ndarray:
+        split = split if trained.features is None else trained.features.of(split)
         # Each result is fetched before the next batch is sent, so that only one batch of images is on the devices.
         parts = [
             np.stack([np.asarray(forward(*one.arrays, batch["image"]), np.float32) for one in networks])

@@ -33,7 +33,7 @@ class MLP(Network):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Features `[n, 1, 1, D]` -> logits `[n, K]`, float32 or better; of an image D counts all its numbers."""
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         for layer in range(self.depth):
 
             def block(x, layer=layer):

@@ -6,6 +6,7 @@ Checkpoints and the events for TensorBoard, which are in it too, are written els
 import json
 import pathlib
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -85,14 +86,27 @@ class WorkFolder:
         self.write("config.json", json.loads(config.to_json()))
         self.write("data.json", data)
 
-    def write_network(self, name: str | None, image_shape: tuple[int, int, int]) -> None:
+    def write_network(
+        self, name: str | None, image_shape: tuple[int, int, int], features: Mapping[str, Any] | None = None
+    ) -> None:
         """Writes network.json.
 
         Args:
           name: the class of a network that is not in the registry; None for one of the registry.
           image_shape: (H, W, C) of the images that the network sees.
+          features: how these were made of images (`data.features.Features.to_json`); None where they were not.
+
+        Raises:
+          UserError: where the folder has a run on features of another backbone.
         """
-        self.write(NETWORK, {"class": name, "image_shape": image_shape})
+        about, there = features and features["about"], (self._read(NETWORK) or {}).get("features")
+        if there and there["about"] != about:
+            raise UserError(
+                f"{self.path} holds a run on features of another backbone: there {there['about']}, now {about}; "
+                f"restore its weights, or use another work folder"
+            )
+        content = {"class": name, "image_shape": image_shape}
+        self.write(NETWORK, content | ({"features": features} if features else {}))
 
     def write(self, name: str, content: dict[str, Any] | list[Any]) -> None:
         """Writes a JSON file, whole or not at all."""

@@ -95,7 +95,8 @@ def write_down(run: Run, network: nn.Module | None) -> None:
     """Claims the work folder and writes down what the run is made of."""
     folder, data = run.folder, run.data
     # Before config.json, with which the run has begun.
-    folder.write_network(None if network is None else class_name(network), run.image_shape)
+    made = None if data.features is None else data.features.to_json()
+    folder.write_network(None if network is None else class_name(network), run.image_shape, made)
     with processes.together():
         folder.begin(run.config, data.fingerprint())
     folder.write("noise.json", data.noise_report)

@@ -14,9 +14,9 @@ from sklearn.datasets import load_digits
 from configs import default
 from configs import features as features_config
 from ieg_jax import inference
+from ieg_jax.data import features
 from ieg_jax.data.load import load_data
 from ieg_jax.data.sources import load as sources
-from ieg_jax.errors import UserError
 from ieg_jax.inference import embedding
 from ieg_jax.methods.base import inputs_of_head
 
@@ -35,9 +35,9 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def backbone(trained):
     network, folder = trained
-    model = default.get_config().model
-    model.update(network.config.model.to_dict() | {"pretrained": str(folder / "weights.npz")})
-    return embedding.load_backbone(model, SIZE, batch=16)
+    group = default.get_config().backbone
+    group.name, group.pretrained, group.image_size = network.config.model.name, str(folder / "weights.npz"), SIZE
+    return features.Backbone(group)
 
 
 @pytest.fixture
@@ -46,9 +46,14 @@ def source():
     return sources.load(config.data)  # digits, grey, 8×8
 
 
-def test_the_table_is_one_to_train_on(trained, backbone, source, tmp_path):
-    count = embedding.embed(source, tmp_path / "x.parquet", backbone, half=False)
-    assert count == len(source.train) + len(source.test) and not list(tmp_path.glob("*.parts"))
+@pytest.fixture
+def cache(backbone, tmp_path):
+    return features.cache_of(backbone, str(tmp_path / "cache"), "float32")
+
+
+def test_the_table_is_one_to_train_on(trained, backbone, cache, source, tmp_path):
+    count = embedding.embed(source, tmp_path / "x.parquet", backbone, cache, "float32")
+    assert count == len(source.train) + len(source.test)
     table = parquet.read_table(tmp_path / "x.parquet")
     network, _ = trained
     pixels = np.repeat(source.train.images[:40], 3, -1) / np.float32(127.5) - 1
@@ -63,39 +68,30 @@ def test_the_table_is_one_to_train_on(trained, backbone, source, tmp_path):
     assert len(data.train) == len(source.train) - 20 and set(data.class_names) == set(map(str, range(10)))
 
 
-def test_it_goes_on_where_it_was_stopped(backbone, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "AT_ONCE", 400)
-    whole, real, calls = tmp_path / "whole.parquet", embedding._features, []
-    embedding.embed(source, whole, backbone, half=True)
+def test_it_goes_on_where_it_was_stopped(backbone, cache, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "AT_ONCE", 400)
+    embedding.embed(source, tmp_path / "whole.parquet", backbone, cache, "float32")
+    other, real, calls = features.cache_of(backbone, str(tmp_path / "other"), "float32"), cache.write, []
 
-    def stops(split, backbone):
-        calls.append(len(split))
+    def stops(self, keys, values):
+        calls.append(len(keys))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(split, backbone)
+        return real.__func__(self, keys, values)
 
-    monkeypatch.setattr(embedding, "_features", stops)
+    monkeypatch.setattr(features.Cache, "write", stops)
     with pytest.raises(KeyboardInterrupt):
-        embedding.embed(source, tmp_path / "x.parquet", backbone, half=True)
-    assert not (tmp_path / "x.parquet").exists() and len(list((tmp_path / "x.parquet.parts").glob("*.npz"))) == 2
-    embedding.embed(source, tmp_path / "x.parquet", backbone, half=True)
+        embedding.embed(source, tmp_path / "x.parquet", backbone, other, "float32")
+    assert not (tmp_path / "x.parquet").exists()
+    embedding.embed(source, tmp_path / "x.parquet", backbone, other, "float32")
     total = -(-len(source.train) // 400) + -(-len(source.test) // 400)
     assert len(calls) == 3 + total - 2, "the first two parts are not computed again"
-    assert (tmp_path / "x.parquet").read_bytes() == whole.read_bytes()
-
-
-def test_parts_of_another_network_are_refused(backbone, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "_features", lambda *_: pytest.fail("stops"))
-    with pytest.raises(pytest.fail.Exception):
-        embedding.embed(source, tmp_path / "x.parquet", backbone, half=True)
-    other = embedding.Backbone({**backbone.about, "weights": "others"}, backbone.features, backbone.batch)
-    with pytest.raises(UserError, match=r"x.parquet.parts holds parts of another table \(weights differ\)"):
-        embedding.embed(source, tmp_path / "x.parquet", other, half=True)
-
-
-def test_random_weights_say_nothing():
-    with pytest.raises(UserError, match="model.pretrained is not set"):
-        embedding.load_backbone(default.get_config().model, SIZE, 4)
+    whole, again = (parquet.read_table(tmp_path / name) for name in ("whole.parquet", "x.parquet"))
+    assert whole.equals(again)
+    # The same command in another process has ended in the meantime: its table stays.
+    before = (tmp_path / "x.parquet").stat()
+    embedding.embed(source, tmp_path / "x.parquet", backbone, other, "float32")
+    assert (tmp_path / "x.parquet").stat() == before
 
 
 @pytest.mark.slow
@@ -104,7 +100,8 @@ def test_the_command_on_files_of_which_nothing_is_known(trained, tmp_path):
         Image.fromarray(np.uint8(digit * 15)).save(tmp_path / f"{number}.png")
     network, folder = trained
     flags = [f"--network={network.config.model.name}", f"--weights={folder / 'weights.npz'}", f"--size={SIZE}"]
-    arguments = ["-m", "ieg_jax.embed", *flags, f"--out={tmp_path / 'x.parquet'}", tmp_path]
+    flags += [f"--cache={tmp_path / 'cache'}", f"--out={tmp_path / 'x.parquet'}"]
+    arguments = ["-m", "ieg_jax.embed", *flags, tmp_path]
     (process,) = start(arguments)
     assert process.wait() == 0
     table = parquet.read_table(tmp_path / "x.parquet")

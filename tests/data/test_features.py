@@ -1,0 +1,245 @@
+"""Features that are made of images by a backbone."""
+
+import concurrent.futures
+import json
+
+import jax
+import numpy as np
+import pytest
+import untrained
+from PIL import Image
+
+from configs import default
+from ieg_jax import inference
+from ieg_jax.data import features
+from ieg_jax.data.batches import EvalBatches, train_batches
+from ieg_jax.data.images import FileImages
+from ieg_jax.data.load import load_data
+from ieg_jax.data.sources import load as sources
+from ieg_jax.data.splits import make_split
+from ieg_jax.errors import UserError
+from ieg_jax.methods.base import ALL_VIEWS, Stream, inputs_of_head
+from ieg_jax.train.loop import train_and_evaluate
+
+SIZE = 8
+POLICY = "crop(pad=1)|flip"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """An untrained network of colours, and its exported weights."""
+    folder = tmp_path_factory.mktemp("backbone") / "weights"
+    network = untrained.trained((SIZE, SIZE, 3), "ab", data__name="digits")
+    inference.export(network, folder)
+    return network, str(folder / "weights.npz")
+
+
+def group_of(weights, tmp_path):
+    group = default.get_config().backbone
+    group.name, group.pretrained, group.image_size = weights[0].config.model.name, weights[1], SIZE
+    group.augment, group.cache = POLICY, str(tmp_path / "cache")
+    return group
+
+
+@pytest.fixture
+def group(weights, tmp_path):
+    return group_of(weights, tmp_path)
+
+
+@pytest.fixture
+def digits():
+    return sources.load(default.get_config().data).train
+
+
+def expected(weights, pixels):
+    """Features of grey images `[n, 8, 8, 1]` in [-1, 1]."""
+    network, _ = weights
+    variables = {"params": network.params, "batch_stats": network.batch_stats}
+    return np.asarray(inputs_of_head(network.network, variables, np.repeat(pixels, 3, -1)))
+
+
+def test_they_are_the_inputs_of_the_head_and_depend_on_nothing_but_the_image(weights, group, digits):
+    backbone = features.Backbone(group)
+    found = backbone.features(digits.images[:100])
+    np.testing.assert_allclose(found, expected(weights, digits.images[:100] / np.float32(127.5) - 1), atol=1e-5)
+    np.testing.assert_allclose(backbone.features(digits.images[40:43] / np.float32(255)), found[40:43], atol=1e-5)
+
+
+def test_what_was_computed_is_not_computed_again(group, digits, monkeypatch):
+    monkeypatch.setattr(features, "AT_ONCE", 100)
+    backbone = features.Backbone(group)
+    first, more = digits.take(np.arange(250)), digits.take(np.arange(100, 400))
+    cache = features.cache_of(backbone, group.cache)
+    found = features.features_of({"train": first}, backbone, cache)["train"]
+    counted, real = [], backbone.features
+    monkeypatch.setattr(features.Backbone, "features", lambda self, x: counted.append(len(x)) or real(x))
+    again = features.features_of({"a": first, "b": more}, backbone, features.cache_of(backbone, group.cache))
+    assert sum(counted) == 150, "only rows 250 to 399"
+    np.testing.assert_array_equal(again["a"], found)
+    np.testing.assert_array_equal(again["b"][:150], found[100:])
+    assert found.dtype == np.float16 and found.shape[:2] == (250, 1)
+    # Another size, or other weights, are other features.
+    group.image_size = 2 * SIZE
+    other = features.Backbone(group)
+    features.features_of({"train": first}, other, features.cache_of(other, group.cache))
+    assert sum(counted) == 150 + 250
+
+
+def test_a_damaged_file_of_the_cache_counts_as_not_there(group, digits, tmp_path):
+    backbone, few = features.Backbone(group), digits.take(np.arange(30))
+    found = features.features_of({"train": few}, backbone, features.cache_of(backbone, group.cache))["train"]
+    (file,) = (tmp_path / "cache").rglob("*.npz")
+    file.write_bytes(file.read_bytes()[:200])
+    again = features.features_of({"train": few}, backbone, features.cache_of(backbone, group.cache))["train"]
+    np.testing.assert_array_equal(again, found)
+
+
+def test_several_at_once_share_the_work(group, digits, monkeypatch):
+    monkeypatch.setattr(features, "AT_ONCE", 50)
+    backbone, counted, real = features.Backbone(group), [], features.Backbone.features
+    backbone.features(digits.images[:1])  # compiled before there are several
+    monkeypatch.setattr(features.Backbone, "features", lambda self, x: counted.append(len(x)) or real(self, x))
+
+    def one(_):
+        return features.features_of({"train": digits}, backbone, features.cache_of(backbone, group.cache))["train"]
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(one, range(3)))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+    assert len(digits) <= sum(counted) < 2 * len(digits)
+
+
+def test_files_are_embedded_like_their_pixels(group, tmp_path):
+    rng, backbone = np.random.default_rng(0), features.Backbone(group)
+    pixels = rng.integers(0, 256, (5, SIZE, SIZE, 3)).astype(np.uint8)
+    paths = [str(tmp_path / f"{number}.png") for number in range(5)]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image).save(path)
+    files = make_split(FileImages(np.array(paths, object)), np.zeros(5), names=np.array(paths, object))
+    files, _ = sources.check_images(files, default.get_config().data)
+    cache = features.cache_of(backbone, group.cache, "float32")
+    found = features.features_of({"train": files}, backbone, cache, dtype="float32")["train"]
+    np.testing.assert_allclose(found[:, 0], backbone.features(pixels), atol=1e-5)
+
+
+def test_a_view_is_another_picture_and_always_the_same_one(weights, group, digits, tmp_path):
+    backbone, few = features.Backbone(group), digits.take(np.arange(40))
+    cache = features.cache_of(backbone, group.cache)
+    found = features.features_of({"train": few}, backbone, cache, {"train": 3}, POLICY)["train"]
+    assert found.shape[:2] == (40, 3)
+    group.cache = str(tmp_path / "other")
+    reverse = digits.take(np.arange(40)[::-1])
+    again = features.features_of(
+        {"train": reverse}, backbone, features.cache_of(backbone, group.cache), {"train": 3}, POLICY
+    )["train"]
+    np.testing.assert_allclose(again[::-1].astype(float), found.astype(float), atol=1e-2)
+    differs = [np.abs(found[:, 0] - found[:, view]).max(1) > 1e-2 for view in (1, 2)]
+    assert np.mean(differs) > 0.8
+    # With crop(pad=1)|flip there are 18 pictures that a view can be; the closest is the view.
+    padded = np.pad(few.images / np.float32(127.5) - 1, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=-1)
+    shifted = [padded[:, y : y + SIZE, x : x + SIZE] for y in range(3) for x in range(3)]
+    candidates = np.stack([expected(weights, image[:, :, ::turn]) for image in shifted for turn in (1, -1)], 1)
+    distance = np.abs(candidates[:, :, None] - found[:, None, 1:]).max(-1).min(1)
+    assert distance.max() < 1e-2
+
+
+@pytest.fixture
+def config(tiny_config, group):
+    tiny_config.backbone, tiny_config.noise.kind = group, "none"
+    tiny_config.noise.rate = 0.0
+    tiny_config.model.name, tiny_config.model.depth = "mlp", 1
+    tiny_config.augment.standard = tiny_config.augment.strong = ""
+    return tiny_config
+
+
+def test_the_data_are_standardised_features_that_can_be_looked_at(weights, config):
+    data = load_data(config)
+    assert data.train.is_features and data.train.is_visible and data.facts.smallest_side == 1
+    values = data.train.images[:, 0, 0]
+    assert np.abs(values.mean(0)).max() < 1e-3 and ((np.abs(values.std(0) - 1) < 1e-2) | (values.std(0) == 0)).all()
+    image = next(data.train.originals([3]))
+    raw = expected(weights, image[None] / np.float32(127.5) - 1)[0]
+    np.testing.assert_allclose((raw - data.features.mean) / data.features.deviation, values[3], atol=0.05)
+    config.backbone.name, config.backbone.cache = "", ""
+    config.backbone.pretrained, config.backbone.image_size = features.UNSET["pretrained"], 112
+    assert load_data(config).fingerprint() == data.fingerprint(), "features do not count, images do"
+
+
+def test_a_step_draws_among_the_views(config):
+    config.backbone.views, config.augment.num_views = 3, 2
+    data = load_data(config)
+    assert data.train.views.shape == (len(data.train), 2, *data.train.images.shape[1:])
+    assert data.trusted.views is not None and data.evaluation.views is None
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    every = np.concatenate([data.train.images[:, None], data.train.views], 1)
+    drawn = []
+    batches = train_batches(config, data, {"main": Stream(views=ALL_VIEWS)}, 0, 20, sharding)
+    for batch in map(jax.device_get, batches):
+        for images in (batch["image"], batch["views"][:, 0]):
+            is_it = (every[batch["row"]] == images[:, None]).all((2, 3, 4))
+            assert is_it.any(1).all()
+            drawn.append(is_it.argmax(1))
+    counts = np.bincount(np.concatenate(drawn), minlength=3)
+    assert (counts > 0.25 * counts.sum()).all()
+    first, second = np.concatenate(drawn[::2]), np.concatenate(drawn[1::2])
+    assert 0.2 < (first == second).mean() < 0.5, "the strong view is drawn by itself"
+    evaluated = jax.device_get(next(iter(EvalBatches(config, data.train, sharding))))["image"]
+    np.testing.assert_array_equal(evaluated, data.train.images[: len(evaluated)])
+
+
+def test_a_run_predicts_images(config, weights, tmp_path):
+    data = load_data(config)
+    train_and_evaluate(config, str(tmp_path / "run"))
+    trained = inference.load(tmp_path / "run")
+    by_features = inference.predict(trained, data.evaluation)
+    images = make_split(data.evaluation.pictures, np.zeros(len(data.evaluation)))
+    np.testing.assert_allclose(inference.predict(trained, images), by_features, atol=1e-3)
+    inference.export(trained, tmp_path / "exported")
+    exported = inference.load(tmp_path / "exported")
+    np.testing.assert_allclose(inference.predict(exported, images), by_features, atol=1e-3)
+    # What the features are made of is written down: with other weights it is another run.
+    about = json.loads((tmp_path / "run" / "network.json").read_text())
+    about["features"]["about"]["weights"] = "0" * 64
+    (tmp_path / "run" / "network.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="trained on features of another backbone: weights"):
+        inference.load(tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(UserError, match="holds a run on features of another backbone"):
+        train_and_evaluate(config, str(tmp_path / "run"))
+
+
+def test_the_exported_function_takes_images(config, tmp_path):
+    from ieg_jax.inference import exported
+
+    train_and_evaluate(config, str(tmp_path / "run"))
+    trained = inference.load(tmp_path / "run")
+    exported.export_stablehlo(trained, tmp_path / "function")
+    served = exported.load_stablehlo(tmp_path / "function")
+    assert served.signature["input"]["shape"] == ["n", SIZE, SIZE, 3]
+    assert exported.largest_difference(trained, served) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image_size": 64}, "backbone.image_size=64, but backbone.name is not set"),
+        ({"name": "tiny", "pretrained": ""}, "features of random weights say nothing"),
+        ({"name": "tiny", "views": 0, "pretrained": "x.npz"}, "backbone.views: got 0, expected at least 1"),
+        ({"name": "tyny"}, "tyny"),
+        ({"name": "tiny", "pretrained": "x.npz", "augment": "crop("}, "backbone.augment"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes, message):
+    group = default.get_config().backbone
+    group.update(changes)
+    with pytest.raises(UserError, match=message):
+        features.validate(group)
+
+
+def test_features_have_no_images(config, tmp_path):
+    values = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", features=values, labels=np.arange(40) % 2, clean_labels=np.arange(40) % 2)
+    config.data.name, config.data.train = "features", str(tmp_path / "x.npz")
+    with pytest.raises(UserError, match="the data are features, not images"):
+        load_data(config)
