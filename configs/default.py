@@ -152,8 +152,15 @@ def get_config(arguments: str = "") -> ConfigDict:
     schedule.cycle_mult = 1.5  # sgdr: each cycle is this many times as long as the one before; >= 1
     schedule.peak_mult = 0.9  # sgdr: each cycle starts at this many times the rate of the one before; in (0, 1]
 
+    schedule.warmup_epochs = 0.0  # the rate rises in so many from 0 to what the schedule says
     schedule.step_boundaries = (40_000, 50_000)  # step: where the rate falls, in steps, increasing
     schedule.step_factor = 0.1  # step: to this share of itself; in (0, 1)
+
+    # Of a network that starts from model.pretrained; train/finetune.py says why.
+    config.finetune = finetune = ConfigDict()
+    finetune.body_rate = 1.0  # learning rate of all layers but the head, as a share of that; in [0, 1]
+    finetune.layer_decay = 1.0  # each layer below takes this share of the rate of the one above; in (0, 1]
+    finetune.probe_epochs = 0.0  # the head alone learns until so many are over
 
     config.ema = ema = ConfigDict()
     ema.decay = 0.999  # of the moving average of the weights, in [0, 1); 0 = no average

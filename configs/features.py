@@ -26,10 +26,6 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.method.name = args.method
     config.data.name = "features"
     config.trusted.source, config.trusted.holdout = args.trusted, 0.2
-    config.batch_size, config.eval_batch_size = 256, 4096
-    config_lib.follow_data(config, learning_rate=0.1)
+    config_lib.follow_features(config)
     methods.tune(config, **config_lib.OWN_DATA)
-    config.model.name = "mlp"
-    config.model.depth = 2
-    config.augment.standard, config.augment.strong = "gaussian(0.1)", "gaussian(0.3)"
     return config

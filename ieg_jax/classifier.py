@@ -30,6 +30,7 @@ from ieg_jax import cli, inference, methods, models
 from ieg_jax import config as config_lib
 from ieg_jax.audit import final, measures
 from ieg_jax.audit import quality as label_quality
+from ieg_jax.data import features
 from ieg_jax.data.load import Data, load_data
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.sources.arrays import feature_statistics, standardised
@@ -41,9 +42,8 @@ from ieg_jax.runtime.workdir import WorkFolder
 from ieg_jax.train import check
 from ieg_jax.train.loop import train_and_evaluate
 
-FEATURES_AUGMENT = ("gaussian(0.1)", "gaussian(0.3)")  # of configs/features.py
-RATES = {"features": 0.1, "images": 0.05}  # learning rates, of configs/features.py and configs/own_data.py
-BATCHES = {"features": 256, "images": 64}
+RATE, BATCH = 0.05, 64  # learning rate and batch size of images, as in configs/own_data.py
+PHOTOGRAPHS = 32  # pixels of a side from which on colour images are taken for photographs
 # Keys of `config` that are refused, or the beginnings of several: the arguments of `fit` say what they would say.
 FIXED = ("data.", "noise.", "trusted.source", "trusted.ids", "trusted.per_class", "trusted.fraction")
 AUTO = "auto"
@@ -59,17 +59,21 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
       method: a name in `methods.REGISTRY`, such as `ieg` or `supervised`; those that learn from given labels alone
         (docs/methods.md) do without a trusted set.
       network: a name in `models.REGISTRY`, or any flax.linen module, called as `network(x, train=...)` with float32
-        `[n, H, W, C]` in [-1, 1], features as `[n, 1, 1, D]`, that returns logits `[n, K]`. None = a wide ResNet for
-        images, its size from the data, and `mlp` for features.
-      augment: of images: `photos`, `grey` (no change of colours), `symbols` (neither mirrored nor turned), `auto` (grey
-        where images have one channel, else photos); or for anything a pair (standard, strong) of policies of
-        `data.augment`. Features have Gaussian noise instead of a name's.
+        `[n, H, W, C]` in [-1, 1], features as `[n, 1, 1, D]`, that returns logits `[n, K]`. None = `mlp` for features
+        and on a backbone, else a wide ResNet, its size from the data.
+      backbone: of images, a pretrained network that stays as it is, on whose features `network` is trained: a name in
+        `models.REGISTRY` that the package `[pretrained]` brings weights of, `none`, or `auto`: EfficientNet-Lite0 where
+        that package is installed, `network` is None and images have three channels and at least 32 pixels a side. More
+        of it, such as other weights, by `config={"backbone.pretrained": ...}`.
+      augment: of images, without a backbone: `photos`, `grey` (no change of colours), `symbols` (neither mirrored nor
+        turned), `auto` (grey where images have one channel, else photos); or for anything a pair (standard, strong) of
+        policies of `data.augment`. Features have Gaussian noise instead of a name's.
       epochs: length of the training in passes over X; at most one of it and `steps`.
       steps: the same in steps. Both None = 40 epochs, but no fewer than 500 and no more than 20,000 steps; of features
-        20 epochs, but no fewer than 300 steps.
+        20 epochs, but no fewer than 300 and no more than 1,500 steps.
       batch_size: noisy examples per step, over all devices; None = 64 images or 256 rows of features.
       image_size: pixels of a side to which images are resized; 0 = as they are; None = the shorter side, at most 64, in
-        multiples of 4.
+        multiples of 4. On a backbone they are resized for that alone (`backbone.image_size`), and None = 0.
       holdout: share of the trusted examples of each class that is kept out of training, rounded down: label quality is
         calibrated on them. In [0, 1).
       final: the classifier that predicts in the end. auto = the best of the plain ones of `audit.final`, trained on the
@@ -104,6 +108,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         *,
         method: str = "ieg",
         network: str | nn.Module | None = None,
+        backbone: str = "auto",
         augment: str | tuple[str, str] = "auto",
         epochs: float | None = None,
         steps: int | None = None,
@@ -118,6 +123,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
     ):
         self.method = method
         self.network = network
+        self.backbone = backbone
         self.augment = augment
         self.epochs = epochs
         self.steps = steps
@@ -332,11 +338,12 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             class_names=names.astype(str),
         )
         candidates = tuple(final.CLASSIFIERS) if self.final == AUTO else (self.final,)
-        return final.fit(task, quality, self.method, self._statistics is None, candidates)
+        return final.fit(task, quality, self.method, not data.train.is_features, candidates)
 
     def _predict(self, split: Split) -> np.ndarray:
         if self.__dict__.get("_final") is not None:
-            return self._final.predict_proba(plain.flat(split))
+            features = self._trained.features
+            return self._final.predict_proba(plain.flat(split if features is None else features.of(split)))
         if "_predictor" not in self.__dict__:  # after unpickling
             self._predictor = inference.predictor(self._trained)
         return self._predictor(split)
@@ -419,9 +426,17 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         config.trusted.source = "separate"
         if is_features and self.image_size:
             raise UserError(f"image_size={self.image_size!r}, but X are features [N, D]; leave it None")
+        config.backbone.name = "" if is_features else self._backbone()
+        on_features = is_features or bool(config.backbone.name)
+        if on_features:
+            config_lib.follow_features(config)
+        else:
+            config_lib.follow_data(config, RATE)
+            config.batch_size = BATCH
         if not is_features:
-            config.data.image_size = _number("image_size", self.image_size, config_lib.AUTO, int)
-        config.batch_size = _number("batch_size", self.batch_size, BATCHES[what], int)
+            usual = 0 if on_features else config_lib.AUTO
+            config.data.image_size = _number("image_size", self.image_size, usual, int)
+        config.batch_size = _number("batch_size", self.batch_size, config.batch_size, int)
         config.trusted.holdout = _number("holdout", holdout, None, float)
 
         if isinstance(self.network, nn.Module):
@@ -432,14 +447,13 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
                     f"network: got {self.network!r}, expected a name, or an instance of a flax.linen module, such as "
                     f"MyNetwork()"
                 )
-            config.model.name = self.network or ("mlp" if is_features else "wide_resnet")
+            config.model.name = self.network or ("mlp" if on_features else "wide_resnet")
             check_choice("network", config.model.name, models.REGISTRY)
             if config.model.name == "wide_resnet":
                 config.model.depth, config.model.width = config_lib.AUTO, float(config_lib.AUTO)
             elif config.model.name == "mlp":
-                config.model.depth = 2
-        config.augment.standard, config.augment.strong = self._policies(is_features)
-        config_lib.follow_data(config, RATES[what])
+                config.model.depth = config_lib.FEATURES_DEPTH
+        config.augment.standard, config.augment.strong = self._policies(on_features)
         methods.tune(config, **config_lib.OWN_DATA)
 
         if self.epochs is not None and self.steps is not None:
@@ -457,11 +471,19 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         check.validate(config_lib.resolve(config))
         return config
 
-    def _policies(self, is_features: bool) -> tuple[str, str]:
+    def _backbone(self) -> str:
+        """The name of the backbone of images; "" without one."""
+        if self.backbone != AUTO:
+            return features.choose(self.backbone)
+        height, width, channels = self.__dict__.get("image_shape_", (0, 0, 0))
+        photographs = channels == 3 and min(height, width) >= PHOTOGRAPHS
+        return features.choose(AUTO) if photographs and self.network is None else ""
+
+    def _policies(self, on_features: bool) -> tuple[str, str]:
         if isinstance(self.augment, str):
             check_choice("augment", self.augment, (AUTO, *config_lib.AUGMENT_PRESETS))
-            if is_features:
-                return FEATURES_AUGMENT
+            if on_features:
+                return config_lib.FEATURES_AUGMENT
             fitting = "grey" if self.__dict__.get("image_shape_", (0, 0, 3))[2] == 1 else "photos"
             return config_lib.AUGMENT_PRESETS[fitting if self.augment == AUTO else self.augment]
         pair = tuple(self.augment) if isinstance(self.augment, tuple | list) else ()

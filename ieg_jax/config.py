@@ -39,6 +39,8 @@ AUGMENT_PRESETS = {
 # Of own data p and k are smaller than the paper's 5 and 20: in a short training of a few thousand examples these drown
 # the trusted loss, and one class takes over another.
 OWN_DATA = {"unlabeled_weight": 1.0, "consistency_weight": 2.0}
+FEATURES_AUGMENT = ("gaussian(0.1)", "gaussian(0.3)")  # standard, strong; features have a deviation of 1
+FEATURES_BATCH, FEATURES_RATE, FEATURES_DEPTH = 256, 0.1, 2
 KEPT = 10  # checkpoints of own data, evenly spread over training: an audit takes the mean of their predictions
 
 # Keys that may be AUTO: `resolve` puts what suits the data in its place.
@@ -287,9 +289,17 @@ def follow_data(config: ConfigDict, learning_rate: float) -> None:
     config.schedule.base_lr = learning_rate
 
 
+def follow_features(config: ConfigDict) -> None:
+    """Sets what trainings on features share, ready-made or by a backbone: the network, its views and its length."""
+    config.batch_size, config.eval_batch_size = FEATURES_BATCH, 4096
+    follow_data(config, FEATURES_RATE)
+    config.model.name, config.model.depth = "mlp", FEATURES_DEPTH
+    config.augment.standard, config.augment.strong = FEATURES_AUGMENT
+
+
 # Longer trainings of own data learn wrong labels and the few trusted examples by heart; networks of features sooner.
 USUAL_EPOCHS, FEWEST_STEPS, MOST_STEPS = 40.0, 500, 20_000
-FEATURES_EPOCHS, FEATURES_FEWEST_STEPS = 20.0, 300
+FEATURES_EPOCHS, FEATURES_FEWEST_STEPS, FEATURES_MOST_STEPS = 20.0, 300, 1_500
 SMALL = 24  # pixels; images below it get the small network
 
 
@@ -298,8 +308,8 @@ def resolve(config: ConfigDict, facts: Facts | None = None) -> ConfigDict:
 
     `trusted.batch_size` 0 becomes `batch_size`. With facts, keys that are AUTO become what suits the data. The
     training: 40 epochs, but no fewer than 500 and no more than 20,000 steps; of features 20 epochs, but no fewer than
-    300 steps; evaluated 20 times, saved 10 times. The network: depth 10 and width 1 for images below 24 pixels, depth
-    16 and width 2 from there on.
+    300 and no more than 1,500 steps; evaluated 20 times, saved 10 times. The network: depth 10 and width 1 for images
+    below 24 pixels, depth 16 and width 2 from there on.
 
     Args:
       config: is not changed.
@@ -313,8 +323,11 @@ def resolve(config: ConfigDict, facts: Facts | None = None) -> ConfigDict:
         config.data.image_size = facts.image_size
     steps_per_epoch = facts.num_examples / config.batch_size
     if config.num_train_epochs == AUTO:
-        usual = (FEATURES_EPOCHS, FEATURES_FEWEST_STEPS) if facts.smallest_side == 1 else (USUAL_EPOCHS, FEWEST_STEPS)
-        steps = min(max(usual[0] * steps_per_epoch, usual[1]), MOST_STEPS)
+        if facts.smallest_side == 1:
+            usual, fewest, most = FEATURES_EPOCHS, FEATURES_FEWEST_STEPS, FEATURES_MOST_STEPS
+        else:
+            usual, fewest, most = USUAL_EPOCHS, FEWEST_STEPS, MOST_STEPS
+        steps = min(max(usual * steps_per_epoch, fewest), most)
         config.num_train_epochs = steps / steps_per_epoch
     epochs = duration(config, "num_train", steps_per_epoch) / steps_per_epoch
     if config.eval_every_epochs == AUTO:

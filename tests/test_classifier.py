@@ -443,13 +443,12 @@ def test_bad_input_to_predict(fitted):
 
 def test_defaults_for_features_are_those_of_their_configuration():
     features = features_config.get_config()
-    assert (features.augment.standard, features.augment.strong) == classifier.FEATURES_AUGMENT
-    assert features.schedule.base_lr == classifier.RATES["features"]
     # Without arguments: configs/own_data.py, and configs/features.py with the batch size of the argument.
-    for what, theirs in (("images", own_data.get_config()), ("features", features)):
+    for what, theirs in (("images", own_data.get_config("backbone=none")), ("features", features)):
         ours = IEGClassifier(workdir="run")._configure(what, 10, 0.2)
         theirs.data.name, theirs.data.num_classes = ours.data.name, 10
-        theirs.batch_size, theirs.eval_batch_size = classifier.BATCHES[what], 256
+        if what == "images":
+            theirs.batch_size = classifier.BATCH
         assert ours.to_dict() == theirs.to_dict()
 
 
@@ -595,7 +594,7 @@ def test_the_log_of_tensorflow_is_silent():
 def test_the_augmentation_suits_the_channels(channels, preset):
     clf = IEGClassifier()
     clf.image_shape_ = (8, 8, channels)
-    assert clf._policies(is_features=False) == config_lib.AUGMENT_PRESETS[preset]
+    assert clf._policies(on_features=False) == config_lib.AUGMENT_PRESETS[preset]
 
 
 def test_a_second_fit_of_the_same_shapes_compiles_nothing(digits):

@@ -151,7 +151,7 @@ def test_one_step_on_records(tmp_path, monkeypatch):
         part = "trusted" if number < 4 else "test" if number < 8 else "train"
         picture = image_trees.picture(number, (30 + number, 60 - number))
         image_trees.save(tmp_path / part / "ab"[number % 2] / f"{number}.jpg", picture)
-    config = cli.load_config("configs/own_data.py:source=image_folder,size=0")
+    config = cli.load_config("configs/own_data.py:source=image_folder,backbone=none,size=0")
     config.data.update({part: str(tmp_path / part) for part in ("train", "test", "trusted")})
     shards.prepare(config, tmp_path / "records", examples_per_shard=7)
     config.data.update(name="records", dir=str(tmp_path / "records"), train="", test="", trusted="")

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import random
+import time
 import uuid
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ from ieg_jax.data import augment, images
 from ieg_jax.data.images import to_float
 from ieg_jax.data.sources.arrays import feature_statistics, standardised
 from ieg_jax.data.splits import Split
-from ieg_jax.errors import UserError
+from ieg_jax.errors import UserError, check_choice
 from ieg_jax.lazy import tf
 from ieg_jax.methods.base import inputs_of_head
 from ieg_jax.models import pretrained
@@ -41,6 +42,7 @@ from ieg_jax.models import pretrained
 AT_ONCE = 1024  # images whose features are kept before the next are begun
 DTYPE = "float16"  # of features that are kept, unless somebody asks for float32
 BATCH = 64  # images that go through the network together, on each device
+VIEWED = ("train", "trusted")  # the splits that get views
 NUM_CLASSES = 2  # of the head, which is not used
 CHECKS = {"image_size": at_least(8), "views": at_least(1)}
 # What the group has where no network is named.
@@ -73,6 +75,32 @@ def validate(backbone: ConfigDict) -> None:
         raise UserError(
             "backbone.pretrained is not set: features of random weights say nothing; name a file of weights"
         )
+
+
+def without(config: ConfigDict) -> ConfigDict:
+    """The configuration of a run on features for whoever looks at its images: no backbone, and their augmentation."""
+    config, backbone = ConfigDict(config.to_dict()), config.backbone
+    config.data.image_size = config.data.image_size or backbone.image_size
+    config.augment.standard = config.augment.evaluation = ""
+    config.augment.strong = backbone.augment if backbone.views > 1 else ""
+    config.backbone.update({"name": "", **UNSET})
+    return config
+
+
+def choose(name: str) -> str:
+    """What the argument `backbone` of configurations and of the classifier means, as `backbone.name`.
+
+    Args:
+      name: of a network; none; or auto, the one whose weights the package `[pretrained]` brings, where it is installed.
+
+    Raises:
+      UserError: for a network that there is no such package for, or whose package is not installed.
+    """
+    if name == "auto":
+        installed = (network for network in pretrained.PACKAGES if pretrained.is_installed(network))
+        return next(installed, "")
+    check_choice("backbone", name, ("auto", "none", *pretrained.PACKAGES))
+    return "" if name == "none" else name
 
 
 def _model(backbone: ConfigDict) -> ConfigDict:
@@ -115,6 +143,11 @@ class Backbone:
             "weights": self._file.sha256,
             "size": backbone.image_size,
         }
+        self._group = backbone
+
+    def __reduce__(self):
+        """A pickle has the configuration alone, and finds the weights where that says."""
+        return backbone_of, (ConfigDict(self._group.to_dict()),)
 
     @functools.cached_property
     def _network(self) -> tuple[Any, Any]:
@@ -393,6 +426,38 @@ def of_run(group: ConfigDict, about: Mapping[str, Any]) -> Features:
     return Features(backbone, np.array(about["mean"]), np.array(about["deviation"]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What some of the images of a run say about the features of all.
+
+    Attributes:
+      count: images and views whose features there will be.
+      seconds: that they will take here, where none is kept yet.
+      width: D.
+    """
+
+    count: int
+    seconds: float
+    width: int
+
+
+def try_out(splits: Mapping[str, Split], backbone: ConfigDict) -> Trial:
+    """Times the backbone with some of the images of a run, in memory or in files.
+
+    Args:
+      splits: as for `replace_images`.
+      backbone: the group of the configuration.
+    """
+    network, train = Backbone(backbone), splits["train"]
+    rows = np.resize(np.arange(len(train)), 2 * BATCH * len(jax.local_devices()))
+    network.features(_pixels(train, rows[:1], network.size))  # compiled before the time is taken
+    began = time.monotonic()
+    found = network.features(_pixels(train, rows, network.size))
+    each = (time.monotonic() - began) / len(rows)
+    count = sum(len(split) * (backbone.views if name in VIEWED else 1) for name, split in splits.items())
+    return Trial(count, each * count, found.shape[1])
+
+
 def replace_images(splits: Mapping[str, Split], backbone: ConfigDict) -> tuple[dict[str, Split], Features]:
     """The splits of a run with features in place of images.
 
@@ -406,7 +471,7 @@ def replace_images(splits: Mapping[str, Split], backbone: ConfigDict) -> tuple[d
     if splits["train"].is_features:
         raise UserError(f"backbone.name={backbone.name}, but the data are features, not images; set it to ''")
     network = backbone_of(backbone)
-    cache, views = cache_of(network, backbone.cache), dict.fromkeys(("train", "trusted"), backbone.views)
+    cache, views = cache_of(network, backbone.cache), dict.fromkeys(VIEWED, backbone.views)
     values = features_of(splits, network, cache, views, backbone.augment)
     features = Features(network, *feature_statistics(values["train"][:, 0]))
     return {name: features.put(split, values[name]) for name, split in splits.items()}, features

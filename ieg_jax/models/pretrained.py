@@ -24,6 +24,7 @@ knows tensors and dicts and refuses everything else before anything of it is run
 import dataclasses
 import hashlib
 import importlib.resources
+import importlib.util
 import io
 import json
 import re
@@ -267,6 +268,11 @@ def read(model: ConfigDict) -> File | None:
     except Exception as error:  # whatever the libraries meet in damaged files
         raise UserError(f"model.pretrained: {path} cannot be read: {first_line(error)}") from None
     return File(path, arrays, hashlib.sha256(content).hexdigest())
+
+
+def is_installed(network: str) -> bool:
+    """Whether the package with the weights of one of PACKAGES is there."""
+    return importlib.util.find_spec(PACKAGES[network][0]) is not None
 
 
 def _embedded(network: str) -> str:

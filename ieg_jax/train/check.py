@@ -10,7 +10,7 @@ from ieg_jax.errors import UserError
 from ieg_jax.methods.base import ALL_VIEWS, USUAL_VIEWS
 from ieg_jax.methods.parts import optimizers
 from ieg_jax.runtime import checkpoints, mesh, watch
-from ieg_jax.train import durations, schedules
+from ieg_jax.train import durations, finetune, schedules
 
 CHECKS = {
     "seed": at_least(0),
@@ -36,6 +36,7 @@ def validate(config: ConfigDict) -> None:
     methods.validate(config)
     optimizers.validate(config.optimizer)
     schedules.validate(config.schedule)
+    finetune.validate(config.finetune)
     durations.validate(config)
     checkpoints.validate(config.checkpoint)
     mesh.validate(config.mesh)

@@ -149,13 +149,20 @@ def _build(
         gather=lambda arrays: jax.lax.with_sharding_constraint(arrays, shardings.replicated),
     )
     method = described.bind(context)
+
+    def in_steps(epochs: float) -> int:
+        return round(epochs * data.num_examples / config.batch_size)
+
     averaged = math.ceil(config.audit.epochs * data.num_examples / config.batch_size)
     step_function = functools.partial(
         train_step,
         context=context,
         method=method,
-        schedule=schedules.create(config.schedule, durations.first_cycle, durations.num_steps),
+        schedule=schedules.create(
+            config.schedule, durations.first_cycle, durations.num_steps, in_steps(config.schedule.warmup_epochs)
+        ),
         average_from=durations.num_steps - averaged,
+        probe_steps=in_steps(config.finetune.probe_epochs),
     )
     num_rows = -(-data.num_examples // base.ROWS_UNIT) * base.ROWS_UNIT
     chosen = {}

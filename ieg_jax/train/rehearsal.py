@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax.data.batches import train_batches
-from ieg_jax.data.load import Data
+from ieg_jax.data.features import Trial, try_out
+from ieg_jax.data.load import Data, uses_backbone
+from ieg_jax.data.splits import Split
 from ieg_jax.runtime import mesh
 from ieg_jax.runtime.progress import TIMED, duration_text
 from ieg_jax.train import durations, program
@@ -26,13 +28,21 @@ class Rehearsal:
       num_steps: of the whole run.
       step_seconds: of one, without evaluation and checkpoints.
       compile_seconds: None where the step was too slow to be tried; `step_seconds` is then a lower bound.
+      features: of a backbone, what they take; None without one.
     """
 
     num_steps: int
     step_seconds: float
     compile_seconds: float | None
+    features: Trial | None = None
 
     def __str__(self) -> str:
+        if self.features is None:
+            return self._of_training()
+        seconds = duration_text(self.features.seconds)
+        return f"features of {self.features.count:,} images: about {seconds} here, once\n{self._of_training()}"
+
+    def _of_training(self) -> str:
         total = duration_text(self.num_steps * self.step_seconds)
         if self.compile_seconds is None:
             return (
@@ -50,11 +60,33 @@ def rehearse(config: ConfigDict, data: Data) -> Rehearsal:
 
     Args:
       config: of the run.
-      data: that it names.
+      data: that it names; of a run on features of a backbone its images (`data.features.without`).
 
     Raises:
       UserError: for what training would refuse.
     """
+    made = None
+    if uses_backbone(config) and not data.train.is_features:
+        made = try_out(data.splits, config.backbone)
+        data = _with_random_features(data, made.width)
+    return dataclasses.replace(_of_steps(config, data), features=made)
+
+
+def _with_random_features(data: Data, width: int) -> Data:
+    """The data with numbers in place of the images: what a step takes does not depend on them."""
+    rng = np.random.default_rng(0)
+
+    def changed(split: Split | None) -> Split | None:
+        if split is None:
+            return None
+        return dataclasses.replace(split, images=rng.standard_normal((len(split), 1, 1, width), np.float32))
+
+    parts = {name: changed(getattr(data, name)) for name in ("train", "trusted", "held_out", "evaluation")}
+    return dataclasses.replace(data, image_size=0, **parts)
+
+
+def _of_steps(config: ConfigDict, data: Data) -> Rehearsal:
+    """What the training takes, see `rehearse`."""
     config = config_lib.resolve(config, data.facts)
     shardings = mesh.create(config)
     steps = durations.in_steps(config, len(data.train))

@@ -22,6 +22,7 @@ def validate(schedule: ConfigDict) -> None:
     checks = {
         "name": one_of(*NAMES),
         "base_lr": above(0),
+        "warmup_epochs": at_least(0),
         "cycle_mult": at_least(1),
         "peak_mult": number(lambda v: 0 < v <= 1, "in (0, 1]"),
         "step_factor": number(lambda v: 0 < v < 1, "in (0, 1)"),
@@ -53,18 +54,22 @@ def cycle_ends(first_cycle: int, cycle_mult: float, num_steps: int) -> list[int]
     return ends
 
 
-def create(schedule: ConfigDict, first_cycle: int, num_steps: int) -> optax.Schedule:
+def create(schedule: ConfigDict, first_cycle: int, num_steps: int, warmup: int = 0) -> optax.Schedule:
     """Builds the function step -> learning rate that `config.schedule` names.
 
     Args:
       schedule: the group `schedule` of the configuration.
       first_cycle: steps of the first cycle of `sgdr`.
       num_steps: steps of the run.
+      warmup: steps in which the rate rises from 0 to what the schedule says for each of them.
 
     Returns:
       For `sgdr` a cosine from the peak to 0 in each cycle, peaks falling by `peak_mult` (Loshchilov and Hutter
       2017; paper, section 3.1). For `step` a rate that is multiplied by `step_factor` at each of `step_boundaries`.
     """
+    if warmup:
+        usual, rise = create(schedule, first_cycle, num_steps), optax.linear_schedule(0.0, 1.0, warmup)
+        return lambda step: rise(step) * usual(step)
     if schedule.name == "constant":
         return optax.constant_schedule(schedule.base_lr)
     if schedule.name == "cosine":

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ieg_jax.methods.base import Context, Method
 from ieg_jax.methods.parts import optimizers
-from ieg_jax.train import examples, metrics
+from ieg_jax.train import examples, finetune, metrics
 
 
 @flax.struct.dataclass
@@ -85,6 +85,7 @@ def train_step(
     method: Method,
     schedule: optax.Schedule,
     average_from: int = 0,
+    probe_steps: int = 0,
 ) -> tuple[TrainState, metrics.Observation]:
     """One step of any method: supervise, differentiate the loss, update, average.
 
@@ -98,6 +99,7 @@ def train_step(
       method: the bound method.
       schedule: step -> learning rate.
       average_from: the first step, counted from 0, whose ω and λ are averaged by example.
+      probe_steps: how many steps move the head alone, see `finetune`.
 
     Returns:
       The state after the step and what to report.
@@ -110,8 +112,9 @@ def train_step(
         state.params, state, batch, supervision, loss_rng
     )
     learning_rate = schedule(state.step)
+    rates = finetune.rates(state.params, context.config.finetune, probe_steps, state.step)
     params, opt_state, updates = optimizers.apply(
-        context.optimizer, grads, state.opt_state, state.params, learning_rate
+        context.optimizer, grads, state.opt_state, state.params, jax.tree.map(lambda r: learning_rate * r, rates)
     )
     new_state = state.replace(
         step=state.step + 1,

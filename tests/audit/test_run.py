@@ -83,7 +83,7 @@ def write_lists(folder):
 
 
 def configuration(folder, **keys):
-    config = cli.load_config(str(ROOT / "configs/own_data.py:augment=symbols"))
+    config = cli.load_config(str(ROOT / "configs/own_data.py:backbone=none,augment=symbols"))
     config.data.train, config.data.trusted = str(folder / "train.csv"), str(folder / "trusted.csv")
     config.update_from_flattened_dict(
         {
@@ -359,7 +359,7 @@ def test_out_of_fold_probabilities(case):
 @pytest.mark.parametrize("method", ["", "supervised", "co_teaching"])
 def test_folds_can_be_trained_as_a_run_of_ones_own_data_was(network, method):
     """config.json has numbers where own_data.py has -1, also for keys that the network does not read."""
-    config = own_data.get_config()
+    config = own_data.get_config("backbone=none")
     config.model.name, config.data.train, config.data.trusted = network, "labels.csv", "trusted.csv"
     check.validate(config)
     written = config_lib.resolve(config, config_lib.Facts(1000, 32, 32))

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import types
 
 import jax
 import numpy as np
@@ -243,3 +244,21 @@ def test_features_have_no_images(config, tmp_path):
     config.data.name, config.data.train = "features", str(tmp_path / "x.npz")
     with pytest.raises(UserError, match="the data are features, not images"):
         load_data(config)
+
+
+def test_doctor_looks_at_the_images_and_says_how_long_features_take(config, tmp_path, monkeypatch):
+    from rich.console import Console
+
+    from ieg_jax.data import examination
+    from ieg_jax.train import rehearsal
+
+    config.method.name = "supervised"
+    _, data = examination.examine(config, tmp_path / "doctor", True, Console())
+    assert not data.train.is_features and not list((tmp_path / "cache").rglob("*.npz"))
+    monkeypatch.setattr(features, "time", types.SimpleNamespace(monotonic=iter([0.0, 2.56]).__next__))
+    found = rehearsal.rehearse(config, data)
+    count = len(data.train) + len(data.trusted) + len(data.evaluation)
+    # 2 · BATCH · 8 devices in 2.56 seconds.
+    assert found.features.count == count and found.features.width == load_data(config).train.images.shape[-1]
+    assert found.features.seconds == pytest.approx(2.56 * count / (2 * features.BATCH * 8))
+    assert str(found).splitlines()[0] == f"features of {count:,} images: about 4 s here, once"

@@ -287,7 +287,7 @@ def test_shapes_of_ones_own_data_are_loaded(tmp_path):
 def test_what_follows_from_the_data_is_in_the_configuration(tmp_path):
     labels = np.arange(40) % 4
     np.savez(tmp_path / "own.npz", images=np.zeros((40, 30, 30, 3), np.uint8), labels=labels, clean_labels=labels)
-    config = own_data.get_config()
+    config = own_data.get_config("backbone=none")
     config.data.name, config.data.train, config.trusted.source = "arrays", str(tmp_path / "own.npz"), "train"
     config.trusted.per_class = 1
     resolved, shape = data_shape(config)

@@ -57,9 +57,19 @@ def decay_in_loss(optimizer: ConfigDict) -> float:
 def apply(optimizer: optax.GradientTransformation, grads, state, params, learning_rate):
     """One update Θ ← Θ − learning_rate · direction(∇, state, Θ).
 
+    Args:
+      optimizer: the direction.
+      grads: ∇.
+      state: of the optimiser.
+      params: Θ.
+      learning_rate: a scalar, or one for each parameter in a tree like Θ.
+
     Returns:
       New parameters, new optimiser state, and the update that was added to the parameters.
     """
     direction, state = optimizer.update(grads, state, params)
-    updates = jax.tree.map(lambda d: -learning_rate * d, direction)
+    if jax.tree.structure(learning_rate) == jax.tree.structure(params):
+        updates = jax.tree.map(lambda d, rate: -rate * d, direction, learning_rate)
+    else:
+        updates = jax.tree.map(lambda d: -learning_rate * d, direction)
     return optax.apply_updates(params, updates), state, updates

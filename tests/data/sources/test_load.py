@@ -204,7 +204,7 @@ def test_automatic_size(tmp_path):
 
 
 def automatic(num_examples, side, **keys):
-    config = own_data.get_config()
+    config = own_data.get_config("backbone=none")
     config.data.image_size = 0
     config.update_from_flattened_dict(keys)
     config = config_lib.resolve(config, config_lib.Facts(num_examples, 0, side))
@@ -225,7 +225,7 @@ def test_keys_from_the_data():
 
 
 def test_automatic_keys_before_and_after_the_data_are_known():
-    config = own_data.get_config()
+    config = own_data.get_config("backbone=none")
     check.validate(config)
     with pytest.raises(UserError, match="num_train_epochs=-1 is for data that are loaded first"):
         config_lib.duration(config, "num_train", 10.0)
@@ -234,7 +234,7 @@ def test_automatic_keys_before_and_after_the_data_are_known():
         bad.update_from_flattened_dict({key: value})
         with pytest.raises(UserError, match=f"{key}: got {value}"):
             check.validate(bad)
-    begun = own_data.get_config()
+    begun = own_data.get_config("backbone=none")
     begun.data.image_size, begun.model.depth, begun.model.width, begun.num_train_epochs = 28, 16, 2.0, 40.0
     assert config_lib.differences(begun.to_dict(), config.to_dict()) == []
     assert config_lib.differences(config.to_dict(), begun.to_dict()), "but a value that is given is not from the data"
