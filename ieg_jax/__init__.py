@@ -1,7 +1,7 @@
 """IEG: training that is robust to severe label noise, given a tiny trusted set."""
 
 __version__ = "0.1.0"
-__all__ = ["IEGClassifier", "TrustedScorer", "TrustedSplit"]
+__all__ = ["IEGClassifier", "TrustedScorer", "TrustedSplit", "from_nnx"]
 
 
 def __getattr__(name: str):
@@ -14,4 +14,8 @@ def __getattr__(name: str):
         from ieg_jax import model_selection
 
         return getattr(model_selection, name)
+    if name == "from_nnx":
+        from ieg_jax.models.from_nnx import from_nnx
+
+        return from_nnx
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

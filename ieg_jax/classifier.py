@@ -59,8 +59,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
       method: a name in `methods.REGISTRY`, such as `ieg` or `supervised`; those that learn from given labels alone
         (docs/methods.md) do without a trusted set.
       network: a name in `models.REGISTRY`, or any flax.linen module, called as `network(x, train=...)` with float32
-        `[n, H, W, C]` in [-1, 1], features as `[n, 1, 1, D]`, that returns logits `[n, K]`. None = a wide ResNet for
-        images, its size from the data, and `mlp` for features.
+        `[n, H, W, C]` in [-1, 1], features as `[n, 1, 1, D]`, that returns logits `[n, K]`; one of Flax NNX as
+        `from_nnx(MyNetwork, ...)`. None = a wide ResNet for images, its size from the data, and `mlp` for features.
       augment: of images: `photos`, `grey` (no change of colours), `symbols` (neither mirrored nor turned), `auto` (grey
         where images have one channel, else photos); or for anything a pair (standard, strong) of policies of
         `data.augment`. Features have Gaussian noise instead of a name's.
@@ -428,10 +428,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             config.model.depth = 1  # of no use
         else:
             if not (self.network is None or isinstance(self.network, str)):
-                raise UserError(
-                    f"network: got {self.network!r}, expected a name, or an instance of a flax.linen module, such as "
-                    f"MyNetwork()"
-                )
+                own.check_kind(self.network)
             config.model.name = self.network or ("mlp" if is_features else "wide_resnet")
             check_choice("network", config.model.name, models.REGISTRY)
             if config.model.name == "wide_resnet":
