@@ -162,6 +162,13 @@ def get_config(arguments: str = "") -> ConfigDict:
     audit.epochs = 5.0  # ω and λ of each example are averaged over this many last epochs (examples.npz); 0 = not
     audit.suspects = 16  # examples with the most doubtful labels, drawn for TensorBoard at evaluations; 0 = none
 
+    config.wandb = wandb = ConfigDict()  # Weights & Biases beside TensorBoard: pip install 'ieg_jax[wandb]'
+    wandb.project = ""  # project, or team/project; "" = not
+    wandb.name = ""  # of the run; "" = that of the work folder
+    wandb.mode = (
+        ""  # online | offline (files in the work folder, for `wandb sync`); "" = as WANDB_MODE says, else online
+    )
+
     config.profile = profile = ConfigDict()  # traces for TensorBoard's profiler; see also docs/running.md
     profile.start_step = 0  # the first step that is traced; 0 = none
     profile.num_steps = 5

@@ -62,6 +62,7 @@ FREE = (
     "checkpoint",
     "audit.suspects",
     "profile.",
+    "wandb.",
     "stall_minutes",
 )
 
@@ -329,13 +330,13 @@ def resolve(config: ConfigDict, facts: Facts | None = None) -> ConfigDict:
 
 
 # Keys of which a compiled program knows nothing: the random numbers and the data are its arguments.
-OF_DATA = ("seed", "data", "noise", "trusted.seed", "trusted.ids", "trusted.holdout")
+UNCOMPILED = ("seed", "data", "noise", "trusted.seed", "trusted.ids", "trusted.holdout", "wandb")
 
 
 def of_program(config: ConfigDict) -> FrozenConfigDict:
-    """The configuration without OF_DATA, so that no program depends on these; equal ones make equal programs."""
+    """The configuration without UNCOMPILED, so that no program depends on these; equal ones make equal programs."""
     config = ConfigDict(config.to_dict())
-    for key in OF_DATA:
+    for key in UNCOMPILED:
         *groups, name = key.split(".")
         del functools.reduce(lambda group, part: group[part], groups, config)[name]
     return FrozenConfigDict(config)

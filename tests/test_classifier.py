@@ -574,7 +574,7 @@ def test_all_checks_of_scikit_learn():
 def test_the_import_is_light():
     code = (
         "import sys; from ieg_jax import IEGClassifier; IEGClassifier(); import ieg_jax.main, ieg_jax.train.loop;"
-        "sys.exit(str([name for name in ('tensorflow', 'clu', 'tensorflow_datasets') if name in sys.modules]))"
+        "sys.exit(str([name for name in ('tensorflow', 'clu', 'tensorflow_datasets', 'wandb') if name in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip().splitlines()[-1] == "[]"

@@ -10,7 +10,7 @@ from ieg_jax.errors import UserError
 from ieg_jax.methods.base import ALL_VIEWS, USUAL_VIEWS
 from ieg_jax.methods.parts import optimizers
 from ieg_jax.runtime import checkpoints, mesh, watch
-from ieg_jax.train import durations, schedules
+from ieg_jax.train import durations, schedules, tracking
 
 CHECKS = {
     "seed": at_least(0),
@@ -40,6 +40,7 @@ def validate(config: ConfigDict) -> None:
     checkpoints.validate(config.checkpoint)
     mesh.validate(config.mesh)
     watch.validate(config)
+    tracking.validate(config)
     _check_groups(config)
     _check_streams(config)
 
