@@ -25,7 +25,7 @@ from ieg_jax.runtime import mesh, processes
 from ieg_jax.runtime.checkpoints import Checkpoints
 from ieg_jax.runtime.progress import Reporter
 from ieg_jax.runtime.workdir import WorkFolder, class_name
-from ieg_jax.train import dashboard, durations, look, metrics, program, tracking
+from ieg_jax.train import dashboard, durations, evaluation, look, metrics, program, tracking
 from ieg_jax.train.step import TrainState
 
 
@@ -137,7 +137,7 @@ def start(
 
 
 def _check_best_metric(config: ConfigDict, run: program.Program, evaluations: Iterable[str]) -> None:
-    kinds = [f"{metric}{suffix}" for metric in ("accuracy", "top5_accuracy") for suffix in ("", "_raw")]
+    kinds = [f"{metric}{suffix}" for metric in evaluation.METRICS for suffix in ("", "_raw")]
     known = [f"{name}/{kind}" for name in evaluations for kind in kinds] + sorted(run.window.averages)
     if config.checkpoint.keep_best:
         check_choice("checkpoint.best_metric", config.checkpoint.best_metric, known)
