@@ -27,6 +27,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     # Parts of a batch that go through the network one after the other; only one part's activations are in memory, and
     # each is computed once more in the backward pass. Must divide batch_groups; changes nothing but rounding.
     config.microbatches = 1
+    # none | balanced: the classes take turns in every batch, the noisy ones by given labels, so that a loss counts
+    # N / (K · examples of the class) times on the mean; an audit weighs its final classifier likewise.
+    config.class_weight = "none"
     config.eval_batch_size = 256  # test examples per forward pass, over all devices
     config.num_train_steps = 0
     config.num_train_epochs = 10.0  # this key and those marked with † may be -1: from the data (config.resolve)

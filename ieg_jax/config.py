@@ -330,7 +330,9 @@ def resolve(config: ConfigDict, facts: Facts | None = None) -> ConfigDict:
 
 
 # Keys of which a compiled program knows nothing: the random numbers and the data are its arguments.
-UNCOMPILED = ("seed", "data", "noise", "trusted.seed", "trusted.ids", "trusted.holdout", "wandb")
+UNCOMPILED = ("seed", "data", "noise", "trusted.seed", "trusted.ids", "trusted.holdout", "class_weight", "wandb")
+# Keys that the work folders of older versions lack -> what these runs did.
+ADDED = {"class_weight": "none"}
 
 
 def of_program(config: ConfigDict) -> FrozenConfigDict:
@@ -338,7 +340,9 @@ def of_program(config: ConfigDict) -> FrozenConfigDict:
     config = ConfigDict(config.to_dict())
     for key in UNCOMPILED:
         *groups, name = key.split(".")
-        del functools.reduce(lambda group, part: group[part], groups, config)[name]
+        group = functools.reduce(lambda group, part: group[part], groups, config)
+        if name in group:  # older runs lack some
+            del group[name]
     return FrozenConfigDict(config)
 
 
@@ -365,7 +369,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
     Nor is a key named that is AUTO in `new`: from the same data it will be what it is in `old`.
     """
-    old, new = flatten(old), flatten(new)
+    old, new = ADDED | flatten(old), flatten(new)
     old = {key: AUTO if key in AUTOMATIC and new.get(key) == AUTO else value for key, value in old.items()}
     missing = "(no such key)"
     return [

@@ -419,6 +419,8 @@ NAN = np.full((12, 4, 4), np.nan)
         ({"config": {"schedule.base_rl": 0.1}}, (), "config: got 'schedule.base_rl'.*Did you mean 'schedule.base_lr'"),
         ({"config": {"schedule.base_lr": "fast"}}, (), "config: schedule.base_lr='fast', expected float"),
         ({"config": {"noise.rate": 0.1}}, (), "config: 'noise.rate' follows from the arguments"),
+        ({"class_weight": {0: 1}}, (), "class_weight: got .*, expected None or 'balanced'"),
+        ({"config": {"class_weight": "balanced"}}, (), "config: 'class_weight' follows from the arguments"),
         ({"image_size": 8}, (np.zeros((12, 5)), LABELS, np.zeros((12, 5)), LABELS), "image_size=8, but X are features"),
     ],
 )  # fmt: skip

@@ -188,6 +188,7 @@ def _final(
         seed=trained.config.seed,
         class_names=splits.distinct(trained.class_names),
         answers=answers,
+        balanced=trained.config.class_weight == "balanced",
     )
     return final.fit(task, quality, trained.config.method.name, images=False)
 

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax import methods, models
-from ieg_jax.config import at_least, within
+from ieg_jax.config import at_least, one_of, within
 from ieg_jax.data import check as data_check
 from ieg_jax.errors import UserError
 from ieg_jax.methods.base import ALL_VIEWS, USUAL_VIEWS
@@ -17,6 +17,7 @@ CHECKS = {
     "batch_size": at_least(1),
     "batch_groups": at_least(1),
     "microbatches": at_least(1),
+    "class_weight": one_of("none", "balanced"),
     "eval_batch_size": at_least(1),
     "ema.decay": within(0, 1, open_end=True),
     "audit.epochs": at_least(0),
