@@ -136,6 +136,7 @@ def quick(network, **arguments):
     return IEGClassifier(network=network, **usual | arguments)
 
 
+@pytest.mark.slow
 def test_in_the_classifier(tmp_path):
     rng = np.random.default_rng(0)
     X, y = rng.integers(0, 256, (40, 4, 4, 3)).astype(np.uint8), np.arange(40) % 3
