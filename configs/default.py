@@ -27,6 +27,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     # Parts of a batch that go through the network one after the other; only one part's activations are in memory, and
     # each is computed once more in the backward pass. Must divide batch_groups; changes nothing but rounding.
     config.microbatches = 1
+    # none | balanced: the classes take turns in every batch, the noisy ones by given labels, so that a loss counts
+    # N / (K · examples of the class) times on the mean; an audit weighs its final classifier likewise.
+    config.class_weight = "none"
     config.eval_batch_size = 256  # test examples per forward pass, over all devices
     config.num_train_steps = 0
     config.num_train_epochs = 10.0  # this key and those marked with † may be -1: from the data (config.resolve)
@@ -181,6 +184,13 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.audit = audit = ConfigDict()
     audit.epochs = 5.0  # ω and λ of each example are averaged over this many last epochs (examples.npz); 0 = not
     audit.suspects = 16  # examples with the most doubtful labels, drawn for TensorBoard at evaluations; 0 = none
+
+    config.wandb = wandb = ConfigDict()  # Weights & Biases beside TensorBoard: pip install 'ieg_jax[wandb]'
+    wandb.project = ""  # project, or team/project; "" = not
+    wandb.name = ""  # of the run; "" = that of the work folder
+    wandb.mode = (
+        ""  # online | offline (files in the work folder, for `wandb sync`); "" = as WANDB_MODE says, else online
+    )
 
     config.profile = profile = ConfigDict()  # traces for TensorBoard's profiler; see also docs/running.md
     profile.start_step = 0  # the first step that is traced; 0 = none

@@ -1,7 +1,7 @@
 """IEG: training that is robust to severe label noise, given a tiny trusted set."""
 
 __version__ = "0.1.0"
-__all__ = ["IEGClassifier", "TrustedSplit"]
+__all__ = ["IEGClassifier", "TrustedScorer", "TrustedSplit", "from_nnx"]
 
 
 def __getattr__(name: str):
@@ -10,8 +10,12 @@ def __getattr__(name: str):
         from ieg_jax.classifier import IEGClassifier
 
         return IEGClassifier
-    if name == "TrustedSplit":
-        from ieg_jax.model_selection import TrustedSplit
+    if name in ("TrustedScorer", "TrustedSplit"):
+        from ieg_jax import model_selection
 
-        return TrustedSplit
+        return getattr(model_selection, name)
+    if name == "from_nnx":
+        from ieg_jax.models.from_nnx import from_nnx
+
+        return from_nnx
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

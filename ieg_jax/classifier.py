@@ -45,7 +45,7 @@ from ieg_jax.train.loop import train_and_evaluate
 RATE, BATCH = 0.05, 64  # learning rate and batch size of images, as in configs/own_data.py
 PHOTOGRAPHS = 32  # pixels of a side from which on colour images are taken for photographs
 # Keys of `config` that are refused, or the beginnings of several: the arguments of `fit` say what they would say.
-FIXED = ("data.", "noise.", "trusted.source", "trusted.ids", "trusted.per_class", "trusted.fraction")
+FIXED = ("class_weight", "data.", "noise.", "trusted.source", "trusted.ids", "trusted.per_class", "trusted.fraction")
 AUTO = "auto"
 DATA_FILE = "dataset.npz"  # of the work folder
 # Classifiers that were pickled when these modules had other names can still be loaded.
@@ -59,8 +59,9 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
       method: a name in `methods.REGISTRY`, such as `ieg` or `supervised`; those that learn from given labels alone
         (docs/methods.md) do without a trusted set.
       network: a name in `models.REGISTRY`, or any flax.linen module, called as `network(x, train=...)` with float32
-        `[n, H, W, C]` in [-1, 1], features as `[n, 1, 1, D]`, that returns logits `[n, K]`. None = `mlp` for features
-        and on a backbone, else a wide ResNet, its size from the data.
+        `[n, H, W, C]` in [-1, 1], features as `[n, 1, 1, D]`, that returns logits `[n, K]`; one of Flax NNX as
+        `from_nnx(MyNetwork, ...)`. None = `mlp` for features and on a backbone, else a wide ResNet, its size from the
+        data.
       backbone: of images, a pretrained network that stays as it is, on whose features `network` is trained: a name in
         `models.REGISTRY` that the package `[pretrained]` brings weights of, `none`, or `auto`: EfficientNet-Lite0 where
         that package is installed, `network` is None and images have three channels and at least 32 pixels a side. More
@@ -79,6 +80,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
       final: the classifier that predicts in the end. auto = the best of the plain ones of `audit.final`, trained on the
         labels that the network's audit has cleaned, or the network where it is better; one of their names (logistic,
         forest, kernel) = that one likewise; network = the network, and an audit by it alone.
+      class_weight: balanced = classes of unequal size count alike, in the training of the network by the labels as
+        given, in that of the final classifier by the cleaned ones; None = every example counts alike.
       random_state: a whole number, a RandomState, or None for another one at each fit. One number, one result.
       workdir: folder in which the training happens; a fit that was interrupted goes on there when it is called again
         in the same way, and a finished one is read from it. None = a temporary folder.
@@ -116,6 +119,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         image_size: int | None = None,
         holdout: float = 0.2,
         final: str = "auto",
+        class_weight: str | None = None,
         random_state: int | np.random.RandomState | None = 0,
         workdir: str | None = None,
         verbose: int = 1,
@@ -131,6 +135,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         self.image_size = image_size
         self.holdout = holdout
         self.final = final
+        self.class_weight = class_weight
         self.random_state = random_state
         self.workdir = workdir
         self.verbose = verbose
@@ -162,6 +167,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         """
         check_choice("method", self.method, methods.REGISTRY)
         check_choice("final", self.final, (AUTO, final.NETWORK, *final.CLASSIFIERS))
+        if self.class_weight not in (None, "balanced"):
+            raise UserError(f"class_weight: got {self.class_weight!r}, expected None or 'balanced'")
         X, given = self._check_fit(X, y)
         examples = self._examples(X, "X")
         in_x = _rows(trusted, len(given))
@@ -297,7 +304,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
 
     def __setstate__(self, state):
         """Of a classifier that was pickled before a network knew the shape of its images, it follows from `fit`."""
-        super().__setstate__(state)
+        super().__setstate__({"class_weight": None} | state)
         trained = self.__dict__.get("_trained")
         if trained is not None and "image_shape" not in vars(trained):
             known = {name: value for name, value in vars(trained).items() if name != "exported_image_shape"}
@@ -336,6 +343,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             held_out_given=given,
             seed=_seed(self.random_state),
             class_names=names.astype(str),
+            balanced=self.class_weight is not None,
         )
         candidates = tuple(final.CLASSIFIERS) if self.final == AUTO else (self.final,)
         return final.fit(task, quality, self.method, not data.train.is_features, candidates)
@@ -422,6 +430,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         config, is_features = cli.load_config("configs/default.py"), what == "features"
         config.seed = config.trusted.seed = _seed(self.random_state)
         config.method.name = self.method
+        config.class_weight = self.class_weight or "none"
         config.data.name, config.data.num_classes = ("features" if is_features else "arrays"), num_classes
         config.trusted.source = "separate"
         if is_features and self.image_size:
@@ -443,10 +452,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             config.model.depth = 1  # of no use
         else:
             if not (self.network is None or isinstance(self.network, str)):
-                raise UserError(
-                    f"network: got {self.network!r}, expected a name, or an instance of a flax.linen module, such as "
-                    f"MyNetwork()"
-                )
+                own.check_kind(self.network)
             config.model.name = self.network or ("mlp" if on_features else "wide_resnet")
             check_choice("network", config.model.name, models.REGISTRY)
             if config.model.name == "wide_resnet":

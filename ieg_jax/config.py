@@ -65,6 +65,7 @@ FREE = (
     "audit.suspects",
     "profile.",
     "backbone.cache",
+    "wandb.",
     "stall_minutes",
 )
 
@@ -343,15 +344,21 @@ def resolve(config: ConfigDict, facts: Facts | None = None) -> ConfigDict:
 
 
 # Keys of which a compiled program knows nothing: the random numbers and the data are its arguments.
-OF_DATA = ("seed", "data", "noise", "backbone", "trusted.seed", "trusted.ids", "trusted.holdout")
+UNCOMPILED = (
+    "seed", "data", "noise", "backbone", "trusted.seed", "trusted.ids", "trusted.holdout", "class_weight", "wandb",
+)  # fmt: skip
+# Keys that the work folders of older versions lack -> what these runs did.
+ADDED = {"class_weight": "none"}
 
 
 def of_program(config: ConfigDict) -> FrozenConfigDict:
-    """The configuration without OF_DATA, so that no program depends on these; equal ones make equal programs."""
+    """The configuration without UNCOMPILED, so that no program depends on these; equal ones make equal programs."""
     config = ConfigDict(config.to_dict())
-    for key in OF_DATA:
+    for key in UNCOMPILED:
         *groups, name = key.split(".")
-        del functools.reduce(lambda group, part: group[part], groups, config)[name]
+        group = functools.reduce(lambda group, part: group[part], groups, config)
+        if name in group:  # older runs lack some
+            del group[name]
     return FrozenConfigDict(config)
 
 
@@ -378,7 +385,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
     Nor is a key named that is AUTO in `new`: from the same data it will be what it is in `old`.
     """
-    old, new = flatten(old), flatten(new)
+    old, new = ADDED | flatten(old), flatten(new)
     old = {key: AUTO if key in AUTOMATIC and new.get(key) == AUTO else value for key, value in old.items()}
     missing = "(no such key)"
     return [

@@ -419,6 +419,8 @@ NAN = np.full((12, 4, 4), np.nan)
         ({"config": {"schedule.base_rl": 0.1}}, (), "config: got 'schedule.base_rl'.*Did you mean 'schedule.base_lr'"),
         ({"config": {"schedule.base_lr": "fast"}}, (), "config: schedule.base_lr='fast', expected float"),
         ({"config": {"noise.rate": 0.1}}, (), "config: 'noise.rate' follows from the arguments"),
+        ({"class_weight": {0: 1}}, (), "class_weight: got .*, expected None or 'balanced'"),
+        ({"config": {"class_weight": "balanced"}}, (), "config: 'class_weight' follows from the arguments"),
         ({"image_size": 8}, (np.zeros((12, 5)), LABELS, np.zeros((12, 5)), LABELS), "image_size=8, but X are features"),
     ],
 )  # fmt: skip
@@ -573,7 +575,7 @@ def test_all_checks_of_scikit_learn():
 def test_the_import_is_light():
     code = (
         "import sys; from ieg_jax import IEGClassifier; IEGClassifier(); import ieg_jax.main, ieg_jax.train.loop;"
-        "sys.exit(str([name for name in ('tensorflow', 'clu', 'tensorflow_datasets') if name in sys.modules]))"
+        "sys.exit(str([name for name in ('tensorflow', 'clu', 'tensorflow_datasets', 'wandb') if name in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip().splitlines()[-1] == "[]"

@@ -73,6 +73,7 @@ def test_the_page_on_the_paper_names_every_key_of_the_reference_switch():
         ("augment.num_views", 1, "needs at least 2"),
         ("meta.layers", "(", "expected a regular expression"),
         ("optimizer.momentum", 1.0, "optimizer.momentum"),
+        ("class_weight", "balance", "class_weight: got 'balance', expected one of none, balanced"),
     ],
 )
 def test_impossible_values(key, value, message):
@@ -92,10 +93,11 @@ def test_durations():
 
 
 def test_differences():
-    old, new = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5}, "e": 0}
+    old, new = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5}, "class_weight": "none", "e": 0}
     assert config_lib.differences(old, new) == [
         "b.c: 2 -> 5", "b.d: 3 -> '(no such key)'", "e: '(no such key)' -> 0",
     ]  # fmt: skip
+    assert config_lib.differences({}, {"class_weight": "none"}) == [], "what runs did before there was the key"
 
 
 def test_quickstart_arguments():

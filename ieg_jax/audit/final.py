@@ -18,7 +18,9 @@ are better evidence on their labels. So the two take turns:
    held-out trusted examples by more than a standard error; of images, on whose pixels a plain classifier knows little,
    it has to be better than the network by as much.
 
-The classifiers are scikit-learn's, which are well tested and fast.
+The classifiers are scikit-learn's, which are well tested and fast. Where classes of unequal size are to count alike
+(`class_weight=balanced`), those of 2 and 4 are weighted by the labels that they are trained on, and the expected
+accuracy is a mean over the classes; those of 3 are not weighted.
 """
 
 import dataclasses
@@ -60,13 +62,15 @@ class Kernel(ClassifierMixin, BaseEstimator):
     scikit-learn's own are calibrated by five more trainings; here the audit calibrates them.
     """
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, class_weight: str | None = None):
         self.seed = seed
+        self.class_weight = class_weight
 
     def fit(self, X, y):
         """Trains on X `[n, D]` and y `[n]`; of more than LARGEST examples on so many, drawn at random."""
         rows = np.random.default_rng(self.seed).permutation(len(y))[:LARGEST]
-        self.machine_ = make_pipeline(StandardScaler(), SVC(C=3.0, break_ties=True)).fit(X[rows], y[rows])
+        self.machine_ = make_pipeline(StandardScaler(), SVC(C=3.0, break_ties=True, class_weight=self.class_weight))
+        self.machine_.fit(X[rows], y[rows])
         self.classes_ = self.machine_.classes_
         return self
 
@@ -80,9 +84,12 @@ class Kernel(ClassifierMixin, BaseEstimator):
         return self.classes_[self.predict_proba(X).argmax(1)]
 
 
-CLASSIFIERS: dict[str, Callable[[int], Any]] = {
-    "logistic": lambda seed: make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)),
-    "forest": lambda seed: ExtraTreesClassifier(200, n_jobs=-1, random_state=seed),
+# Name -> (seed, class_weight as scikit-learn has it) -> classifier.
+CLASSIFIERS: dict[str, Callable[[int, str | None], Any]] = {
+    "logistic": lambda seed, weight: make_pipeline(
+        StandardScaler(), LogisticRegression(max_iter=300, class_weight=weight)
+    ),
+    "forest": lambda seed, weight: ExtraTreesClassifier(200, n_jobs=-1, random_state=seed, class_weight=weight),
     "kernel": Kernel,
 }
 
@@ -108,6 +115,8 @@ class Task:
       seed: of everything random.
       class_names: `[K]`, for the alarms; None = numbers.
       answers: a checked sample of the noisy examples, which then takes the place of the held-out ones in the audits.
+      balanced: whether what is chosen and what predicts in the end are to be good on the mean over the classes, however
+        unequal these are. The audits do not depend on it: P(right) needs the classes as frequent as they are.
     """
 
     noisy: Examples
@@ -117,6 +126,7 @@ class Task:
     seed: int
     class_names: Sequence[str] | None = None
     answers: Answers | None = None
+    balanced: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -192,10 +202,12 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
     truth = None if held_out is None else held_out.labels
     lines = [compared(NETWORK, method, None, None if held_out is None else held_out.predictions.argmax(1), truth)]
     labels, sure = cleaned(quality, noisy.labels)
+    counting = 1 / np.bincount(labels[~rest])[labels[~rest]] if task.balanced else None
     for name in names:
         for source, new, used in (("given", noisy.labels, rest), ("cleaned", labels, rest & sure)):
-            model = _train(task, name, new, used)
-            expected = expected_accuracy(quality, noisy.labels, ~rest, model.predict(noisy.examples[~rest]))
+            model = _train(task, name, new, used, task.balanced)
+            predicted = model.predict(noisy.examples[~rest])
+            expected = expected_accuracy(quality, noisy.labels, ~rest, predicted, counting)
             found = None if held_out is None else model.predict(held_out.examples)
             lines.append(compared(name, source, expected, found, truth))
     best = max((one for one in lines if one.labels == "cleaned"), key=lambda one: one.expected).name
@@ -212,7 +224,7 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
     quality = _audit(task, out_of_fold, elsewhere)
 
     labels, sure = cleaned(quality, noisy.labels)
-    model = _train(task, best, labels, sure)
+    model = _train(task, best, labels, sure, task.balanced)
     found = None if held_out is None else model.predict(held_out.examples)
     lines.append(compared(best, "final", None, found, truth))
     final = NETWORK if images else best
@@ -258,7 +270,9 @@ def cleaned(quality: Quality, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.where(keep, labels, quality.suggested), sure if sure.mean() >= 0.2 else np.ones(len(labels), bool)
 
 
-def expected_accuracy(quality: Quality, labels: np.ndarray, rows: np.ndarray, classes: np.ndarray) -> float:
+def expected_accuracy(
+    quality: Quality, labels: np.ndarray, rows: np.ndarray, classes: np.ndarray, counting: np.ndarray | None = None
+) -> float:
     """The mean of P(the predicted class is the true one).
 
     Of classes that are neither given nor suggested the audit tells no probability; what is left is shared among them.
@@ -268,11 +282,12 @@ def expected_accuracy(quality: Quality, labels: np.ndarray, rows: np.ndarray, cl
       labels: `[N]`, as given.
       rows: `[N]` bool, the n examples that are judged.
       classes: `[n]`, predicted.
+      counting: `[n]`, how much each counts; None = all alike.
     """
     right, confidence = quality.right[rows].astype(float), quality.confidence[rows].astype(float)
     rest = np.clip(1 - right - confidence, 0, 1) / max(1, len(quality.transition) - 2)
     likely = np.where(classes == labels[rows], right, np.where(classes == quality.suggested[rows], confidence, rest))
-    return float(likely.mean())
+    return float(np.average(likely, weights=counting))
 
 
 def table(comparison: Sequence[Mapping[str, Any]]) -> str:
@@ -346,9 +361,9 @@ def _audit(task: Task, predictions: np.ndarray, held_out: np.ndarray) -> Quality
     return estimate(predictions, task.noisy.labels, *evidence, class_names=task.class_names)
 
 
-def _train(task: Task, name: str, labels: np.ndarray, used: np.ndarray) -> Any:
+def _train(task: Task, name: str, labels: np.ndarray, used: np.ndarray, balanced: bool = False) -> Any:
     rows = np.flatnonzero(used)
-    return CLASSIFIERS[name](task.seed).fit(
+    return CLASSIFIERS[name](task.seed, "balanced" if balanced else None).fit(
         np.concatenate([task.noisy.examples[rows], task.trusted.examples]),
         np.concatenate([labels[rows], task.trusted.labels]),
     )

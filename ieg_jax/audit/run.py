@@ -188,6 +188,7 @@ def _final(
         seed=trained.config.seed,
         class_names=splits.distinct(trained.class_names),
         answers=answers,
+        balanced=trained.config.class_weight == "balanced",
     )
     return final.fit(task, quality, trained.config.method.name, images=False)
 
@@ -275,6 +276,7 @@ def _other_run(config: ConfigDict, method: str) -> ConfigDict:
     """The configuration, as a run has written it down, of another training like it, by a method."""
     config = ConfigDict(config.to_dict())
     config.audit.epochs = 0.0
+    config.wandb = ConfigDict({"project": "", "name": "", "mode": ""})  # a part of the audit, and no run of its own
     methods.choose(config, method)
     models.forget_unread(config.model)
     return config

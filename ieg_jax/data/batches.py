@@ -8,6 +8,7 @@ training, on the host's processors.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -102,6 +103,9 @@ class _Stream:
         self._begin = epoch_start * batch_size_of(config, stream)
         count = self._reader.size if rows is None else len(rows)
         row_of = _balanced_rows if stream.balanced else _shuffled_rows
+        if config.class_weight == "balanced":
+            keeps_order = stream.source == TRUSTED and stream.balanced and not config.trusted.shuffle
+            row_of = functools.partial(_rows_by_turns, shuffled=not keeps_order)
         labels = source.labels if rows is None else source.labels[rows]
         self._place = row_of(config, order, count, labels)
 
@@ -276,6 +280,27 @@ def _balanced_rows(config: ConfigDict, stream: int, size: int, labels: np.ndarra
             tf.gather(rank, row), tf.cast(key % 2**32, tf.uint32), tf.gather(counts, label) - 1
         )
         return tf.gather(by_class, tf.gather(first, label) + shuffled)
+
+    return row_of
+
+
+def _rows_by_turns(config: ConfigDict, stream: int, size: int, labels: np.ndarray, shuffled: bool) -> RowOf:
+    """Position -> row: the classes take turns whatever their sizes are, so that rows of a small class come more often.
+
+    Each pass over a class shows each of its rows once, in an order of its own where `shuffled`.
+    """
+    del size
+    _, number_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    by_class, first = np.argsort(number_of, kind="stable"), np.cumsum(counts) - counts
+
+    def row_of(position):
+        turn, number = position // len(counts), position % len(counts)
+        count = tf.gather(counts, number)
+        place = turn % count
+        if shuffled:
+            key = tf.stack([tf.constant(config.seed * 16 + stream, tf.int64), turn // count * len(counts) + number])
+            place = tf.random.experimental.index_shuffle(place, tf.cast(key % 2**32, tf.uint32), count - 1)
+        return tf.gather(by_class, tf.gather(first, number) + place)
 
     return row_of
 

@@ -141,7 +141,7 @@ def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Mod
         )
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json, expected the work folder of a run (--workdir of ieg_jax.main)")
-    config = ConfigDict(json.loads((folder / "config.json").read_text()))
+    config = ConfigDict(config_lib.ADDED | json.loads((folder / "config.json").read_text()))
     about = check_network(folder, network)
     if about is None:
         raise UserError(

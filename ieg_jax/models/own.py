@@ -1,4 +1,4 @@
-"""A network of one's own: any Flax linen module in place of one of the registry."""
+"""A network of one's own: any Flax module in place of one of the registry."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ieg_jax.errors import UserError, first_line
+from ieg_jax.models import from_nnx
 from ieg_jax.models.layers import DType
 
 
@@ -39,8 +40,9 @@ def adapt(module: nn.Module, num_classes: int, batch_groups: int, image: tuple[i
     """Makes a network of a linen module, and checks the shapes of its variables and logits; nothing is computed.
 
     Args:
-      module: see `OwnNetwork`. Besides parameters it may have moving averages, in the collection `batch_stats`, but no
-        other variables; and it must not draw random numbers after its initialisation, as dropout does.
+      module: see `OwnNetwork`; of Flax NNX as `from_nnx` describes it. Besides parameters it may have moving averages,
+        in the collection `batch_stats`, but no other variables; and it must not draw random numbers after its
+        initialisation, as dropout does.
       num_classes: K, the number of logits.
       batch_groups: into how many groups the training batch is divided. Above 1, the module must have an attribute
         `batch_groups` of this value and compute its statistics inside each group, as `layers.BatchNorm` does.
@@ -49,12 +51,11 @@ def adapt(module: nn.Module, num_classes: int, batch_groups: int, image: tuple[i
     Raises:
       UserError: for a module that does not meet this, or that cannot be applied to such images.
     """
-    if not isinstance(module, nn.Module):
-        raise UserError(f"network: got {module!r}, expected an instance of a flax.linen module, such as MyNetwork()")
+    check_kind(module)
     own_groups = getattr(module, "batch_groups", 1)
     if own_groups != batch_groups:
         raise UserError(
-            f"batch_groups: {type(module).__name__} would see {batch_groups} groups of the batch, and its attribute "
+            f"batch_groups: {from_nnx.name_of(module)} would see {batch_groups} groups of the batch, and its attribute "
             f"batch_groups is {own_groups}; set both alike, or batch_groups=1 and microbatches=1"
         )
     network = OwnNetwork(module, batch_groups)
@@ -69,18 +70,28 @@ def adapt(module: nn.Module, num_classes: int, batch_groups: int, image: tuple[i
         ]
     except Exception as error:  # whatever someone's module raises
         raise UserError(
-            f"network {type(module).__name__} cannot be applied to images {images.shape}: {first_line(error)}; "
+            f"network {from_nnx.name_of(module)} cannot be applied to images {images.shape}: {first_line(error)}; "
             f"expected __call__(x, train) without random numbers, parameters, and moving averages in batch_stats alone"
         ) from error
     others = sorted(variables.keys() - given.keys())
     if others or not given["params"]:
         raise UserError(
-            f"network {type(module).__name__} has the collections {', '.join(sorted(variables)) or '(none)'}, expected "
-            f"params, and perhaps batch_stats"
+            f"network {from_nnx.name_of(module)} has the collections {', '.join(sorted(variables)) or '(none)'}, "
+            f"expected params, and perhaps batch_stats"
         )
     if any(logits.shape != (2 * batch_groups, num_classes) for logits in shapes):
         raise UserError(
-            f"network {type(module).__name__} makes {shapes[0].shape} of images {images.shape}, expected logits "
+            f"network {from_nnx.name_of(module)} makes {shapes[0].shape} of images {images.shape}, expected logits "
             f"{(2 * batch_groups, num_classes)}, one for each of the {num_classes} classes"
         )
     return network
+
+
+def check_kind(network: object) -> None:
+    """Raises UserError unless a network is a linen module; for one of Flax NNX it says how it becomes one."""
+    from_nnx.check(network)
+    if not isinstance(network, nn.Module):
+        raise UserError(
+            f"network: got {network!r}, expected the name of one, or an instance of a flax.linen module, such as "
+            f"MyNetwork()"
+        )

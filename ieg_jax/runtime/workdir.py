@@ -199,8 +199,8 @@ def provenance() -> dict[str, Any]:
 
 
 def class_name(network: nn.Module) -> str:
-    """Returns how files call a network that is not in the registry."""
-    return type(network).__name__
+    """Returns how files call a network that is not in the registry: by its class, of Flax NNX by that of its kind."""
+    return getattr(getattr(network, "nnx_class", None), "__name__", type(network).__name__)
 
 
 def check_network(folder: epath.Path, network: nn.Module | None) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from ieg_jax.runtime import mesh, processes
 from ieg_jax.runtime.checkpoints import Checkpoints
 from ieg_jax.runtime.progress import Reporter
 from ieg_jax.runtime.workdir import WorkFolder, class_name
-from ieg_jax.train import dashboard, durations, look, metrics, program
+from ieg_jax.train import dashboard, durations, evaluation, look, metrics, program, tracking
 from ieg_jax.train.step import TrainState
 
 
@@ -127,6 +127,10 @@ def start(
     checkpoints.note_metrics(rows)
     seconds_before = rows[-1].get("speed/wall_seconds", 0.0) if rows else 0.0
     writer = metric_writers.create_default_writer(str(run.folder.path), just_logging=jax.process_index() != 0)
+    with processes.together():
+        tracker = tracking.start(run.config, run.folder, start > 0, reporter)
+    if tracker is not None:
+        writer = metric_writers.MultiWriter([writer, tracker])
     if not start:
         truth = bool((run.data.train.clean_labels != UNKNOWN).any())
         dashboard.begin(writer, run.config, run.program.window.averages, run.data.evaluation_name, truth)
@@ -134,7 +138,7 @@ def start(
 
 
 def _check_best_metric(config: ConfigDict, run: program.Program, evaluations: Iterable[str]) -> None:
-    kinds = [f"{metric}{suffix}" for metric in ("accuracy", "top5_accuracy") for suffix in ("", "_raw")]
+    kinds = [f"{metric}{suffix}" for metric in evaluation.METRICS for suffix in ("", "_raw")]
     known = [f"{name}/{kind}" for name in evaluations for kind in kinds] + sorted(run.window.averages)
     if config.checkpoint.keep_best:
         check_choice("checkpoint.best_metric", config.checkpoint.best_metric, known)

@@ -4,19 +4,20 @@ from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax import methods, models
-from ieg_jax.config import at_least, within
+from ieg_jax.config import at_least, one_of, within
 from ieg_jax.data import check as data_check
 from ieg_jax.errors import UserError
 from ieg_jax.methods.base import ALL_VIEWS, USUAL_VIEWS
 from ieg_jax.methods.parts import optimizers
 from ieg_jax.runtime import checkpoints, mesh, watch
-from ieg_jax.train import durations, finetune, schedules
+from ieg_jax.train import durations, finetune, schedules, tracking
 
 CHECKS = {
     "seed": at_least(0),
     "batch_size": at_least(1),
     "batch_groups": at_least(1),
     "microbatches": at_least(1),
+    "class_weight": one_of("none", "balanced"),
     "eval_batch_size": at_least(1),
     "ema.decay": within(0, 1, open_end=True),
     "audit.epochs": at_least(0),
@@ -41,6 +42,7 @@ def validate(config: ConfigDict) -> None:
     checkpoints.validate(config.checkpoint)
     mesh.validate(config.mesh)
     watch.validate(config)
+    tracking.validate(config)
     _check_groups(config)
     _check_streams(config)
 

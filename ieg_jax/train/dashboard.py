@@ -32,6 +32,7 @@ EVALUATION = "EVALUATION"
 CHARTS = {
     "Accuracy": {
         "evaluation: averaged and raw weights": (f"{EVALUATION}/accuracy", f"{EVALUATION}/accuracy_raw"),
+        "evaluation: mean over the classes": (f"{EVALUATION}/balanced_accuracy", f"{EVALUATION}/balanced_accuracy_raw"),
         "training batches: given and true labels": ("train/accuracy", "train/accuracy_true_label"),
         "trusted examples": ("trusted/accuracy", "trusted/accuracy_raw"),
     },
@@ -88,7 +89,8 @@ def begin(
 def layout(logged: Iterable[str], evaluation: str, truth: bool) -> layout_pb2.Layout:
     """The charts of the tab Custom Scalars: those of CHARTS for which a run has metrics. Arguments as of `begin`."""
     logged = set(logged)
-    logged |= {f"{name}/{kind}" for name in (evaluation, "trusted") for kind in ("accuracy", "accuracy_raw")}
+    kinds = ("accuracy", "accuracy_raw", "balanced_accuracy", "balanced_accuracy_raw")
+    logged |= {f"{name}/{kind}" for name in (evaluation, "trusted") for kind in kinds}
     logged |= {"speed/images_per_second", "time/compute"}
     if "weight/clean" in logged:
         logged.add("weight/auroc")

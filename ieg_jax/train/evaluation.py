@@ -8,14 +8,16 @@ import jax
 from ieg_jax.train import metrics
 from ieg_jax.train.step import TrainState
 
+METRICS = ("accuracy", "balanced_accuracy", "top5_accuracy")  # what `step.eval_step` measures
+
 
 def evaluate(
     state: TrainState,
     evaluations: dict[str, Iterable[dict[str, jax.Array]]],
-    eval_step: Callable[..., dict[str, metrics.WeightedAverage]],
+    eval_step: Callable[..., dict[str, metrics.WeightedAverage | metrics.ClassAccuracy]],
     alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of the averaged and of the raw weights.
+    """Top-1 and top-5 accuracy, and the mean over the classes, of the averaged and of the raw weights.
 
     Args:
       state: of the training.
@@ -24,8 +26,8 @@ def evaluate(
       alive: called after each batch.
 
     Returns:
-      E.g. `test/accuracy` (averaged weights), `test/accuracy_raw`, `test/top5_accuracy`, `trusted/accuracy`. Each
-      example counts exactly once. Without an average of the weights both are the raw ones.
+      E.g. `test/accuracy` (averaged weights), `test/accuracy_raw`, `test/balanced_accuracy`, `test/top5_accuracy`,
+      `trusted/accuracy`. Each example counts exactly once. Without an average of the weights both are the raw ones.
     """
     weights = {"": state.params if state.ema_params is None else state.ema_params, "_raw": state.params}
     row = {}
@@ -54,6 +56,7 @@ def accuracies(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return {
         f"{name}_accuracy": last.get(f"{name}/accuracy"),
         f"{name}_accuracy_raw": last.get(f"{name}/accuracy_raw"),
+        f"{name}_balanced_accuracy": last.get(f"{name}/balanced_accuracy"),
         f"{name}_top5_accuracy": last.get(f"{name}/top5_accuracy"),
         f"{name}_accuracy_best": best,
         "best_chosen_on": name,

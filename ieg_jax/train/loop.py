@@ -30,7 +30,7 @@ from ieg_jax.runtime import mesh, processes, watch
 from ieg_jax.runtime.checkpoints import Checkpoints, checkpoints_exist
 from ieg_jax.runtime.progress import Reporter
 from ieg_jax.runtime.workdir import WorkFolder, check_network, class_name, provenance
-from ieg_jax.train import begin, check, dashboard, evaluation, examples, look, metrics
+from ieg_jax.train import begin, check, dashboard, evaluation, examples, look, metrics, tracking
 from ieg_jax.train.begin import Progress, Run
 
 
@@ -74,6 +74,8 @@ def train_and_evaluate(
     finished = json.loads(processes.from_first(json.dumps(finished)))
     if finished is not None:
         return finished
+    with processes.together():
+        tracking.check_login(config)
 
     # ---- The data, and the functions that are compiled for them.
     run = begin.prepare(config, folder, shardings, network)
@@ -194,7 +196,7 @@ def _log(
     reporter: Reporter,
     checkpoints: Checkpoints,
 ) -> None:
-    """Writes a row to metrics.jsonl and TensorBoard, and shows the most important of it."""
+    """Writes a row to metrics.jsonl, TensorBoard and W&B, and shows the most important of it."""
     row["speed/wall_seconds"] = progress.wall_seconds
     row["speed/eta_seconds"] = reporter.eta(step).total_seconds()
     progress.rows.append({"step": step, **row})

@@ -34,6 +34,26 @@ class WeightedAverage:
 
 
 @flax.struct.dataclass
+class ClassAccuracy:
+    """The mean over the classes of the share of their examples that is right, kept as sums that can be added up.
+
+    A class that has no example has no part in it.
+    """
+
+    right: jax.Array  # [K], weights of the examples of each class that are right
+    weight: jax.Array  # [K], of all examples of each class
+
+    def __add__(self, other: "ClassAccuracy") -> "ClassAccuracy":
+        return ClassAccuracy(self.right + other.right, self.weight + other.weight)
+
+    def compute(self) -> float | None:
+        """The mean as a Python float, None where nothing counted."""
+        right, weight = np.asarray(self.right, float), np.asarray(self.weight, float)
+        there = weight > 0
+        return float(np.mean(right[there] / weight[there])) if there.any() else None
+
+
+@flax.struct.dataclass
 class Examples:
     """What a step found out about each example of its batch; arrays `[B]`, or `[steps, B]` in a window."""
 
@@ -147,11 +167,28 @@ def accuracy(scores: jax.Array, label: jax.Array, weights: jax.Array | float = 1
       weights: `[n]`, 0 for examples that do not count.
       top: at most K.
     """
+    return WeightedAverage.of(_hits(scores, label, top), weights)
+
+
+def balanced_accuracy(scores: jax.Array, label: jax.Array, weights: jax.Array | float = 1.0) -> ClassAccuracy:
+    """Accuracy in which every class counts alike: the mean over the classes of the share that is right (recall).
+
+    Args:
+      scores: `[n, K]`, logits or probabilities.
+      label: `[n]`; ties as in `accuracy`.
+      weights: `[n]`, 0 for examples that do not count.
+    """
+    weights = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), label.shape)
+    of_class = jax.nn.one_hot(label, scores.shape[-1], dtype=jnp.float32) * weights[:, None]
+    return ClassAccuracy(jnp.sum(of_class * _hits(scores, label, 1)[:, None], axis=0), jnp.sum(of_class, axis=0))
+
+
+def _hits(scores: jax.Array, label: jax.Array, top: int) -> jax.Array:
+    """1 where the label is among the `top` largest scores, else 0: `[n]` float32."""
     own = jnp.take_along_axis(scores, label[:, None], axis=-1)
     earlier = jnp.arange(scores.shape[-1]) < label[:, None]
     rank = jnp.sum((scores > own) | ((scores == own) & earlier), axis=-1)
-    hit = (rank < top) & jnp.isfinite(own[:, 0])  # nan compares as smaller than nothing
-    return WeightedAverage.of(hit.astype(jnp.float32), weights)
+    return ((rank < top) & jnp.isfinite(own[:, 0])).astype(jnp.float32)  # nan compares as smaller than nothing
 
 
 def observe(batch, supervision, loss, aux, norms) -> Observation:

@@ -149,7 +149,7 @@ def moving_average(average, params, step: jax.Array, ema):
 
 
 def eval_step(params, batch_stats, memory, batch: dict[str, jax.Array], *, method: Method):
-    """Sums of top-1 and top-5 hits (top-K where K < 5) over the examples whose mask is 1.
+    """Sums of top-1 and top-5 hits (top-K where K < 5), and of those of each class, over examples whose mask is 1.
 
     Args:
       params: weights.
@@ -159,12 +159,13 @@ def eval_step(params, batch_stats, memory, batch: dict[str, jax.Array], *, metho
       method: the bound method.
 
     Returns:
-      `{"accuracy", "top5_accuracy"}` of WeightedAverage.
+      `{"accuracy", "top5_accuracy"}` of WeightedAverage and `{"balanced_accuracy"}` of ClassAccuracy.
     """
     variables = {"params": params, "batch_stats": batch_stats}
     probabilities = method.predict(variables, memory, batch["image"])
     label, mask = batch["label"], batch["mask"]
     return {
         "accuracy": metrics.accuracy(probabilities, label, mask),
+        "balanced_accuracy": metrics.balanced_accuracy(probabilities, label, mask),
         "top5_accuracy": metrics.accuracy(probabilities, label, mask, top=min(5, probabilities.shape[-1])),
     }

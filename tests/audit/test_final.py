@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import types
 
 import joblib
 import numpy as np
@@ -95,7 +96,7 @@ def test_out_of_fold_means_trained_without(case):
             )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(final.CLASSIFIERS, "memory", lambda seed: Memory())
+        patch.setitem(final.CLASSIFIERS, "memory", lambda seed, weight: Memory())
         fold = np.arange(1_200) % final.FOLDS
         found, held_out = final._out_of_fold(task, "memory", task.noisy.labels, np.ones(1_200, bool), fold)
     np.testing.assert_allclose(found, 1 / 3, rtol=1e-5)
@@ -173,3 +174,29 @@ def test_a_network_that_knows_labels_by_heart_has_no_say_in_the_end():
 
     assert final._knows_by_heart(task([0, 0, 1, 0], [0, 1, 1, 0]))
     assert not final._knows_by_heart(task([0, 0, 1, 0], [0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("name", final.CLASSIFIERS)
+def test_classes_of_unequal_size_count_alike(name):
+    """Of two classes that overlap, 20 : 1, the small one is hardly predicted, unless both count alike."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [400, 20])
+    examples = rng.normal(size=(420, 2)) + 1.5 * labels[:, None]
+    test = rng.normal(size=(400, 2)) + 1.5 * np.repeat([0, 1], 200)[:, None]
+    none = final.Examples(np.empty((0, 2)), np.empty(0, int), np.empty((0, 2)))
+    task = final.Task(final.Examples(examples, labels, np.full((420, 2), 0.5)), none, None, None, 0, balanced=True)
+    small, balanced = (
+        (final._train(task, name, labels, np.ones(420, bool), balanced).predict(test)[200:] == 1).mean()
+        for balanced in (False, True)
+    )
+    assert balanced > small + (0.1 if name != "forest" else 0), (small, balanced)
+
+
+def test_expected_accuracy_over_the_classes():
+    right = np.array([0.9, 0.9, 0.9, 0.2], np.float32)
+    quality = types.SimpleNamespace(right=right, confidence=1 - right, suggested=np.array([1, 1, 1, 0]),
+                                    transition=np.eye(2))  # fmt: skip
+    labels, rows = np.array([0, 0, 0, 1]), np.ones(4, bool)
+    assert final.expected_accuracy(quality, labels, rows, labels) == pytest.approx(2.9 / 4)
+    by_class = final.expected_accuracy(quality, labels, rows, labels, 1 / np.bincount(labels)[labels])
+    assert by_class == pytest.approx((0.9 + 0.2) / 2)

@@ -119,6 +119,36 @@ def test_probe_batches_are_balanced(config, data, shuffle):
     assert (len(set(orders)) == 1) is not shuffle
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_classes_of_unequal_size_take_turns(config, data, shuffle):
+    """Of 6, 2 and 1 noisy rows and 3, 1 and 1 trusted ones each class comes equally often, and each of its rows too."""
+    config = config.copy_and_resolve_references()
+    config.class_weight, config.trusted.shuffle, config.augment.standard = "balanced", shuffle, ""
+
+    def some(split, counts):
+        rows = np.concatenate([np.flatnonzero(split.labels == label)[:n] for label, n in counts.items()])
+        return split.take(np.random.default_rng(0).permutation(rows))
+
+    unequal = dataclasses.replace(
+        data, train=some(data.train, {0: 6, 3: 2, 7: 1}), trusted=some(data.trusted, {1: 2, 4: 1, 8: 1})
+    )
+    seen = batches(config, unequal, 0, 6)
+    label, row = (np.concatenate([batch[name] for batch in seen]) for name in ("label", "row"))
+    assert (label == np.tile([0, 3, 7], len(label) // 3 + 1)[: len(label)]).all()
+    assert (unequal.train.labels[row] == label).all()
+    big = row[label == 0][: len(row) // 18 * 6].reshape(-1, 6)
+    assert (np.sort(big) == np.flatnonzero(unequal.train.labels == 0)).all(), "each pass shows each row once"
+    assert len({tuple(one) for one in big}) > 1, "in an order of its own"
+    later = batches(config, unequal, 3, 6)
+    for one, other in zip(seen[3:], later, strict=True):
+        np.testing.assert_array_equal(one["row"], other["row"])
+    trusted = np.concatenate([batch["probe_row"] for batch in seen])
+    assert (unequal.trusted.labels[trusted[:6]] == [1, 4, 8, 1, 4, 8]).all()
+    pairs = trusted[::3][: len(trusted) // 6 * 2].reshape(-1, 2)
+    assert (np.sort(pairs) == np.flatnonzero(unequal.trusted.labels == 1)).all()
+    assert (len({tuple(one) for one in pairs}) == 1) is not shuffle
+
+
 def test_methods_get_what_they_need(config, data):
     for name, keys in (
         ("supervised", {"image", "label", "clean_label", "id", "row"}),

@@ -4,7 +4,9 @@ import types
 
 import pytest
 
-from ieg_jax.train import evaluation
+from configs import default
+from ieg_jax.errors import UserError
+from ieg_jax.train import begin, evaluation
 from ieg_jax.train.metrics import WeightedAverage
 
 
@@ -46,3 +48,14 @@ def test_best_steps_by_hand():
     assert found["test_accuracy_best"] == 0.9
     assert found["test_accuracy_best_on_trusted"] == 0.7, "the last of the steps 1 and 4, which are equally good"
     assert found["weight_auroc"] == pytest.approx(0.6)
+
+
+def test_checkpoints_can_be_chosen_by_every_metric():
+    config, program = default.get_config(), types.SimpleNamespace(window=types.SimpleNamespace(averages={"loss/total"}))
+    config.checkpoint.keep_best = 1
+    for metric in ("trusted/balanced_accuracy", "test/balanced_accuracy_raw", "loss/total"):
+        config.checkpoint.best_metric = metric
+        begin._check_best_metric(config, program, ["test", "trusted"])
+    config.checkpoint.best_metric = "test/balanced"
+    with pytest.raises(UserError, match="best_metric: got 'test/balanced', expected one of .*test/balanced_accuracy"):
+        begin._check_best_metric(config, program, ["test", "trusted"])

@@ -73,6 +73,7 @@ def test_result_and_files(config, undisturbed):
         "steps",
         "test_accuracy",
         "test_accuracy_raw",
+        "test_balanced_accuracy",
         "test_top5_accuracy",
         "test_accuracy_best",
         "best_chosen_on",
@@ -94,6 +95,9 @@ def test_result_and_files(config, undisturbed):
     table = rows(folder)
     assert [row["step"] for row in table] == [3, 4, 6]
     assert table[-1]["test/accuracy"] == result["test_accuracy"]
+    # Of the trusted set, with as many of each class, they are the same.
+    assert table[-1]["trusted/balanced_accuracy"] == pytest.approx(table[-1]["trusted/accuracy"])
+    assert table[-1]["test/balanced_accuracy"] == result["test_balanced_accuracy"]
     assert "loss/total" in table[1] and "test/accuracy" not in table[1]
     rates = config.schedule.base_lr * (1 + np.cos(np.pi * np.arange(6) / 100)) / 2
     logged = [row["optimizer/learning_rate"] for row in table[1:]]

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import balanced_accuracy_score
 
 from ieg_jax.train import metrics
 from ieg_jax.train.metrics import WeightedAverage
@@ -54,3 +55,18 @@ def test_window_averages_and_finds_the_first_bad_step():
     window = metrics.add(window, observation(np.nan, [0.8, 0.2]), jnp.asarray(7))
     window = metrics.add(window, observation(np.inf, [0.8, 0.2]), jnp.asarray(8))
     assert metrics.first_bad(jax.device_get(window)) == (7, ["loss"])
+
+
+def test_balanced_accuracy_is_that_of_scikit_learn():
+    """Of classes of 30, 3 and 7 examples and one of none, in two parts; a class without an example does not count."""
+    rng = np.random.default_rng(0)
+    label = np.repeat([0, 1, 2], [30, 3, 7])
+    scores = rng.normal(size=(40, 4)) + 1.5 * np.eye(4)[label]
+    expected = balanced_accuracy_score(label, scores.argmax(1))
+    order = rng.permutation(40)
+    parts = [metrics.balanced_accuracy(jnp.asarray(scores[rows]), label[rows]) for rows in np.split(order, [25])]
+    assert sum(parts[1:], parts[0]).compute() == pytest.approx(expected)
+    assert expected != pytest.approx(np.mean(scores.argmax(1) == label), abs=0.01)
+    none = metrics.balanced_accuracy(jnp.full((3, 4), jnp.nan), jnp.array([0, 1, 1]), jnp.array([1.0, 1.0, 0.0]))
+    assert none.compute() == 0, "nan is never right"
+    assert metrics.balanced_accuracy(jnp.zeros((2, 4)), jnp.array([0, 1]), 0.0).compute() is None

@@ -107,9 +107,13 @@ def test_padding_counts_in_neither_accuracy():
     batch = {"image": None, "label": jnp.array([0, 4, 0, 0]), "mask": jnp.array([1.0, 1.0, 0.0, 0.0])}
     method = types.SimpleNamespace(predict=lambda variables, memory, images: probabilities)
     found = eval_step(None, None, None, batch, method=method)
+    by_class = found.pop("balanced_accuracy")
+    assert by_class.right.tolist() == [1, 0, 0, 0, 0, 0, 0] and by_class.weight.tolist() == [1, 0, 0, 0, 1, 0, 0]
+    assert by_class.compute() == 0.5
     shown = {name: (float(value.total), float(value.weight)) for name, value in found.items()}
     assert shown == {"accuracy": (1, 2), "top5_accuracy": (2, 2)}
     found = eval_step(None, None, None, batch | {"label": jnp.array([6, 5, 0, 0])}, method=method)
+    assert found.pop("balanced_accuracy").compute() == 0
     shown = {name: (float(value.total), float(value.weight)) for name, value in found.items()}
     assert shown == {"accuracy": (0, 2), "top5_accuracy": (0, 2)}
 
