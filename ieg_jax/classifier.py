@@ -66,9 +66,10 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         `models.REGISTRY` that the package `[pretrained]` brings weights of, `none`, or `auto`: EfficientNet-Lite0 where
         that package is installed, `network` is None and images have three channels and at least 32 pixels a side. More
         of it, such as other weights, by `config={"backbone.pretrained": ...}`.
-      augment: of images, without a backbone: `photos`, `grey` (no change of colours), `symbols` (neither mirrored nor
+      augment: of images: `photos`, `grey` (no change of colours), `symbols` (neither mirrored nor
         turned), `auto` (grey where images have one channel, else photos); or for anything a pair (standard, strong) of
-        policies of `data.augment`. Features have Gaussian noise instead of a name's.
+        policies of `data.augment`. Features have Gaussian noise instead of a name's, and on a backbone there are random
+        crops besides, mirrored unless it is `symbols`.
       epochs: length of the training in passes over X; at most one of it and `steps`.
       steps: the same in steps. Both None = 40 epochs, but no fewer than 500 and no more than 20,000 steps; of features
         20 epochs, but no fewer than 300 and no more than 1,500 steps.
@@ -435,9 +436,11 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         config.trusted.source = "separate"
         if is_features and self.image_size:
             raise UserError(f"image_size={self.image_size!r}, but X are features [N, D]; leave it None")
-        config.backbone.name = "" if is_features else self._backbone()
-        on_features = is_features or bool(config.backbone.name)
-        if on_features:
+        backbone = "" if is_features else self._backbone()
+        on_features = is_features or bool(backbone)
+        if backbone:
+            config_lib.follow_backbone(config, backbone, mirrored=self.augment != "symbols")
+        elif is_features:
             config_lib.follow_features(config)
         else:
             config_lib.follow_data(config, RATE)

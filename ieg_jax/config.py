@@ -40,6 +40,7 @@ AUGMENT_PRESETS = {
 # the trusted loss, and one class takes over another.
 OWN_DATA = {"unlabeled_weight": 1.0, "consistency_weight": 2.0}
 FEATURES_AUGMENT = ("gaussian(0.1)", "gaussian(0.3)")  # standard, strong; features have a deviation of 1
+BACKBONE_VIEWS = 4  # see backbone.views: a photograph, and three random crops of it, mirrored at random
 FEATURES_BATCH, FEATURES_RATE, FEATURES_DEPTH = 256, 0.1, 2
 KEPT = 10  # checkpoints of own data, evenly spread over training: an audit takes the mean of their predictions
 
@@ -296,6 +297,20 @@ def follow_features(config: ConfigDict) -> None:
     follow_data(config, FEATURES_RATE)
     config.model.name, config.model.depth = "mlp", FEATURES_DEPTH
     config.augment.standard, config.augment.strong = FEATURES_AUGMENT
+
+
+def follow_backbone(config: ConfigDict, name: str, mirrored: bool = True) -> None:
+    """Sets what trainings on features of a backbone share; the size of its images must be set.
+
+    Args:
+      config: from configs/default.py.
+      name: of the backbone.
+      mirrored: whether the mirror image of an image is one of its class too.
+    """
+    config.backbone.name, config.backbone.views = name, BACKBONE_VIEWS
+    crop = f"random_resized_crop({config.backbone.image_size},smallest=0.5)"
+    config.backbone.augment = f"{crop}|flip" if mirrored else crop
+    follow_features(config)
 
 
 # Longer trainings of own data learn wrong labels and the few trusted examples by heart; networks of features sooner.
