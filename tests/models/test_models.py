@@ -228,7 +228,7 @@ SHALLOW = {"densenet100": {"depth": 16}, "inception_resnet_v2": {"repeats": (1, 
 def create(config, num_classes, batch_groups=1):
     """A network as from the registry, with fewer layers where it has very many; and a size of images for it."""
     network = models.create(config, num_classes, batch_groups).clone(**SHALLOW.get(config.name, {}))
-    return network, 75 if config.name == "inception_resnet_v2" else 16
+    return network, 75 if config.name == "inception_resnet_v2" else getattr(network, "patch", 16)
 
 
 def test_width_scales_the_channels():
