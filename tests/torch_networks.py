@@ -9,7 +9,8 @@ transformers 5.24.0.
 
     python tests/torch_networks.py vit_s16=vit_small_patch16_224:own:224 ...
 
-compares networks of the published size with those of timm, with random weights: name here=name in timm:conventions:size.
+compares networks of the published size with those of timm, in float64 with random weights: name here=name in
+timm:conventions:size.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ SIZES = {
     "tf_efficientnet_lite0": (65, 50), "vit": (24, 24), "vit_resampled": (16, 40), "vit_torchvision": (24, 24),
     "vit_transformers": (24, 24), "dinov2": (24, 24), "dinov2_resampled": (40, 40), "dinov2_transformers": (24, 24),
     "clip": (24, 24), "open_clip": (24, 24), "clip_transformers": (24, 24), "siglip": (24, 24),
-    "siglip_transformers": (24, 24),
+    "siglip_transformers": (24, 24), "convnext": (70, 64), "convnextv2": (70, 64),
+    "convnext_transformers": (70, 64), "convnextv2_transformers": (70, 64),
 }  # fmt: skip
 GAIN_OF_MOBILE_BLOCKS = 1.8  # ReLU6 and narrow layers let signals die else
 NARROW = 16  # the first two have 1/16 of their channels
@@ -86,7 +88,6 @@ def narrow(torch):
 
 def vision_transformers():
     """Tiny ones of timm and torchvision with the options of the published ones: name -> (network, mean, std)."""
-    import torch
     import torchvision
     from timm import data
     from timm.layers import LayerNorm
@@ -124,6 +125,8 @@ def of_transformers():
     half, imagenet = ([0.5] * 3, [0.5] * 3), (data.IMAGENET_DEFAULT_MEAN, data.IMAGENET_DEFAULT_STD)
     vit = transformers.ViTConfig(**size, intermediate_size=64, num_labels=CLASSES)
     dinov2 = transformers.Dinov2WithRegistersConfig(**size, mlp_ratio=2)
+    convnext = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 8, 16, 16], "num_labels": CLASSES}
+    convnext |= {"layer_norm_eps": 1e-6}  # of the last, as in the original; transformers has 1e-12 there
     clip = transformers.CLIPConfig(**towers, projection_dim=16)
     return {
         "vit_transformers": (transformers.ViTForImageClassification(vit), "logits", *half),
@@ -133,6 +136,12 @@ def of_transformers():
         ),
         "siglip_transformers": (
             transformers.SiglipModel(transformers.SiglipConfig(**towers)), "pooler_output", *half
+        ),
+        "convnext_transformers": (transformers.ConvNextForImageClassification(
+            transformers.ConvNextConfig(**convnext)), "logits", *imagenet,
+        ),
+        "convnextv2_transformers": (transformers.ConvNextV2ForImageClassification(
+            transformers.ConvNextV2Config(**convnext)), "logits", *imagenet,
         ),
     }  # fmt: skip
 
@@ -166,6 +175,7 @@ def main():
     densenet.features.conv0 = torch.nn.Conv2d(3, 6, 3, padding=1, bias=False)  # that for images of 32×32 pixels
     for name in ("norm0", "relu0", "pool0"):
         setattr(densenet.features, name, torch.nn.Identity())
+    convnext = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16), "num_classes": CLASSES}
     lite = {name: timm.create_model(name, num_classes=CLASSES) for name in SIZES if "lite" in name}
     half, imagenet = ([0.5] * 3, [0.5] * 3), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     networks = {
@@ -175,6 +185,9 @@ def main():
         "efficientnet_lite0": (lite["efficientnet_lite0"], *imagenet),
         "tf_efficientnet_lite0": (lite["tf_efficientnet_lite0"], *half),
         **vision_transformers(),
+        "convnext": (timm.models.ConvNeXt(**convnext), *imagenet),
+        # One of the sizes of V2 has 1×1 convolutions in place of dense layers, as here.
+        "convnextv2": (timm.models.ConvNeXt(**convnext, use_grn=True, ls_init_value=None, conv_mlp=True), *imagenet),
     }
     content = {}
 
@@ -197,9 +210,8 @@ def main():
     np.savez_compressed(FILE, **content)
 
 
-def compare(arguments):
-    """Prints how far networks of the published size are from those of timm; see the head of this file."""
-    import pathlib
+def compare(name, theirs, conventions, size):
+    """Prints how far a network of the published size is from that of timm; see the head of this file."""
     import tempfile
 
     import jax
@@ -214,46 +226,41 @@ def compare(arguments):
     from ieg_jax import models
     from ieg_jax.models import pretrained
 
+    jax.config.update("jax_enable_x64", True)
+    x = np.random.RandomState(1).uniform(size=(2, size, size, 3))
+    network = timm.create_model(theirs, num_classes=CLASSES)
+    if conventions == "siglip":  # see vision_transformers
+        for module in network.modules():
+            if isinstance(getattr(module, "act", None), torch.nn.GELU):
+                module.act = torch.nn.GELU("tanh")
+    state = state_dict({key: tuple(value.shape) for key, value in network.state_dict().items()})
+    network.load_state_dict({key: torch.as_tensor(array) for key, array in state.items()})
+    if "pos_embed" in state:
+        network.set_input_size(size)
     half, imagenet = ([0.5] * 3, [0.5] * 3), (data.IMAGENET_DEFAULT_MEAN, data.IMAGENET_DEFAULT_STD)
     of_images = {"own": half, "torch": imagenet, "dinov2": imagenet, "siglip": half}
     of_images |= dict.fromkeys(("clip", "open_clip"), (data.OPENAI_CLIP_MEAN, data.OPENAI_CLIP_STD))
-    for argument in arguments:
-        name, theirs, conventions, size = re.fullmatch(r"(\w+)=(\w+):(\w+):(\d+)", argument).groups()
-        x = np.random.RandomState(1).uniform(size=(2, int(size), int(size), 3))
-        network = timm.create_model(theirs, num_classes=CLASSES)
-        if conventions == "siglip":  # see vision_transformers
-            for module in network.modules():
-                if isinstance(getattr(module, "act", None), torch.nn.GELU):
-                    module.act = torch.nn.GELU("tanh")
-        state = state_dict({key: tuple(value.shape) for key, value in network.state_dict().items()})
-        network.load_state_dict({key: torch.as_tensor(array) for key, array in state.items()})
-        if hasattr(network, "set_input_size"):
-            network.set_input_size(int(size))
-        mean, std = MEANS[conventions]
-        with torch.no_grad():
-            scaled = torchvision.transforms.functional.normalize(
-                torch.as_tensor(x.transpose(0, 3, 1, 2).copy()), mean, std
-            )
-            expected = network.double().eval()(scaled).numpy()
-        model = default.get_config().model
-        model.update({"name": name, "conventions": conventions})
-        with tempfile.TemporaryDirectory() as folder:
-            model.pretrained = str(pathlib.Path(folder) / "weights.safetensors")
-            safetensors.numpy.save_file(state, model.pretrained)
-            ours = models.create(model, CLASSES)
-            shapes = jax.eval_shape(lambda: ours.init(jax.random.key(0), np.float32(x), train=True))
-            weights = pretrained.fit(pretrained.read(model), model, shapes)
-        variables = unflatten_dict(weights.arrays, sep="/")
-        got = jax.jit(lambda v, x: ours.apply(v, x, train=False))(variables, np.float32(2 * x - 1))
-        spread = expected.std(0).mean()
-        print(
-            argument,
-            f"off by {np.abs(got - expected).max() / spread:.1e} of the spread from image to image, {spread:.2f}",
-        )
+    scaled = torch.as_tensor(x.transpose(0, 3, 1, 2).copy())
+    scaled = torchvision.transforms.functional.normalize(scaled, *of_images[conventions])
+    with torch.no_grad():
+        expected = network.double().eval()(scaled).numpy()
+    model = default.get_config().model
+    model.update({"name": name, "conventions": conventions, "dtype": "float64"})
+    ours = models.create(model, CLASSES)
+    with tempfile.TemporaryDirectory() as folder:
+        model.pretrained = f"{folder}/weights.safetensors"
+        safetensors.numpy.save_file(state, model.pretrained)
+        shapes = jax.eval_shape(lambda: ours.init(jax.random.key(0), x, train=True))
+        variables = unflatten_dict(pretrained.fit(pretrained.read(model), model, shapes).arrays, sep="/")
+    got = jax.jit(lambda v, x: ours.apply(v, x, train=False))(variables, 2 * x - 1)
+    spread = expected.std(0).mean()
+    off = np.abs(got - expected).max() / spread
+    print(f"{name} as {theirs}, {size} pixels: off by {off:.1e} of the spread from image to image, {spread:.2f}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        compare(sys.argv[1:])
-    else:
+    for argument in sys.argv[1:]:
+        name, theirs, conventions, size = re.fullmatch(r"(\w+)=(\w+):(\w+):(\d+)", argument).groups()
+        compare(name, theirs, conventions, int(size))
+    if not sys.argv[1:]:
         main()

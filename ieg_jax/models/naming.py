@@ -27,6 +27,32 @@ def turned(array: np.ndarray) -> np.ndarray:
     return array.transpose(axes) if axes else array
 
 
+def by_table(table: dict[str, str | tuple[str, ...]], prefix: str = "") -> Callable[[str], tuple[str, ...]]:
+    """The function `Naming.name` of a table, for names as PyTorch has them, without moving averages.
+
+    Args:
+      table: layer or array -> its name in the file, or the names of those that it is made of. Of a layer in a block the
+        key is without the numbers of the block: `block/norm1` is the layer `norm1` of each block `block<number>`. The
+        names may contain these numbers as {0}, {1}, …
+      prefix: before all names.
+    """
+
+    def name(path: str) -> tuple[str, ...]:
+        first, *rest = path.removeprefix("params/").split("/")
+        numbers, leaf = re.findall(r"\d+", first), ""
+        key = "/".join([re.sub(r"\d+", "", first), *rest])
+        if key not in table:
+            key, _, leaf = key.rpartition("/")
+        names = table.get(key, ())
+        names = (names,) if isinstance(names, str) else names
+        if leaf:  # torch's layer with query, key and value in one array calls it in_proj_weight, not in_proj.weight
+            dots = ("_" if name.endswith("in_proj") else "." for name in names)
+            names = [f"{name}{dot}{TORCH_LEAVES[leaf]}" for name, dot in zip(names, dots, strict=True)]
+        return tuple(prefix + name.format(*numbers) for name in names)
+
+    return name
+
+
 @dataclasses.dataclass(frozen=True)
 class Naming:
     """How a kind of file names its arrays, and in which order it has their axes.

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ieg_jax.models import (
+    convnext,
     densenet,
     efficientnet_lite,
     inception_resnet_v2,
@@ -29,6 +30,7 @@ REGISTRY = {
     "inception_resnet_v2": inception_resnet_v2,
     "efficientnet_lite0": efficientnet_lite,
     **vit.SIZES,
+    **convnext.SIZES,
     "mlp": mlp,
     "tiny": tiny,
 }

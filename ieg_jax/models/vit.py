@@ -21,7 +21,6 @@ and DINOv2 do it: bicubic (Keys, a = -1/2), with antialiasing. Nothing is droppe
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -32,7 +31,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax.errors import UserError
 from ieg_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD, Network, check_colours, standardized
-from ieg_jax.models.naming import TORCH_LEAVES, Naming, turned
+from ieg_jax.models.naming import Naming, by_table, turned
 
 # Of red, green and blue in [0, 1], in the data that CLIP was trained on.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -255,16 +254,16 @@ class AttentionPool(_Layers):
 
 # ---- The names of its arrays in published files.
 
-# Layer or array here -> its name in the file, or the names of those that it is made of. In a block {block} counts from
-# 0. The class token is made of two: that of the file and the embedding of its place.
+# Layer or array here -> its name in the file, or the names of those that it is made of. {0} is the number of
+# a block. The class token is made of two: that of the file and the embedding of its place.
 _TIMM = {
     "patch": "patch_embed.proj", "class_token": ("cls_token", "pos_embed"), "registers": "reg_token",
     "position": "pos_embed", "pre_norm": "norm_pre", "norm": "norm", "head": "head",
-    "block/norm1": "blocks.{block}.norm1", "block/qkv": "blocks.{block}.attn.qkv",
-    "block/out": "blocks.{block}.attn.proj",
-    "block/scale1": "blocks.{block}.ls1.gamma", "block/scale2": "blocks.{block}.ls2.gamma",
-    "block/norm2": "blocks.{block}.norm2", "block/dense1": "blocks.{block}.mlp.fc1",
-    "block/dense2": "blocks.{block}.mlp.fc2", "pool/probe": "attn_pool.latent", "pool/query": "attn_pool.q",
+    "block/norm1": "blocks.{0}.norm1", "block/qkv": "blocks.{0}.attn.qkv",
+    "block/out": "blocks.{0}.attn.proj",
+    "block/scale1": "blocks.{0}.ls1.gamma", "block/scale2": "blocks.{0}.ls2.gamma",
+    "block/norm2": "blocks.{0}.norm2", "block/dense1": "blocks.{0}.mlp.fc1",
+    "block/dense2": "blocks.{0}.mlp.fc2", "pool/probe": "attn_pool.latent", "pool/query": "attn_pool.q",
     "pool/key_value": "attn_pool.kv", "pool/out": "attn_pool.proj", "pool/norm": "attn_pool.norm",
     "pool/dense1": "attn_pool.mlp.fc1", "pool/dense2": "attn_pool.mlp.fc2",
 }  # fmt: skip
@@ -272,73 +271,54 @@ _DINOV2 = _TIMM | {"registers": "register_tokens"}
 _TORCHVISION = {
     "patch": "conv_proj", "class_token": ("class_token", "encoder.pos_embedding"), "position": "encoder.pos_embedding",
     "norm": "encoder.ln", "head": "heads.head",
-    "block/norm1": "encoder.layers.encoder_layer_{block}.ln_1",
-    "block/qkv": "encoder.layers.encoder_layer_{block}.self_attention.in_proj",
-    "block/out": "encoder.layers.encoder_layer_{block}.self_attention.out_proj",
-    "block/norm2": "encoder.layers.encoder_layer_{block}.ln_2",
-    "block/dense1": "encoder.layers.encoder_layer_{block}.mlp.0",
-    "block/dense2": "encoder.layers.encoder_layer_{block}.mlp.3",
+    "block/norm1": "encoder.layers.encoder_layer_{0}.ln_1",
+    "block/qkv": "encoder.layers.encoder_layer_{0}.self_attention.in_proj",
+    "block/out": "encoder.layers.encoder_layer_{0}.self_attention.out_proj",
+    "block/norm2": "encoder.layers.encoder_layer_{0}.ln_2",
+    "block/dense1": "encoder.layers.encoder_layer_{0}.mlp.0",
+    "block/dense2": "encoder.layers.encoder_layer_{0}.mlp.3",
 }  # fmt: skip
-_SEPARATE = tuple(f"encoder.layer.{{block}}.attention.attention.{part}" for part in ("query", "key", "value"))
+_SEPARATE = tuple(f"encoder.layer.{{0}}.attention.attention.{part}" for part in ("query", "key", "value"))
 _TRANSFORMERS_DINOV2 = {
     "patch": "embeddings.patch_embeddings.projection",
     "class_token": ("embeddings.cls_token", "embeddings.position_embeddings"),
     "registers": "embeddings.register_tokens", "position": "embeddings.position_embeddings", "norm": "layernorm",
-    "block/norm1": "encoder.layer.{block}.norm1", "block/qkv": _SEPARATE,
-    "block/out": "encoder.layer.{block}.attention.output.dense",
-    "block/scale1": "encoder.layer.{block}.layer_scale1.lambda1",
-    "block/scale2": "encoder.layer.{block}.layer_scale2.lambda1", "block/norm2": "encoder.layer.{block}.norm2",
-    "block/dense1": "encoder.layer.{block}.mlp.fc1", "block/dense2": "encoder.layer.{block}.mlp.fc2",
+    "block/norm1": "encoder.layer.{0}.norm1", "block/qkv": _SEPARATE,
+    "block/out": "encoder.layer.{0}.attention.output.dense",
+    "block/scale1": "encoder.layer.{0}.layer_scale1.lambda1",
+    "block/scale2": "encoder.layer.{0}.layer_scale2.lambda1", "block/norm2": "encoder.layer.{0}.norm2",
+    "block/dense1": "encoder.layer.{0}.mlp.fc1", "block/dense2": "encoder.layer.{0}.mlp.fc2",
 }  # fmt: skip
 _TRANSFORMERS_VIT = {
     "patch": "vit.embeddings.patch_embeddings.projection",
     "class_token": ("vit.embeddings.cls_token", "vit.embeddings.position_embeddings"),
     "position": "vit.embeddings.position_embeddings", "norm": "vit.layernorm", "head": "classifier",
-    "block/norm1": "vit.encoder.layer.{block}.layernorm_before", "block/qkv": tuple(f"vit.{x}" for x in _SEPARATE),
-    "block/out": "vit.encoder.layer.{block}.attention.output.dense",
-    "block/norm2": "vit.encoder.layer.{block}.layernorm_after",
-    "block/dense1": "vit.encoder.layer.{block}.intermediate.dense",
-    "block/dense2": "vit.encoder.layer.{block}.output.dense",
+    "block/norm1": "vit.encoder.layer.{0}.layernorm_before", "block/qkv": tuple(f"vit.{x}" for x in _SEPARATE),
+    "block/out": "vit.encoder.layer.{0}.attention.output.dense",
+    "block/norm2": "vit.encoder.layer.{0}.layernorm_after",
+    "block/dense1": "vit.encoder.layer.{0}.intermediate.dense",
+    "block/dense2": "vit.encoder.layer.{0}.output.dense",
 }  # fmt: skip
 _TRANSFORMERS_TOWER = {
     "patch": "embeddings.patch_embedding",
     "class_token": ("embeddings.class_embedding", "embeddings.position_embedding.weight"),
     "position": "embeddings.position_embedding.weight", "pre_norm": "pre_layrnorm", "norm": "post_layernorm",
-    "block/norm1": "encoder.layers.{block}.layer_norm1",
-    "block/qkv": tuple(f"encoder.layers.{{block}}.self_attn.{part}_proj" for part in "qkv"),
-    "block/out": "encoder.layers.{block}.self_attn.out_proj", "block/norm2": "encoder.layers.{block}.layer_norm2",
-    "block/dense1": "encoder.layers.{block}.mlp.fc1", "block/dense2": "encoder.layers.{block}.mlp.fc2",
+    "block/norm1": "encoder.layers.{0}.layer_norm1",
+    "block/qkv": tuple(f"encoder.layers.{{0}}.self_attn.{part}_proj" for part in "qkv"),
+    "block/out": "encoder.layers.{0}.self_attn.out_proj", "block/norm2": "encoder.layers.{0}.layer_norm2",
+    "block/dense1": "encoder.layers.{0}.mlp.fc1", "block/dense2": "encoder.layers.{0}.mlp.fc2",
     "pool/probe": "head.probe", "pool/query": "head.attention.in_proj", "pool/key_value": "head.attention.in_proj",
     "pool/out": "head.attention.out_proj", "pool/norm": "head.layernorm", "pool/dense1": "head.mlp.fc1",
     "pool/dense2": "head.mlp.fc2",
 }  # fmt: skip
 _OPENAI = {
     "patch": "conv1", "class_token": ("class_embedding", "positional_embedding"), "position": "positional_embedding",
-    "pre_norm": "ln_pre", "norm": "ln_post", "block/norm1": "transformer.resblocks.{block}.ln_1",
-    "block/qkv": "transformer.resblocks.{block}.attn.in_proj",
-    "block/out": "transformer.resblocks.{block}.attn.out_proj",
-    "block/norm2": "transformer.resblocks.{block}.ln_2", "block/dense1": "transformer.resblocks.{block}.mlp.c_fc",
-    "block/dense2": "transformer.resblocks.{block}.mlp.c_proj",
+    "pre_norm": "ln_pre", "norm": "ln_post", "block/norm1": "transformer.resblocks.{0}.ln_1",
+    "block/qkv": "transformer.resblocks.{0}.attn.in_proj",
+    "block/out": "transformer.resblocks.{0}.attn.out_proj",
+    "block/norm2": "transformer.resblocks.{0}.ln_2", "block/dense1": "transformer.resblocks.{0}.mlp.c_fc",
+    "block/dense2": "transformer.resblocks.{0}.mlp.c_proj",
 }  # fmt: skip
-
-
-def _named(table: dict[str, str | tuple[str, ...]], prefix: str = "") -> Callable[[str], tuple[str, ...]]:
-    """The function `Naming.name` of a table, with `prefix` before the names."""
-
-    def name(path: str) -> tuple[str, ...]:
-        path = path.removeprefix("params/")
-        block = re.match(r"block(\d+)/", path)
-        path, leaf = re.sub(r"^block\d+", "block", path), ""
-        if path not in table:
-            path, _, leaf = path.rpartition("/")
-        names = table.get(path, ())
-        names = (names,) if isinstance(names, str) else names
-        if leaf:  # torch's layer with query, key and value in one array calls it in_proj_weight, not in_proj.weight
-            dots = ("_" if name.endswith("in_proj") else "." for name in names)
-            names = [f"{name}{dot}{TORCH_LEAVES[leaf]}" for name, dot in zip(names, dots, strict=True)]
-        return tuple(prefix + name.format(block=block and block[1]) for name in names)
-
-    return name
 
 
 def _made(path: str, arrays: list[np.ndarray], joined: bool = False) -> np.ndarray:
@@ -403,7 +383,7 @@ def _towers(title: str, prefix: str) -> Naming:
     """The names that transformers has for the image towers of CLIP and SigLIP."""
     return Naming(
         title,
-        _named(_TRANSFORMERS_TOWER, prefix),
+        by_table(_TRANSFORMERS_TOWER, prefix),
         ("siglip",),
         torch=True,
         others=r"(text_model|text_projection|visual_projection|classifier)\..*|logit_(scale|bias)|.*\.position_ids",
@@ -413,20 +393,22 @@ def _towers(title: str, prefix: str) -> Naming:
 
 
 NAMINGS = (
-    Naming("timm's names", _named(_TIMM), **_OF_TIMM),
+    Naming("timm's names", by_table(_TIMM), **_OF_TIMM),
     Naming(
         "timm's names in OpenCLIP",
-        _named(_TIMM, "visual.trunk."),
+        by_table(_TIMM, "visual.trunk."),
         ("siglip",),
         torch=True,
         others=r"text\..*|logit_(scale|bias)",
         make=_made,
     ),
-    Naming("the published names of DINOv2", _named(_DINOV2), ("dinov2",), torch=True, others="mask_token", make=_made),
-    Naming("torchvision's names", _named(_TORCHVISION), ("torch",), torch=True, make=_made),
+    Naming(
+        "the published names of DINOv2", by_table(_DINOV2), ("dinov2",), torch=True, others="mask_token", make=_made
+    ),
+    Naming("torchvision's names", by_table(_TORCHVISION), ("torch",), torch=True, make=_made),
     Naming(
         "transformers' names of ViT",
-        _named(_TRANSFORMERS_VIT),
+        by_table(_TRANSFORMERS_VIT),
         ("own", "torch"),
         torch=True,
         others=r"vit\.pooler\..*",
@@ -434,7 +416,7 @@ NAMINGS = (
     ),
     Naming(
         "transformers' names of DINOv2",
-        _named(_TRANSFORMERS_DINOV2),
+        by_table(_TRANSFORMERS_DINOV2),
         ("dinov2",),
         torch=True,
         others=r"embeddings\.mask_token",
@@ -444,7 +426,7 @@ NAMINGS = (
     _towers("transformers' names of an image tower", ""),
     Naming(
         "the published names of CLIP",
-        _named(_OPENAI, "visual."),
+        by_table(_OPENAI, "visual."),
         _TOWERS,
         torch=True,
         others=r"visual\.proj|(token_embedding|transformer|ln_final)\..*|positional_embedding|text_projection|logit_scale",
@@ -470,7 +452,7 @@ class Size:
 
     def from_config(self, model: ConfigDict, **common) -> nn.Module:
         """Builds the network under `model.conventions`; `common` are the attributes of `Network`."""
-        return VisionTransformer(conventions=model.conventions, **dataclasses.asdict(self), **common)
+        return VisionTransformer(conventions=model.conventions, **vars(self), **common)
 
 
 SIZES = {

@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 
 def test_own_weights_for_another_size_of_images(tmp_path):
-    """Bicubic interpolation of a constant is the constant, and leaves a plane a plane inside; images need not be square."""
+    """Of a plane it is that plane, but for the border; images need not be square."""
     network = TINY.from_config(group(), num_classes=CLASSES)
     own = flatten_dict(variables_of(network, (48, 24)), sep="/")
     assert own["params/position"].shape == (6, 3, 32)
@@ -303,7 +303,7 @@ def test_a_step_of_ieg():
     network = size.from_config(group(), num_classes=small_step.CLASSES)
     _, _, state, step = small_step.make("ieg", network=network)
     assert state.batch_stats == {}
-    after, observed = jax.jit(step)(state, small_step.make_batch(), jax.random.key(1))
+    after, _ = jax.jit(step)(state, small_step.make_batch(), jax.random.key(1))
     assert after.batch_stats == {}
     for (path, old), new in zip(jax.tree.leaves_with_path(state.params), jax.tree.leaves(after.params), strict=True):
         assert np.isfinite(new).all() and np.abs(new - old).max() > 0, path
