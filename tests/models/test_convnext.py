@@ -124,7 +124,7 @@ def test_global_response_norm_by_hand():
 
 
 def test_second_derivatives_of_global_response_norm():
-    """Along a direction, against the difference quotient of the gradient, in float64; also where a channel is silent."""
+    """Along a direction, against the difference quotient of the gradient, in float64; also with a silent channel."""
     with x64(True):
         layer, rng = convnext.GlobalResponseNorm(jnp.float64, jnp.float64), np.random.default_rng(0)
         x, direction = rng.normal(size=(2, 2, 3, 3, 4))

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from configs import default
 from ieg_jax import models
 from ieg_jax.errors import UserError
+from ieg_jax.inference import embedding
 from ieg_jax.methods.base import inputs_of_head
 from ieg_jax.models import pretrained, vit
 from ieg_jax.train.loop import train_and_evaluate
@@ -295,6 +296,15 @@ def test_conventions_of_other_networks():
     with pytest.raises(UserError, match="model.conventions: got 'clip', .* expected 'own' for images with 1 channel"):
         network = TINY.from_config(group(conventions="clip"), num_classes=2)
         network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=True)
+
+
+def test_features_of_a_tower(tmp_path, monkeypatch):
+    """As `python -m ieg_jax.embed` makes them; they are those of transformers."""
+    state, images, expected = torch_networks.golden("clip_transformers")
+    safetensors.numpy.save_file(state, tmp_path / "clip.safetensors")
+    monkeypatch.setitem(models.REGISTRY, "vit_s16", TINY)
+    backbone = embedding.load_backbone(group(tmp_path / "clip.safetensors", conventions="clip"), 24, batch=4)
+    np.testing.assert_allclose(backbone.features(images), expected, atol=1e-4)
 
 
 def test_a_step_of_ieg():
