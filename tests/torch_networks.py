@@ -25,7 +25,8 @@ FILE = pathlib.Path(__file__).parent / "fixtures" / "torch_networks.npz"
 SIZES = {
     "resnet50": (65, 50), "inception_resnet_v2": (75, 90), "densenet": (16, 12), "efficientnet_lite0": (65, 50),
     "tf_efficientnet_lite0": (65, 50), "vit": (24, 24), "vit_resampled": (16, 40), "vit_torchvision": (24, 24),
-    "vit_transformers": (24, 24), "dinov2": (24, 24), "dinov2_resampled": (40, 40), "dinov2_transformers": (24, 24),
+    "vit_transformers": (24, 24), "dinov2": (24, 24), "dinov2_plain": (24, 24), "dinov2_plain_transformers": (24, 24),
+    "dinov2_resampled": (40, 40), "dinov2_transformers": (24, 24),
     "clip": (24, 24), "open_clip": (24, 24), "clip_transformers": (24, 24), "siglip": (24, 24),
     "siglip_transformers": (24, 24), "convnext": (70, 64), "convnextv2": (70, 64),
     "convnext_transformers": (70, 64), "convnextv2_transformers": (70, 64),
@@ -106,6 +107,7 @@ def vision_transformers():
         "vit_torchvision": (torchvision.models.VisionTransformer(24, 8, 2, 2, 32, 64, num_classes=CLASSES), *imagenet),
         "dinov2": (dinov2, *imagenet),
         "dinov2_resampled": (dinov2, *imagenet),
+        "dinov2_plain": (VisionTransformer(**tiny, init_values=1e-5), *imagenet),
         "clip": (VisionTransformer(**tiny, **tower, act_layer="quick_gelu"), *clip),
         "open_clip": (VisionTransformer(**tiny, **tower), *clip),
         # timm has this activation in its largest SigLIP alone, the original and transformers in all.
@@ -131,6 +133,9 @@ def of_transformers():
     return {
         "vit_transformers": (transformers.ViTForImageClassification(vit), "logits", *half),
         "dinov2_transformers": (transformers.Dinov2WithRegistersModel(dinov2), "pooler_output", *imagenet),
+        "dinov2_plain_transformers": (
+            transformers.Dinov2Model(transformers.Dinov2Config(**size, mlp_ratio=2)), "pooler_output", *imagenet
+        ),
         "clip_transformers": (
             transformers.CLIPModel(clip), "pooler_output", data.OPENAI_CLIP_MEAN, data.OPENAI_CLIP_STD
         ),
@@ -238,7 +243,7 @@ def compare(name, theirs, conventions, size):
     if "pos_embed" in state:
         network.set_input_size(size)
     half, imagenet = ([0.5] * 3, [0.5] * 3), (data.IMAGENET_DEFAULT_MEAN, data.IMAGENET_DEFAULT_STD)
-    of_images = {"own": half, "torch": imagenet, "dinov2": imagenet, "siglip": half}
+    of_images = {"own": half, "torch": imagenet, "dinov2": imagenet, "dinov2_plain": imagenet, "siglip": half}
     of_images |= dict.fromkeys(("clip", "open_clip"), (data.OPENAI_CLIP_MEAN, data.OPENAI_CLIP_STD))
     scaled = torch.as_tensor(x.transpose(0, 3, 1, 2).copy())
     scaled = torchvision.transforms.functional.normalize(scaled, *of_images[conventions])

@@ -9,6 +9,7 @@ result is what the head reads: the class token, which goes along with the patche
 - own: as the weights of Steiner et al. (2021, augreg), for images in [-1, 1];
 - torch: the same, for images less ImageNet's mean, by its deviation: DeiT (Touvron et al. 2021), torchvision;
 - dinov2: DINOv2 with four registers (Oquab et al. 2023, Darcet et al. 2023);
+- dinov2_plain: without registers;
 - clip: the image tower of CLIP (Radford et al. 2021), with its approximation of GELU;
 - open_clip: the same with GELU, as OpenCLIP trains it (Cherti et al. 2022);
 - siglip: the image tower of SigLIP (Zhai et al. 2023) and SigLIP 2 (Tschannen et al. 2025).
@@ -80,6 +81,7 @@ FORMS = {
     "own": Form(),
     "torch": Form(mean=IMAGENET_MEAN, std=IMAGENET_STD),
     "dinov2": Form(mean=IMAGENET_MEAN, std=IMAGENET_STD, registers=4, layer_scale=True),
+    "dinov2_plain": Form(mean=IMAGENET_MEAN, std=IMAGENET_STD, layer_scale=True),
     "clip": dataclasses.replace(_CLIP, activation=quick_gelu),
     "open_clip": _CLIP,
     "siglip": Form(activation=gelu_tanh, class_token=False),
@@ -375,7 +377,13 @@ _OF_TIMM = {
     "conventions": ("own", "torch"),
     "torch": True,
     "make": _made,
-    "marks": (("norm_pre.weight", _TOWERS), ("attn_pool.latent", ("siglip",)), ("reg_token", ("dinov2",))),
+    "others": "mask_token",
+    "marks": (
+        ("norm_pre.weight", _TOWERS),
+        ("attn_pool.latent", ("siglip",)),
+        ("reg_token", ("dinov2",)),
+        ("blocks.0.ls1.gamma", ("dinov2_plain",)),
+    ),
 }
 
 
@@ -417,9 +425,10 @@ NAMINGS = (
     Naming(
         "transformers' names of DINOv2",
         by_table(_TRANSFORMERS_DINOV2),
-        ("dinov2",),
+        ("dinov2_plain",),
         torch=True,
         others=r"embeddings\.mask_token",
+        marks=(("embeddings.register_tokens", ("dinov2",)),),
         make=_made,
     ),
     _towers("transformers' names", "vision_model."),

@@ -56,6 +56,8 @@ def fit(path, state, conventions, size=(24, 24), num_classes=CLASSES):
         ("dinov2", "dinov2", "timm's names"),
         ("dinov2_resampled", "dinov2", "timm's names"),
         ("dinov2_transformers", "dinov2", "transformers' names of DINOv2"),
+        ("dinov2_plain", "dinov2_plain", "timm's names"),
+        ("dinov2_plain_transformers", "dinov2_plain", "transformers' names of DINOv2"),
         ("clip", "clip", "timm's names"),
         ("open_clip", "open_clip", "timm's names"),
         ("clip_transformers", "clip", "transformers' names"),
@@ -137,6 +139,12 @@ def published_dinov2(state):
         ("clip", "clip", openai, "the published names of CLIP"),
         ("dinov2", "dinov2", published_dinov2, "the published names of DINOv2"),
         (
+            "dinov2_plain",
+            "dinov2_plain",
+            lambda state: state | {"mask_token": np.zeros((1, 32), np.float32)},
+            "timm's names",
+        ),
+        (
             "siglip",
             "siglip",
             lambda state: {f"visual.trunk.{k}": v for k, v in state.items()} | {"text.x": np.zeros(1, np.float32)},
@@ -165,6 +173,8 @@ def test_the_same_arrays_by_other_names(golden, conventions, rename, title, tmp_
     [
         ("vit", "'own' or 'torch'"),
         ("dinov2", "'dinov2'"),
+        ("dinov2_plain", "'dinov2_plain'"),
+        ("dinov2_plain_transformers", "'dinov2_plain'"),
         ("clip", "'clip' or 'open_clip'"),
         ("siglip", "'siglip'"),
         ("vit_torchvision", "'torch'"),
