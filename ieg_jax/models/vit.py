@@ -400,6 +400,7 @@ def _towers(title: str, prefix: str) -> Naming:
     )
 
 
+# Of namings that fit equally the first counts.
 NAMINGS = (
     Naming("timm's names", by_table(_TIMM), **_OF_TIMM),
     Naming(
@@ -438,7 +439,8 @@ NAMINGS = (
         by_table(_OPENAI, "visual."),
         _TOWERS,
         torch=True,
-        others=r"visual\.proj|(token_embedding|transformer|ln_final)\..*|positional_embedding|text_projection|logit_scale",
+        others=r"visual\.proj|(text|token_embedding|transformer|ln_final)\..*|positional_embedding|text_projection|"
+        r"logit_(scale|bias)|attn_mask",
         make=_made,
     ),
 )

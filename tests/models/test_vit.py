@@ -318,7 +318,7 @@ def test_features_of_a_tower(tmp_path, monkeypatch):
 
 
 def test_a_step_of_ieg():
-    """The meta-gradient goes through attention, so that examples get weights of their own; every weight moves."""
+    """Lookahead and meta-gradient go through attention, without moving averages of batch norm; every weight moves."""
     size = vit.Size(patch=4, features=8, depth=1, heads=2, hidden=8)
     network = size.from_config(group(), num_classes=small_step.CLASSES)
     _, _, state, step = small_step.make("ieg", network=network)
