@@ -115,6 +115,9 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.model = model = ConfigDict()
     # wide_resnet | resnet29_v2 | resnet50 | vgg13 | densenet100 | inception_resnet_v2 (from 75 pixels on) | mlp | tiny
+    # | efficientnet_lite0 | convnext_tiny, _small, _base | convnextv2_nano, _tiny, _base (from 32 pixels on)
+    # | vit_ti16 | vit_s16 | vit_b16 | vit_l16 | vit_so16 | vit_b32 | vit_s14 | vit_b14 | vit_l14 | vit_so14: the number
+    # is the side of a patch; the sides of the image must be multiples of it
     model.name = "wide_resnet"
     model.depth = 10  # † wide_resnet: 6 n + 4 layers; mlp: hidden layers
     # Multiple of the channels: wide_resnet (16, 32, 64 at width 1), mlp (256) and the others, resnet29_v2 apart.
@@ -124,11 +127,13 @@ def get_config(arguments: str = "") -> ConfigDict:
     # float64 is for checks, slow, and needs JAX_ENABLE_X64=1.
     model.dtype = "float32"
     model.remat = False  # keep only the inputs of each block, and compute it once more in the backward pass
-    # .safetensors or .npz file of the weights at step 0: of another run (ieg_jax.export) or, for resnet50, as published
-    # for torchvision, timm and others; docs/running.md. A later start does without it. "" = random weights
+    # .safetensors or .npz file of the weights at step 0: of another run (ieg_jax.export) or as torchvision, timm,
+    # transformers and others publish them; docs/running.md. A later start does without it. "" = random weights
     model.pretrained = ""
-    # resnet50, what published weights expect: own = images in [-1, 1] as they are | torch = each colour less ImageNet's
-    # mean, by its deviation (torchvision, timm, transformers) | flax = the same, and SAME padding (Flax's example)
+    # What published weights expect: own = images in [-1, 1] as they are | torch = each colour less ImageNet's mean, by
+    # its deviation (torchvision, timm, transformers) | flax = the same, and SAME padding (Flax's ResNet-50).
+    # vit_* alone: dinov2 = layer scale, four registers | dinov2_plain = without registers | clip, open_clip = the image
+    # tower of CLIP, with its own GELU or GELU | siglip
     model.conventions = "own"
 
     # The keys of methods live in their modules, ieg_jax/methods; docs/methods.md has each with its default, what is

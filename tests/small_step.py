@@ -19,11 +19,11 @@ from ieg_jax.train.step import create_state, train_step
 BATCH, CLASSES = 16, 4
 
 
-def make(method_name, groups=1, dtype=jnp.float32, **overrides):
+def make(method_name, groups=1, dtype=jnp.float32, network=None, **overrides):
     config = default.get_config()
     config.update_from_flattened_dict(overrides)
     config.batch_groups, config.method.name, config.model.name = groups, method_name, "tiny"
-    network = models.create(config.model, CLASSES, groups).clone(dtype=dtype, param_dtype=dtype)
+    network = network or models.create(config.model, CLASSES, groups).clone(dtype=dtype, param_dtype=dtype)
     described = methods.get(method_name)
     context = base.Context(
         FrozenConfigDict(config),

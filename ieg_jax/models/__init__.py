@@ -7,11 +7,13 @@ import jax
 from ml_collections import ConfigDict
 
 from ieg_jax.config import above, at_least, boolean, check_unread, check_values, one_of
-from ieg_jax.errors import UserError
+from ieg_jax.errors import UserError, check_choice
 from ieg_jax.models import pretrained
 from ieg_jax.models.registry import REGISTRY, create
 
 __all__ = ["REGISTRY", "UNSET", "create", "forget_unread", "validate"]
+
+CONVENTIONS = {name: family.CONVENTIONS for name, family in REGISTRY.items() if "conventions" in family.READS}
 
 CHECKS = {
     "name": one_of(*REGISTRY),
@@ -20,7 +22,7 @@ CHECKS = {
     "variant": one_of("authors", "standard"),
     "dtype": one_of("float32", "bfloat16", "float64"),
     "remat": boolean,
-    "conventions": one_of("own", "torch", "flax"),
+    "conventions": one_of(*dict.fromkeys(value for values in CONVENTIONS.values() for value in values)),
 }
 
 # The values in configs/default.py of the keys that only some networks read.
@@ -37,6 +39,8 @@ def validate(model: ConfigDict) -> None:
     check_values(model, CHECKS, "model.")
     reads = {name: family.READS for name, family in REGISTRY.items()}
     check_unread(model, UNSET, reads, "name", "model.")
+    if model.name in CONVENTIONS:
+        check_choice(f"model.conventions of {model.name}", model.conventions, CONVENTIONS[model.name])
     if model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError("model.dtype=float64: set the environment variable JAX_ENABLE_X64=1, without it jax has none")
     pretrained.validate(model)

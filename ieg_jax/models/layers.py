@@ -30,13 +30,27 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def of_imagenet(x: jax.Array) -> jax.Array:
-    """Images in [-1, 1], `[n, H, W, 3]`, less ImageNet's mean, by its standard deviation.
+    """Images in [-1, 1], `[n, H, W, 3]`, less ImageNet's mean, by its standard deviation."""
+    return standardized(x, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def standardized(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """Images in [-1, 1], `[n, H, W, 3]`, less a mean, by a standard deviation, both of colours in [0, 1].
 
     The first kernel cannot do this in its place: the zeros that a convolution pads with stand for the mean colour in
     what follows, and for grey in the image as it came.
     """
-    mean, std = (jnp.asarray(values, x.dtype) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (jnp.asarray(values, x.dtype) for values in (mean, std))
     return (x - (2 * mean - 1)) / (2 * std)
+
+
+def check_colours(x: jax.Array, conventions: str) -> None:
+    """Raises UserError for images `[n, H, W, C]` without three colours, under other conventions than `own`."""
+    if conventions != "own" and x.shape[-1] != 3:
+        raise UserError(
+            f"model.conventions: got {conventions!r}, for red, green and blue, expected 'own' for images "
+            f"with {x.shape[-1]} channel(s)"
+        )
 
 
 def scaled_channels(model: ConfigDict, usual: int) -> int:
@@ -153,7 +167,7 @@ class Network(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution of each channel with a kernel of its own, without biases.
+    """A convolution of each channel with a kernel of its own.
 
     XLA's convolution for processors takes up to a hundred times as long for these as for others of the same work. There
     the sum over the places of the kernel is written out, k² shifted images times k² numbers per channel, which XLA
@@ -164,7 +178,8 @@ class DepthwiseConv(nn.Module):
       stride: along both axes.
       padding: SAME, as TensorFlow pads, or a number of pixels on each side.
       dtype: the type that it computes in.
-      param_dtype: the type of the kernel.
+      param_dtype: the type of the parameters.
+      use_bias: whether there is a bias for each channel; it starts at 0.
     """
 
     kernel_size: tuple[int, int]
@@ -172,10 +187,11 @@ class DepthwiseConv(nn.Module):
     padding: int | str = "SAME"
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[n, H, W, C]` -> `[n, ⌈H / stride⌉, ⌈W / stride⌉, C]`; the parameter `kernel` is `[h, w, 1, C]`."""
+        """`[n, H, W, C]` -> `[n, ⌈H / stride⌉, ⌈W / stride⌉, C]`; `kernel` is `[h, w, 1, C]`, `bias` `[C]`."""
         shape = (*self.kernel_size, 1, x.shape[-1])
         kernel = self.param("kernel", nn.linear.default_kernel_init, shape, self.param_dtype).astype(self.dtype)
         x, window = x.astype(self.dtype), tuple(zip(x.shape[1:3], self.kernel_size, strict=True))
@@ -208,7 +224,10 @@ class DepthwiseConv(nn.Module):
                 for j in range(self.kernel_size[1])
             )
 
-        return jax.lax.platform_dependent(x, kernel, cpu=written_out, default=convolved)
+        y = jax.lax.platform_dependent(x, kernel, cpu=written_out, default=convolved)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(self.dtype)
+        return y
 
 
 class BatchNorm(nn.Module):

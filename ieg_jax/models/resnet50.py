@@ -7,16 +7,18 @@ others; Goyal et al. (2017) start it at 0, which helps with batches of thousands
 """
 
 import functools
+import re
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from ieg_jax.errors import UserError
-from ieg_jax.models.layers import Network, of_imagenet, scaled_channels
+from ieg_jax.models.layers import Network, check_colours, of_imagenet, scaled_channels
+from ieg_jax.models.naming import TORCH_LEAVES, Naming
 
 READS = ("width", "conventions")
+CONVENTIONS = ("own", "torch", "flax")
 
 BLOCKS = (3, 4, 6, 3)  # in each stage
 EXPANSION = 4  # outer width of a block / its inner width
@@ -59,12 +61,8 @@ class ResNet50(Network):
           UserError: for images without three colours, under other conventions than `own`.
         """
         padding = "SAME" if self.conventions == "flax" else 1
+        check_colours(x, self.conventions)
         if self.conventions != "own":
-            if x.shape[-1] != 3:
-                raise UserError(
-                    f"model.conventions: got {self.conventions!r}, for red, green and blue, expected 'own' for images "
-                    f"with {x.shape[-1]} channel(s)"
-                )
             x = of_imagenet(x)
         x = self.conv(self.features, (7, 7), 2, padding=3, name="init_conv")(x)
         x = nn.relu(self.norm("init_norm")(x, train))
@@ -115,3 +113,63 @@ class Bottleneck(nn.Module):
             x = self.conv(outer, (1, 1), self.stride, name="shortcut_conv")(x)
             x = self.norm(name="shortcut_norm")(x, train)
         return nn.relu(x + y)
+
+
+# ---- The names of its arrays in published files.
+
+
+def _published(modules: dict[str, str], torch: bool) -> Callable[[str], str]:
+    """The function `Naming.name` of a published ResNet-50.
+
+    Args:
+      modules: kind of layer -> the name of its module in the file. A name may contain `{stage}` and
+        `{layer}`, which count from 1, and `{stage0}`, `{layer0}`, `{block}` (in its stage) and `{number}` (of the block
+        in the network), which count from 0.
+      torch: whether the names end as PyTorch's do, in `.weight`, and do not begin with the collection.
+    """
+
+    def name(path: str) -> str:
+        pattern = r"(params|batch_stats)/(?:stage(\d)_block(\d)/)?(head|(?:init_|shortcut_)?(?:conv|norm))(\d?)/(\w+)"
+        collection, stage, block, kind, layer, leaf = re.fullmatch(pattern, path).groups()
+        stage, block, layer = int(stage or 1), int(block or 0), int(layer or 1)
+        number = sum(BLOCKS[: stage - 1]) + block
+        module = modules[kind].format(
+            stage=stage, stage0=stage - 1, layer=layer, layer0=layer - 1, block=block, number=number
+        )
+        return f"{module}.{TORCH_LEAVES[leaf]}" if torch else f"{collection}/{module}/{leaf}"
+
+    return name
+
+
+_TORCHVISION = {
+    "init_conv": "conv1",
+    "init_norm": "bn1",
+    "conv": "layer{stage}.{block}.conv{layer}",
+    "norm": "layer{stage}.{block}.bn{layer}",
+    "shortcut_conv": "layer{stage}.{block}.downsample.0",
+    "shortcut_norm": "layer{stage}.{block}.downsample.1",
+    "head": "fc",
+}
+_TRANSFORMERS = {
+    "init_conv": "resnet.embedder.embedder.convolution",
+    "init_norm": "resnet.embedder.embedder.normalization",
+    "conv": "resnet.encoder.stages.{stage0}.layers.{block}.layer.{layer0}.convolution",
+    "norm": "resnet.encoder.stages.{stage0}.layers.{block}.layer.{layer0}.normalization",
+    "shortcut_conv": "resnet.encoder.stages.{stage0}.layers.{block}.shortcut.convolution",
+    "shortcut_norm": "resnet.encoder.stages.{stage0}.layers.{block}.shortcut.normalization",
+    "head": "classifier.1",
+}
+_FLAX_EXAMPLE = {
+    "init_conv": "conv_init",
+    "init_norm": "bn_init",
+    "conv": "BottleneckResNetBlock_{number}/Conv_{layer0}",
+    "norm": "BottleneckResNetBlock_{number}/BatchNorm_{layer0}",
+    "shortcut_conv": "BottleneckResNetBlock_{number}/conv_proj",
+    "shortcut_norm": "BottleneckResNetBlock_{number}/norm_proj",
+    "head": "Dense_0",
+}
+NAMINGS = (
+    Naming("torchvision's names", _published(_TORCHVISION, torch=True), ("torch",), torch=True),
+    Naming("transformers' names", _published(_TRANSFORMERS, torch=True), ("torch",), torch=True),
+    Naming("the names of Flax's ImageNet example", _published(_FLAX_EXAMPLE, torch=False), ("flax",)),
+)

@@ -12,6 +12,7 @@ import torch_networks
 from configs import default
 from ieg_jax import models
 from ieg_jax.errors import UserError
+from ieg_jax.models import convnext
 from ieg_jax.models.densenet import DenseNet
 from ieg_jax.models.inception_resnet_v2 import InceptionResNetV2
 from ieg_jax.models.layers import BatchNorm
@@ -228,7 +229,8 @@ SHALLOW = {"densenet100": {"depth": 16}, "inception_resnet_v2": {"repeats": (1, 
 def create(config, num_classes, batch_groups=1):
     """A network as from the registry, with fewer layers where it has very many; and a size of images for it."""
     network = models.create(config, num_classes, batch_groups).clone(**SHALLOW.get(config.name, {}))
-    return network, 75 if config.name == "inception_resnet_v2" else 16
+    sides = {"inception_resnet_v2": 75} | dict.fromkeys(convnext.SIZES, convnext.SMALLEST)
+    return network, sides.get(config.name, getattr(network, "patch", 16))
 
 
 def test_width_scales_the_channels():

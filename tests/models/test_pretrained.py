@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_named(replaced, message, tmp_path):
 
 def test_of_another_network(golden, tmp_path):
     path, _ = golden
-    with pytest.raises(UserError, match=r"model.conventions: got 'own', expected 'torch': the images and padding"):
+    with pytest.raises(UserError, match=r"model.conventions: got 'own', expected 'torch': the images and layers"):
         fit(group(path, conventions="own"))
     with pytest.raises(UserError, match=r"266 of another shape: fc\.weight with .* and 263 more$"):
         fit(group(path, width=0.125))

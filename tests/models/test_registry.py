@@ -72,7 +72,7 @@ def test_defaults_are_allowed(name):
     [
         (
             {"name": "mlp", "conventions": "torch"},
-            r"model\.conventions='torch', but .*=mlp .*'own', .*\(resnet50, efficientnet_lite0\)$",
+            r"model\.conventions='torch', but .*=mlp .*'own', .*\(resnet50, efficientnet_lite0, vit_ti16, ",
         ),
         ({"name": "vgg13", "depth": 28}, r"depth=28, but model\.name=vgg13 .* to 10, .*\(wide_resnet, mlp\)$"),
         (
