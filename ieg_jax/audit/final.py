@@ -20,7 +20,8 @@ are better evidence on their labels. So the two take turns:
 
 The classifiers are scikit-learn's, which are well tested and fast. Where classes of unequal size are to count alike
 (`class_weight=balanced`), those of 2 and 4 are weighted by the labels that they are trained on, and the expected
-accuracy is a mean over the classes; those of 3 are not weighted.
+accuracy is a mean over the classes; those of 3 are not weighted. Of examples of more than WIDE numbers, such as the
+features of a backbone, they see REDUCED principal components.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from typing import Any
 import joblib
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.decomposition import PCA
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -49,7 +51,9 @@ from ieg_jax.inference import plain
 SURE = 0.7  # examples of whose class the audit is less sure are left out of training
 VALIDATION = 0.2  # share of the noisy examples by which the classifiers are compared
 FOLDS, ROUNDS = 5, 2
-LARGEST = 20_000  # examples that a kernel machine is trained on; its time grows with their square
+LARGEST = 80_000  # of examples times √numbers that a kernel machine is trained on, whose time grows with its square
+WIDE, REDUCED = 256, 128
+FITTED = 20_000  # examples by which the components are found
 WIDEST = 4_096  # numbers of an example; where there are more, as of large images, there are no plain classifiers
 FEWEST = 100  # noisy examples; with fewer there is nothing to choose by
 LOWEST = 1e-4  # probability out of fold; a forest says 0 for what none of its trees says
@@ -67,8 +71,8 @@ class Kernel(ClassifierMixin, BaseEstimator):
         self.class_weight = class_weight
 
     def fit(self, X, y):
-        """Trains on X `[n, D]` and y `[n]`; of more than LARGEST examples on so many, drawn at random."""
-        rows = np.random.default_rng(self.seed).permutation(len(y))[:LARGEST]
+        """Trains on X `[n, D]` and y `[n]`; of more than LARGEST / √D examples on so many, drawn at random."""
+        rows = np.random.default_rng(self.seed).permutation(len(y))[: int(LARGEST / np.sqrt(X.shape[1]))]
         self.machine_ = make_pipeline(StandardScaler(), SVC(C=3.0, break_ties=True, class_weight=self.class_weight))
         self.machine_.fit(X[rows], y[rows])
         self.classes_ = self.machine_.classes_
@@ -196,6 +200,7 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
       images: whether the examples are pixels.
       names: the classifiers to choose from.
     """
+    task, components = _narrowed(task)
     noisy, held_out = task.noisy, task.held_out
     numbers = np.random.default_rng(task.seed).random(len(noisy.labels))
     rest = numbers >= VALIDATION
@@ -234,7 +239,23 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
             final = best if clearly_better(hits[1], hits[0]) else NETWORK
         else:
             final = NETWORK if clearly_better(*hits) else best
+    model = model if components is None else make_pipeline(components, model)
     return Final(final, best, model, task.num_classes, quality, by_cleaned[0], tuple(lines))
+
+
+def _narrowed(task: Task) -> tuple[Task, PCA | None]:
+    """The task, in principal components where its examples are wide, and what makes these."""
+    if task.noisy.examples.shape[1] <= WIDE:
+        return task, None
+    rows = np.random.default_rng(task.seed).permutation(len(task.noisy.labels))[:FITTED]
+    components = PCA(min(REDUCED, len(rows)), random_state=task.seed).fit(task.noisy.examples[rows])
+    parts = {name: getattr(task, name) for name in ("noisy", "trusted", "held_out")}
+    narrow = {
+        name: dataclasses.replace(part, examples=components.transform(part.examples))
+        for name, part in parts.items()
+        if part is not None
+    }
+    return dataclasses.replace(task, **narrow), components
 
 
 def compared(

@@ -157,11 +157,32 @@ def test_the_kernel_machine_with_two_classes_and_too_many_examples(monkeypatch):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 2))
     y = np.where(np.square(x).sum(1) > 1.2, 4, 2)
-    monkeypatch.setattr(final, "LARGEST", 200)
+    monkeypatch.setattr(final, "LARGEST", 200 * 2**0.5 + 0.1)
     found = final.Kernel(1).fit(x, y)
     assert found.machine_[-1].shape_fit_[0] == 200
     assert np.mean(found.predict(x) == y) > 0.9 and found.predict_proba(x).shape == (300, 2)
     np.testing.assert_array_equal(found.classes_[found.predict_proba(x).argmax(1)], found.predict(x))
+
+
+def test_wide_examples_are_seen_in_principal_components(case, monkeypatch):
+    task, _, quality, _ = case
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(300, 300)))[0][: task.noisy.examples.shape[1]]
+
+    def widened(part):
+        return dataclasses.replace(part, examples=part.examples @ turn)
+
+    wide = dataclasses.replace(
+        task, noisy=widened(task.noisy), trusted=widened(task.trusted), held_out=widened(task.held_out)
+    )
+    narrow, components = final._narrowed(wide)
+    assert narrow.noisy.examples.shape == (len(task.noisy.labels), final.REDUCED)
+    # A rotation and its components: distances stay.
+    before, after = (np.square(x[:50] - x[1:51]).sum(1) for x in (task.noisy.examples, narrow.noisy.examples))
+    np.testing.assert_allclose(before, after, rtol=1e-6)
+    found = final.fit(wide, quality, "ieg", images=False, names=("logistic",))
+    assert found.predict_proba(wide.noisy.examples[:3]).shape == (3, task.num_classes)
+    assert np.mean(found.predict_proba(wide.held_out.examples).argmax(1) == wide.held_out.labels) > 0.8
 
 
 def test_a_network_that_knows_labels_by_heart_has_no_say_in_the_end():
