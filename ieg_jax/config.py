@@ -40,6 +40,7 @@ AUGMENT_PRESETS = {
 # the trusted loss, and one class takes over another.
 OWN_DATA = {"unlabeled_weight": 1.0, "consistency_weight": 2.0}
 FEATURES_AUGMENT = ("gaussian(0.1)", "gaussian(0.3)")  # standard, strong; features have a deviation of 1
+FINETUNE_RATE, FINETUNE_EPOCHS = 0.05, 5.0
 BACKBONE_VIEWS = 4  # see backbone.views: a photograph, and three random crops of it, mirrored at random
 FEATURES_BATCH, FEATURES_RATE, FEATURES_DEPTH = 256, 0.1, 2
 KEPT = 10  # checkpoints of own data, evenly spread over training: an audit takes the mean of their predictions
@@ -311,6 +312,26 @@ def follow_backbone(config: ConfigDict, name: str, mirrored: bool = True) -> Non
     crop = f"random_resized_crop({config.backbone.image_size},smallest=0.5)"
     config.backbone.augment = f"{crop}|flip" if mirrored else crop
     follow_features(config)
+
+
+def follow_finetuning(config: ConfigDict, name: str, size: int, mirrored: bool = True) -> None:
+    """Sets what suits a training from the weights of a package: the head first, then all layers, the lower slower.
+
+    Args:
+      config: from configs/default.py; what `config.method` does not read of the group `meta` stays as it is.
+      name: of the network.
+      size: pixels of a side of what it sees.
+      mirrored: whether the mirror image of an image is one of its class too.
+    """
+    follow_data(config, FINETUNE_RATE)
+    config.model.name, config.model.pretrained = name, "imagenet"
+    flip = "|flip" if mirrored else ""
+    config.augment.standard = f"random_resized_crop({size},smallest=0.5){flip}"
+    config.augment.strong = f"random_resized_crop({size},smallest=0.2){flip}|randaugment(2,5)"
+    config.augment.views_of = "original"
+    config.augment.evaluation = f"resize({size})|center_crop({size})"
+    config.finetune.update({"body_rate": 0.1, "layer_decay": 0.9, "probe_epochs": 1.0})
+    config.num_train_epochs = FINETUNE_EPOCHS
 
 
 # Longer trainings of own data learn wrong labels and the few trusted examples by heart; networks of features sooner.

@@ -6,6 +6,9 @@ same peak, because jax's default precision multiplies in bfloat16 there.
 """
 
 import dataclasses
+import importlib.util
+import os
+import pathlib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +64,22 @@ _KINDS = {
 def chip(device_kind: str) -> Chip | None:
     """Returns the chip of a `jax.Device.device_kind`; None for one that is not listed, such as a processor."""
     return _KINDS.get(device_kind)
+
+
+# Devices of the system -> packages, of which one makes jax use them.
+ACCELERATORS = {
+    "nvidia[0-9]*": ("jax_cuda12_plugin", "jax_cuda13_plugin"),
+    "accel[0-9]*": ("libtpu",),
+    "vfio/[0-9]*": ("libtpu",),
+}
+
+
+def accelerator_is_here(devices: pathlib.Path = pathlib.Path("/dev")) -> bool:
+    """Whether this machine seems to have a GPU or a TPU that jax can use; jax is not started to find out."""
+    allowed = os.environ.get("JAX_PLATFORMS", "")
+    if allowed and set(allowed.split(",")) <= {"cpu"}:
+        return False
+    return any(
+        any(devices.glob(pattern)) and any(importlib.util.find_spec(package) for package in packages)
+        for pattern, packages in ACCELERATORS.items()
+    )

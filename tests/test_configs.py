@@ -11,14 +11,18 @@ import archives
 import image_trees
 import numpy as np
 import pytest
+import untrained
 from archives import idx
 from runs import ROOT
 
-from configs import default
-from ieg_jax import cli, models
+from configs import default, own_data
+from ieg_jax import cli, inference, models
+from ieg_jax import config as config_lib
 from ieg_jax.data import shards
 from ieg_jax.data.sources import cifar
+from ieg_jax.models import pretrained
 from ieg_jax.reproduce import experiments, results
+from ieg_jax.train import check
 from ieg_jax.train.loop import train_and_evaluate
 
 FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
@@ -26,6 +30,8 @@ FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.nam
 
 def use_fixture_data(config, folder):
     rng = np.random.default_rng(0)
+    if config.backbone.name:
+        small_backbone(config, folder)
     if config.data.name == "fashion_mnist":
         for part, n in (("train", 200), ("t10k", 50)):
             images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
@@ -41,7 +47,7 @@ def use_fixture_data(config, folder):
         for part, text in lines.items():
             (folder / f"{part}.csv").write_text("\n".join(text))
             config.data[part] = str(folder / f"{part}.csv")
-        config.data.image_size, config.batch_size = 16, 8
+        config.data.image_size, config.batch_size = 0 if config.backbone.name else 16, 8
     elif config.data.name == "arrays":
         config.data.train = str(folder / "own.npz")
         np.savez(
@@ -62,13 +68,26 @@ def use_fixture_data(config, folder):
         )
 
 
+def small_backbone(config, folder):
+    """A backbone with random weights, of images of 16 pixels."""
+    inference.export(untrained.trained((16, 16, 3), "ab", data__name="digits"), folder / "backbone")
+    config.backbone.update({"name": "tiny", "pretrained": str(folder / "backbone" / "weights.npz"), "image_size": 16})
+    config.backbone.update({"augment": "random_resized_crop(16)|flip", "cache": str(folder / "cache")})
+
+
 def make_tiny(config):
     """The network of two convolutions, which reads no other key of the group but the width."""
     config.model.update(default.get_config().model)
     config.model.name = "tiny"
 
 
-PUBLISHED = {"cifar10.py", "cifar100.py", "webvision_mini.py", "webvision.py"}  # by the command, see below
+PUBLISHED = {
+    "cifar10.py",
+    "cifar100.py",
+    "cifar10n.py",
+    "webvision_mini.py",
+    "webvision.py",
+}  # by the command, see below
 IN_PROCESS = [name for name in FILES if name not in PUBLISHED]
 
 
@@ -111,6 +130,10 @@ def test_one_step_of_every_experiment(signature, tmp_path, monkeypatch):
     if config.data.name.startswith("cifar"):
         archives.cifar_tfds(tmp_path, config.data.name, sizes)
         config.data.dir, config.trusted.per_class = str(tmp_path), 1
+        if config.noise.kind == "human":
+            config.noise.file = str(tmp_path / "human.pt")
+            true = archives.cifar_tfds(tmp_path, config.data.name, sizes)["train"][1]
+            archives.human_labels(tmp_path / "human.pt", config.data.name, true)
         if config.noise.kind == "file":
             (tmp_path / "labels.json").write_text(json.dumps([number % 10 for number in range(sizes["train"])]))
             config.noise.file = str(tmp_path / "labels.json")
@@ -157,6 +180,19 @@ def test_one_step_on_records(tmp_path, monkeypatch):
     config.data.update(name="records", dir=str(tmp_path / "records"), train="", test="", trusted="")
     config.augment.standard, config.augment.evaluation = "random_resized_crop(16)|flip", "resize(16)|center_crop(16)"
     assert one_step(config, tmp_path)["trusted_per_class"] == 2
+
+
+def test_one_step_on_features_of_cifar(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cifar, "SIZES", archives.SMALL)
+    _, true = archives.cifar_tfds(tmp_path, "cifar10", archives.SMALL)["train"]
+    archives.human_labels(tmp_path / "human.pt", "cifar10", true)
+    config = cli.load_config("configs/cifar10n.py:trusted_per_class=1")
+    config.data.dir, config.noise.file, config.trusted.holdout = str(tmp_path), str(tmp_path / "human.pt"), 0.0
+    small_backbone(config, tmp_path)
+    config.mesh.data, config.num_train_steps, config.num_train_epochs = 1, 1, 0.0
+    result = train_and_evaluate(config, str(tmp_path / "run"))
+    assert result["steps"] == 1 and result["model"] == "mlp" and 0 <= result["test_accuracy"] <= 1
 
 
 def test_one_step_on_cifar_of_tfds_with_human_labels(tmp_path, monkeypatch):
@@ -233,3 +269,24 @@ def test_the_docstring_says_how_to_run_it_and_what_to_expect(name):
     if name != "default.py":
         assert f"--config=configs/{name}" in text
         assert "ccuracy" in text
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "finetune", "none", "auto"])
+def test_own_photographs(backbone, monkeypatch):
+    monkeypatch.setattr(pretrained, "is_installed", lambda network: True)
+    monkeypatch.setattr(own_data.hardware, "accelerator_is_here", lambda: False)
+    config = own_data.get_config(f"backbone={backbone},size=48,augment=symbols")
+    config.data.train, config.data.trusted = "labels.csv", "trusted.csv"
+    check.validate(config_lib.resolve(config))
+    frozen = backbone in ("auto", "efficientnet_lite0")
+    assert (config.backbone.name, config.model.name) == {
+        "none": ("", "wide_resnet"), "finetune": ("", "efficientnet_lite0"),
+    }.get(backbone, ("efficientnet_lite0", "mlp"))  # fmt: skip
+    assert config.backbone.image_size == (48 if frozen else 112)
+    assert "flip" not in (config.backbone.augment if frozen else config.augment.standard)
+    assert (config.meta.layers == "^head/") == (backbone == "finetune")
+    monkeypatch.setattr(own_data.hardware, "accelerator_is_here", lambda: True)
+    if backbone == "auto":
+        assert own_data.get_config().model.name == "efficientnet_lite0"
+    monkeypatch.setattr(pretrained, "is_installed", lambda network: False)
+    assert own_data.get_config().model.name == "wide_resnet"

@@ -60,6 +60,14 @@ def tune(config: ConfigDict, **values: Any) -> None:
             config.method[key] = value
 
 
+def tune_lookahead(config: ConfigDict, **values: Any) -> None:
+    """Sets keys of the group `meta` likewise."""
+    reads = get(config.method.name).keys if config.method.name in REGISTRY else {}
+    for key, value in values.items():
+        if f"meta.{key}" in reads:
+            config.meta[key] = value
+
+
 def choose(config: ConfigDict, name: str) -> None:
     """Gives a configuration another method; what this one does not read takes its default."""
     config.method.name = name

@@ -5,9 +5,9 @@
     python -m ieg_jax.reproduce table TABLE             shows mean ± std over the seeds beside the paper's number
     python -m ieg_jax.reproduce figure NAME             draws our curves beside the paper's, as PNG and SVG
 
-The tables are those of the paper, the runs of its figures (figure-1, ...), fashion, digits-sweep, digits-ablation and
-quick. Each run has its own work folder below --workdir. When it is finished, a small JSON file is also kept in
---results.
+The tables are those of the paper, the runs of its figures (figure-1, ...), fashion, cifar10n, digits-sweep,
+digits-ablation and quick. Each run has its own work folder below --workdir. When it is finished, a small JSON file is
+also kept in --results.
 """
 
 import sys

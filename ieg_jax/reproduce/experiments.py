@@ -296,6 +296,38 @@ def _fashion_table() -> Table:
     return Table("fashion", "Fashion-MNIST, 14×14, 10 trusted images per class", tuple(rows))
 
 
+# Photographs with labels that people got wrong, on features of a pretrained backbone (configs/cifar10n.py).
+CIFAR10N_LABELS = ("aggre", "random1", "worse")
+CIFAR10N_NOISE = (("uniform", 0.4), ("uniform", 0.8), ("asymmetric", 0.4))
+CIFAR10N_METHODS = ("supervised", "gce", "elr", "l2r", "ieg")
+
+
+def cifar10n(method: str, labels: str = "none", noise: str = "none", rate: float = 0.0) -> Experiment:
+    """Returns an experiment of configs/cifar10n.py."""
+    arguments, needs = f"method={method},labels={labels}", ("data.dir", "noise.file")
+    if labels == "none":
+        arguments, needs = f"{arguments},noise={noise},noise_rate={rate:g}", ("data.dir",)
+    name = "-".join(["cifar10n", method, labels if labels != "none" else f"{noise}-{rate:g}"])
+    return Experiment(name, f"configs/cifar10n.py:{arguments}", needs=needs)
+
+
+def _cifar10n_table() -> Table:
+    """Returns the table of the experiments on CIFAR-10N."""
+    rows = []
+    for method in CIFAR10N_METHODS:
+        rows += [
+            Row({"method": method, "noise": labels, "rate": ""}, cifar10n(method, labels)) for labels in CIFAR10N_LABELS
+        ]
+        rows += [
+            Row({"method": method, "noise": noise, "rate": rate}, cifar10n(method, noise=noise, rate=rate))
+            for noise, rate in CIFAR10N_NOISE
+        ]
+    rows.append(Row({"method": "trusted_only", "noise": "any", "rate": ""}, cifar10n("trusted_only")))
+    rows.append(Row({"method": "supervised", "noise": "none", "rate": ""}, cifar10n("supervised")))
+    title = "CIFAR-10 with CIFAR-10N's labels, frozen EfficientNet-Lite0, 10 trusted images per class"
+    return Table("cifar10n", title, tuple(rows))
+
+
 DIGITS_RATES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 DIGITS_METHODS = ("supervised", "l2r", "ieg")
 _DIGITS_COMPONENTS = COMPONENTS | {"no AutoAugment": {"augment.strong": "crop(pad=1)|cutout(0.25)"}}
@@ -333,7 +365,7 @@ def _digits_tables() -> list[Table]:
 @functools.cache
 def tables() -> dict[str, Table]:
     """Returns all tables by name, in the order in which they are listed."""
-    found = [*_paper_tables(), *_figure_tables(), _fashion_table(), *_digits_tables()]
+    found = [*_paper_tables(), *_figure_tables(), _fashion_table(), _cifar10n_table(), *_digits_tables()]
     return {table.name: table for table in found}
 
 

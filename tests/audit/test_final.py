@@ -175,7 +175,7 @@ def test_wide_examples_are_seen_in_principal_components(case, monkeypatch):
     wide = dataclasses.replace(
         task, noisy=widened(task.noisy), trusted=widened(task.trusted), held_out=widened(task.held_out)
     )
-    narrow, components = final._narrowed(wide)
+    narrow, _ = final._narrowed(wide)
     assert narrow.noisy.examples.shape == (len(task.noisy.labels), final.REDUCED)
     # A rotation and its components: distances stay.
     before, after = (np.square(x[:50] - x[1:51]).sum(1) for x in (task.noisy.examples, narrow.noisy.examples))
