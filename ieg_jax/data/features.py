@@ -318,14 +318,27 @@ def features_of(
     else:
         begin = random.randrange(len(missing)) if missing else 0  # the same command may run twice side by side
     count = sum(min(AT_ONCE, len(splits[name]) - start) for name, _, start in missing)
-    title = f"features of {count:,} images by {backbone.about['network']}"
-    for name, view, start in track(missing[begin:] + missing[:begin], title, disable=len(missing) < 2):
+    title, order = f"features of {count:,} images by {backbone.about['network']}", missing[begin:] + missing[:begin]
+
+    def read(chunk: tuple[str, int, int]) -> tuple[list[str], np.ndarray | None]:
+        """The keys that are missing still, and their pictures."""
+        name, view, start = chunk
         cache.refresh()
         part = keys[name][view][start : start + AT_ONCE]
-        rows = np.array([start + place for place, key in enumerate(part) if key not in cache], int)
-        if len(rows):
-            pixels = _pixels(splits[name], rows, backbone.size, view, policy, [digests[name][row] for row in rows])
-            cache.write([part[row - start] for row in rows], backbone.features(pixels).astype(dtype))
+        places = [place for place, key in enumerate(part) if key not in cache]
+        if not places:
+            return [], None
+        rows = np.array(places) + start
+        pixels = _pixels(splits[name], rows, backbone.size, view, policy, [digests[name][row] for row in rows])
+        return [part[place] for place in places], pixels
+
+    with ThreadPoolExecutor(1) as reader:  # the next pictures are read while features are computed
+        ahead = [reader.submit(read, chunk) for chunk in order[:1]]
+        for number in track(range(len(order)), title, disable=len(order) < 2):
+            wanted, pixels = ahead.pop().result()
+            ahead += [reader.submit(read, chunk) for chunk in order[number + 1 : number + 2]]
+            if wanted:
+                cache.write(wanted, backbone.features(pixels).astype(dtype))
     return {name: np.stack([cache.read(part) for part in of_view], 1) for name, of_view in keys.items()}
 
 
