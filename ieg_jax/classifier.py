@@ -346,8 +346,9 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             class_names=names.astype(str),
             balanced=self.class_weight is not None,
         )
+        is_images = not data.train.is_features or data.features is not None
         candidates = tuple(final.CLASSIFIERS) if self.final == AUTO else (self.final,)
-        return final.fit(task, quality, self.method, not data.train.is_features, candidates)
+        return final.fit(task, quality, self.method, is_images, candidates)
 
     def _predict(self, split: Split) -> np.ndarray:
         if self.__dict__.get("_final") is not None:

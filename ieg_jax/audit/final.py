@@ -16,7 +16,8 @@ are better evidence on their labels. So the two take turns:
    unless it has: it then agrees with the given labels more often than it is right on held-out trusted examples.
 4. The best classifier is trained on all cleaned examples. That is the final one, unless the network is better on the
    held-out trusted examples by more than a standard error; of images, on whose pixels a plain classifier knows little,
-   it has to be better than the network by as much.
+   and of the features of a backbone, on several views of which the network was trained, it has to be better than the
+   network by as much.
 
 The classifiers are scikit-learn's, which are well tested and fast. Where classes of unequal size are to count alike
 (`class_weight=balanced`), those of 2 and 4 are weighted by the labels that they are trained on, and the expected
@@ -197,7 +198,7 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
       task: what there is to learn from.
       quality: the audit of the noisy examples by the network.
       method: by which the network was trained.
-      images: whether the examples are pixels.
+      images: whether the examples are pixels, or features that were made of them.
       names: the classifiers to choose from.
     """
     task, components = _narrowed(task)

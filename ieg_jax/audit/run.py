@@ -174,7 +174,7 @@ def _final(
     quality: Quality,
     answers: sample.Answers | None,
 ) -> final.Final:
-    """The final classifier of features, see `audit.final`."""
+    """The final classifier of features, see `audit.final`; a network that has seen views of images is hard to beat."""
 
     def examples(split: Split, predictions: np.ndarray) -> final.Examples:
         return final.Examples(plain.flat(split), split.labels, predictions)
@@ -190,7 +190,7 @@ def _final(
         answers=answers,
         balanced=trained.config.class_weight == "balanced",
     )
-    return final.fit(task, quality, trained.config.method.name, images=False)
+    return final.fit(task, quality, trained.config.method.name, images=data.features is not None)
 
 
 def _alarm_trusted(data: Data, predict: Predict) -> list[str]:

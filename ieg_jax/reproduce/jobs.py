@@ -43,7 +43,8 @@ class Changes:
 
     Attributes:
       tiny: whether networks are small and steps are few, see TINY.
-      keys: texts `key=value`, each a key of the configuration that is set.
+      keys: texts `key=value`, each a key of the configuration that is set; one that says where data are only in
+        experiments that need it.
       foreign: texts `name:folder`, each a source of open-set noise and where its images are.
     """
 
@@ -69,6 +70,8 @@ class Changes:
             key, separator, value = pair.partition("=")
             if not separator or key not in known:
                 raise UserError(f"--set={pair}: expected key=value with a key of configs/default.py")
+            if key in results.LOCATIONS and experiment.needs and key not in experiment.needs:
+                continue  # it is for other rows of the table
             kind = type(known[key])
             if kind not in (str, int, float):
                 raise UserError(f"--set={pair}: expected the key of a text or a number")

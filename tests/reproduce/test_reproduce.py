@@ -17,6 +17,7 @@ from runs import CACHE, FAST_COMPILATION, ROOT
 from ieg_jax import methods
 from ieg_jax.reproduce import experiments, figures, results, tables
 from ieg_jax.reproduce.experiments import Experiment, Row, Table
+from ieg_jax.reproduce.jobs import Changes
 
 
 def command(*arguments, code=0):
@@ -217,3 +218,10 @@ def test_figures_show_the_paper_and_ours(store, tmp_path):
     _, svg = figures.draw("1", store, 3, epath.Path(tmp_path))
     text = svg.read_text()
     assert "<!-- IEG -->" in text and "<!-- IEG, paper -->" in text and "not run yet" not in text
+
+
+def test_a_place_is_set_where_an_experiment_needs_it():
+    human, drawn = experiments.cifar10n("ieg", "worse"), experiments.cifar10n("ieg", noise="uniform", rate=0.4)
+    changes = Changes(keys=("data.dir=/data", "noise.file=/human.pt", "batch_size=32"))
+    assert changes.of(human).keys == {"data.dir": "/data", "noise.file": "/human.pt", "batch_size": 32}
+    assert changes.of(drawn).keys == {"data.dir": "/data", "batch_size": 32}
