@@ -421,7 +421,8 @@ def differences(old: dict, new: dict) -> list[str]:
 
     Nor is a key named that is AUTO in `new`: from the same data it will be what it is in `old`.
     """
-    old, new = ADDED | flatten(old), flatten(new)
+    old, new = flatten(old), flatten(new)
+    old = {key: value for key, value in ADDED.items() if key in new} | old
     old = {key: AUTO if key in AUTOMATIC and new.get(key) == AUTO else value for key, value in old.items()}
     missing = "(no such key)"
     return [
