@@ -43,7 +43,6 @@ from ieg_jax.train import check
 from ieg_jax.train.loop import train_and_evaluate
 
 RATE, BATCH = 0.05, 64  # learning rate and batch size of images, as in configs/own_data.py
-PHOTOGRAPHS = 32  # pixels of a side from which on colour images are taken for photographs
 # Keys of `config` that are refused, or the beginnings of several: the arguments of `fit` say what they would say.
 FIXED = ("class_weight", "data.", "noise.", "trusted.source", "trusted.ids", "trusted.per_class", "trusted.fraction")
 AUTO = "auto"
@@ -64,12 +63,12 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         data.
       backbone: of images, a pretrained network that stays as it is, on whose features `network` is trained: a name in
         `models.REGISTRY` that the package `[pretrained]` brings weights of, `none`, or `auto`: EfficientNet-Lite0 where
-        that package is installed, `network` is None and images have three channels and at least 32 pixels a side. More
-        of it, such as other weights, by `config={"backbone.pretrained": ...}`.
-      augment: of images: `photos`, `grey` (no change of colours), `symbols` (neither mirrored nor
-        turned), `auto` (grey where images have one channel, else photos); or for anything a pair (standard, strong) of
-        policies of `data.augment`. Features have Gaussian noise instead of a name's, and on a backbone there are random
-        crops besides, mirrored unless it is `symbols`.
+        that package is installed, `network` is None and images have at least 24 pixels a side. Other weights by
+        `config={"backbone.pretrained": ...}`.
+      augment: of images: `photos`, `grey` (no change of colours), `symbols` (neither mirrored nor turned), `auto` (grey
+        where images have one channel, else photos); or for anything a pair (standard, strong) of policies of
+        `data.augment`. Features have Gaussian noise instead of a name's, and on a backbone there are random crops
+        besides, mirrored unless it is `symbols`.
       epochs: length of the training in passes over X; at most one of it and `steps`.
       steps: the same in steps. Both None = 40 epochs, but no fewer than 500 and no more than 20,000 steps; of features
         20 epochs, but no fewer than 300 and no more than 1,500 steps.
@@ -485,9 +484,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         """The name of the backbone of images; "" without one."""
         if self.backbone != AUTO:
             return features.choose(self.backbone)
-        height, width, channels = self.__dict__.get("image_shape_", (0, 0, 0))
-        photographs = channels == 3 and min(height, width) >= PHOTOGRAPHS
-        return features.choose(AUTO) if photographs and self.network is None else ""
+        side = min(self.__dict__.get("image_shape_", (0, 0, 0))[:2])
+        return features.choose(AUTO) if side >= config_lib.SMALL and self.network is None else ""
 
     def _policies(self, on_features: bool) -> tuple[str, str]:
         if isinstance(self.augment, str):

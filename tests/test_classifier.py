@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import untrained
 from runs import ROOT
 from sklearn.base import clone
 from sklearn.datasets import load_digits, make_blobs
@@ -620,3 +621,27 @@ def test_a_second_fit_of_the_same_shapes_compiles_nothing(digits):
     assert np.abs(second.predict_proba(X) - first.predict_proba(X)).max() > 1e-3
     quick(random_state=2, steps=5, batch_size=28, config={"ema.decay": 0.5}).fit(X, y)
     assert compiled, "another configuration is compiled"
+
+
+def test_images_on_a_backbone(tmp_path, monkeypatch):
+    """It takes images, and its network and its final classifier see features."""
+    inference.export(untrained.trained((24, 24, 3), "ab", data__name="digits"), tmp_path / "weights")
+    monkeypatch.setattr(classifier.features, "choose", lambda name: "" if name == "none" else "tiny")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    y = np.arange(160) % 2
+    X = np.clip(rng.normal(100 + 60 * y[:, None, None, None], 30, (160, 24, 24, 3)), 0, 255).astype(np.uint8)
+    keys = {"backbone.pretrained": str(tmp_path / "weights" / "weights.npz"), "backbone.image_size": 24}
+    keys["backbone.augment"] = "crop(pad=2)|flip"
+    clf = IEGClassifier(method="supervised", steps=20, verbose=0, config=keys)
+    clf.fit(X[:120], y[:120], X[120:140], y[120:140])
+    assert clf.config_.model.name == "mlp" and clf.config_.backbone.views == config_lib.BACKBONE_VIEWS
+    assert np.mean(clf.predict(X[140:]) == y[140:]) > 0.9
+    again = pickle.loads(pickle.dumps(clf))
+    np.testing.assert_allclose(again.predict_proba(X[140:]), clf.predict_proba(X[140:]), atol=1e-5)
+    assert clf.comparison_, "plain classifiers of the features were compared"
+    assert IEGClassifier(backbone="none")._configure("images", 2, 0.0).backbone.name == ""
+    assert IEGClassifier(network="tiny")._configure("images", 2, 0.0).backbone.name == ""
+    small = IEGClassifier()
+    small.image_shape_ = (23, 40, 3)
+    assert small._configure("images", 2, 0.0).backbone.name == ""
