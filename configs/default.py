@@ -108,9 +108,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     backbone.conventions = "own"  # see model.conventions
     backbone.image_size = 112  # pixels of a side to which the centre square of each image is resized
     # V: features of each training and trusted image and of V - 1 views of it, which backbone.augment makes once. A step
-    # draws one of them anew, in place of augmentation; of files, backbone.augment begins with random_resized_crop.
+    # draws one of them anew, in place of augmentation. {size} stands for backbone.image_size.
     backbone.views = 1
-    backbone.augment = "random_resized_crop(112,smallest=0.5)|flip"
+    backbone.augment = "random_resized_crop({size},smallest=0.5)|flip"
     backbone.cache = ""  # folder of the features, on a bucket too; "" = in the user's cache folder
 
     config.model = model = ConfigDict()

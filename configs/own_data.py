@@ -11,11 +11,12 @@ features of EfficientNet-Lite0 with its ImageNet weights, where these are instal
 Where there is an accelerator auto is finetune: that whole network is trained, its last layer first and the lower ones
 more slowly, and the lookahead goes through the last layer alone. With backbone=none a network is trained from random
 weights; its size, that of the images and the length of the training follow from the data (-1 in the keys; config.json
-has what they became). Two checked images in ten of each class are held out (trusted.holdout): they measure the accuracy
-where there is no data.test, and calibrate ieg_jax.audit. Further arguments: size (pixels of the network's input, to
-which images are resized; -1 = 112 for the backbone, else from the data, which are then decoded once into memory; 0 = as
-they come), augment (photos; grey: no change of colours; symbols: neither mirrored nor turned), method, seed (of
-everything) and reference. Accuracy depends on the data.
+has what they became). A run that is to go on elsewhere names its backbone. Two checked images in ten of each class are
+held out (trusted.holdout): they measure the accuracy where there is no data.test, and calibrate ieg_jax.audit. Further
+arguments: size (pixels of the network's input, to which images are resized; -1 = 112 for the backbone, else from the
+data, which are then decoded once into memory; 0 without a backbone = as they come), augment (photos; grey: no change of
+colours; symbols: neither mirrored nor turned), method, seed (of everything) and reference. Accuracy depends on the
+data.
 """
 
 from ml_collections import ConfigDict
@@ -45,12 +46,12 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.method.name = args.method
     config.data.name = args.source
     config.trusted.source, config.trusted.holdout = "separate", 0.2
-    size = config.backbone.image_size if args.size == config_lib.AUTO else args.size
+    size = args.size if args.size > 0 else config.backbone.image_size
     backbone, mirrored = args.backbone, args.augment != "symbols"
     if backbone == "auto" and features.choose("auto") and hardware.accelerator_is_here():
         backbone = "finetune"
     if backbone == "finetune":
-        config_lib.follow_finetuning(config, "efficientnet_lite0", size, mirrored)
+        config_lib.follow_finetuning(config, "efficientnet_lite0", size, args.augment)
         methods.tune_lookahead(config, layers="^head/")
     elif backbone := features.choose(backbone):
         config.backbone.image_size = size

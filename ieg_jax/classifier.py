@@ -62,9 +62,9 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         `from_nnx(MyNetwork, ...)`. None = `mlp` for features and on a backbone, else a wide ResNet, its size from the
         data.
       backbone: of images, a pretrained network that stays as it is, on whose features `network` is trained: a name in
-        `models.REGISTRY` that the package `[pretrained]` brings weights of, `none`, or `auto`: EfficientNet-Lite0 where
-        that package is installed, `network` is None and images have at least 24 pixels a side. Other weights by
-        `config={"backbone.pretrained": ...}`.
+        `models.REGISTRY`, `none`, or `auto`: EfficientNet-Lite0 where the package `[pretrained]` with its weights
+        is installed, `network` is None, `augment` is no pair, and images have at least 24 pixels a side.
+        Weights of other networks by `config={"backbone.pretrained": ...}`. A pickle finds the weights where they were.
       augment: of images: `photos`, `grey` (no change of colours), `symbols` (neither mirrored nor turned), `auto` (grey
         where images have one channel, else photos); or for anything a pair (standard, strong) of policies of
         `data.augment`. Features have Gaussian noise instead of a name's, and on a backbone there are random crops
@@ -211,7 +211,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
                 raise KeyboardInterrupt(str(error)) from error
             trained = inference.load(folder, network=network)
             earlier = inference.over_training(folder, trained, network)[1:]
-            data = load_data(ConfigDict(trained.config.to_dict()))
+            data = load_data(ConfigDict(trained.config.to_dict()), quiet=True)
             history = WorkFolder(folder, writes=False).rows()
         if self.workdir is None:
             trained.config.data.train = ""  # it was in the temporary folder
@@ -304,7 +304,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
 
     def __setstate__(self, state):
         """Of a classifier that was pickled before a network knew the shape of its images, it follows from `fit`."""
-        super().__setstate__({"class_weight": None} | state)
+        super().__setstate__({"class_weight": None, "backbone": "none"} | state)
         trained = self.__dict__.get("_trained")
         if trained is not None and "image_shape" not in vars(trained):
             known = {name: value for name, value in vars(trained).items() if name != "exported_image_shape"}
@@ -485,7 +485,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         if self.backbone != AUTO:
             return features.choose(self.backbone)
         side = min(self.__dict__.get("image_shape_", (0, 0, 0))[:2])
-        return features.choose(AUTO) if side >= config_lib.SMALL and self.network is None else ""
+        fits = side >= config_lib.SMALL and self.network is None and isinstance(self.augment, str)
+        return features.choose(AUTO) if fits else ""
 
     def _policies(self, on_features: bool) -> tuple[str, str]:
         if isinstance(self.augment, str):

@@ -40,7 +40,7 @@ AUGMENT_PRESETS = {
 # the trusted loss, and one class takes over another.
 OWN_DATA = {"unlabeled_weight": 1.0, "consistency_weight": 2.0}
 FEATURES_AUGMENT = ("gaussian(0.1)", "gaussian(0.3)")  # standard, strong; features have a deviation of 1
-FINETUNE_RATE, FINETUNE_EPOCHS = 0.05, 5.0
+FINETUNE_RATE = 0.05
 BACKBONE_VIEWS = 4  # see backbone.views: a photograph, and three random crops of it, mirrored at random
 FEATURES_BATCH, FEATURES_RATE, FEATURES_DEPTH = 256, 0.1, 2
 KEPT = 10  # checkpoints of own data, evenly spread over training: an audit takes the mean of their predictions
@@ -301,7 +301,7 @@ def follow_features(config: ConfigDict) -> None:
 
 
 def follow_backbone(config: ConfigDict, name: str, mirrored: bool = True) -> None:
-    """Sets what trainings on features of a backbone share; the size of its images must be set.
+    """Sets what trainings on features of a backbone share.
 
     Args:
       config: from configs/default.py.
@@ -309,34 +309,34 @@ def follow_backbone(config: ConfigDict, name: str, mirrored: bool = True) -> Non
       mirrored: whether the mirror image of an image is one of its class too.
     """
     config.backbone.name, config.backbone.views = name, BACKBONE_VIEWS
-    crop = f"random_resized_crop({config.backbone.image_size},smallest=0.5)"
+    crop = "random_resized_crop({size},smallest=0.5)"
     config.backbone.augment = f"{crop}|flip" if mirrored else crop
     follow_features(config)
 
 
-def follow_finetuning(config: ConfigDict, name: str, size: int, mirrored: bool = True) -> None:
+def follow_finetuning(config: ConfigDict, name: str, size: int, augment: str) -> None:
     """Sets what suits a training from the weights of a package: the head first, then all layers, the lower slower.
 
     Args:
       config: from configs/default.py; what `config.method` does not read of the group `meta` stays as it is.
       name: of the network.
       size: pixels of a side of what it sees.
-      mirrored: whether the mirror image of an image is one of its class too.
+      augment: one of AUGMENT_PRESETS.
     """
     follow_data(config, FINETUNE_RATE)
     config.model.name, config.model.pretrained = name, "imagenet"
-    flip = "|flip" if mirrored else ""
+    flip = "" if augment == "symbols" else "|flip"
     config.augment.standard = f"random_resized_crop({size},smallest=0.5){flip}"
-    config.augment.strong = f"random_resized_crop({size},smallest=0.2){flip}|randaugment(2,5)"
+    config.augment.strong = f"random_resized_crop({size},smallest=0.2){flip}|{AUGMENT_PRESETS[augment][1]}"
     config.augment.views_of = "original"
     config.augment.evaluation = f"resize({size})|center_crop({size})"
     config.finetune.update({"body_rate": 0.1, "layer_decay": 0.9, "probe_epochs": 1.0})
-    config.num_train_epochs = FINETUNE_EPOCHS
 
 
 # Longer trainings of own data learn wrong labels and the few trusted examples by heart; networks of features sooner.
 USUAL_EPOCHS, FEWEST_STEPS, MOST_STEPS = 40.0, 500, 20_000
 FEATURES_EPOCHS, FEATURES_FEWEST_STEPS, FEATURES_MOST_STEPS = 20.0, 300, 1_500
+FINETUNE_EPOCHS, FINETUNE_FEWEST_STEPS = 5.0, 200
 SMALL = 24  # pixels; images below it get the small network
 
 
@@ -345,8 +345,9 @@ def resolve(config: ConfigDict, facts: Facts | None = None) -> ConfigDict:
 
     `trusted.batch_size` 0 becomes `batch_size`. With facts, keys that are AUTO become what suits the data. The
     training: 40 epochs, but no fewer than 500 and no more than 20,000 steps; of features 20 epochs, but no fewer than
-    300 and no more than 1,500 steps; evaluated 20 times, saved 10 times. The network: depth 10 and width 1 for images
-    below 24 pixels, depth 16 and width 2 from there on.
+    300 and no more than 1,500 steps; from weights (`model.pretrained`) 5 epochs, but no fewer than 200 steps; evaluated
+    20 times, saved 10 times. The network: depth 10 and width 1 for images below 24 pixels, depth 16 and width 2 from
+    there on.
 
     Args:
       config: is not changed.
@@ -362,6 +363,8 @@ def resolve(config: ConfigDict, facts: Facts | None = None) -> ConfigDict:
     if config.num_train_epochs == AUTO:
         if facts.smallest_side == 1:
             usual, fewest, most = FEATURES_EPOCHS, FEATURES_FEWEST_STEPS, FEATURES_MOST_STEPS
+        elif config.model.pretrained:
+            usual, fewest, most = FINETUNE_EPOCHS, FINETUNE_FEWEST_STEPS, MOST_STEPS
         else:
             usual, fewest, most = USUAL_EPOCHS, FEWEST_STEPS, MOST_STEPS
         steps = min(max(usual * steps_per_epoch, fewest), most)
@@ -384,7 +387,27 @@ UNCOMPILED = (
     "seed", "data", "noise", "backbone", "trusted.seed", "trusted.ids", "trusted.holdout", "class_weight", "wandb",
 )  # fmt: skip
 # Keys that the work folders of older versions lack -> what these runs did.
-ADDED = {"class_weight": "none"}
+ADDED = {
+    "class_weight": "none",
+    "backbone.name": "",
+    "finetune.body_rate": 1.0,
+    "finetune.layer_decay": 1.0,
+    "finetune.probe_epochs": 0.0,
+    "schedule.warmup_epochs": 0.0,
+}
+
+
+def completed(config: dict) -> ConfigDict:
+    """The configuration of a run, as it was written down, with the keys that older versions lacked (ADDED)."""
+    complete = ConfigDict(config)
+    for key, value in ADDED.items():
+        *groups, name = key.split(".")
+        group = complete
+        for part in groups:
+            group = group.setdefault(part, ConfigDict()) if part not in group else group[part]
+        if name not in group:
+            group[name] = value
+    return complete
 
 
 def of_program(config: ConfigDict) -> FrozenConfigDict:
@@ -423,6 +446,8 @@ def differences(old: dict, new: dict) -> list[str]:
     """
     old, new = flatten(old), flatten(new)
     old = {key: value for key, value in ADDED.items() if key in new} | old
+    if not old.get("backbone.name"):  # nothing reads the rest of the group
+        old, new = ({k: v for k, v in keys.items() if k in ADDED or k[:9] != "backbone."} for keys in (old, new))
     old = {key: AUTO if key in AUTOMATIC and new.get(key) == AUTO else value for key, value in old.items()}
     missing = "(no such key)"
     return [

@@ -65,7 +65,10 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
     data = load_data(trained.config)
     _check_data(workdir, data)
     if options.retrain and data.train.is_features:
-        raise UserError("--retrain is for images; of features an audit trains a final classifier as it is")
+        raise UserError(
+            "--retrain is for networks that see images; of features, also of a backbone, an audit trains a final "
+            "classifier as it is"
+        )
     begun = {
         "workdir": os.path.abspath(workdir),
         "step": trained.step,
@@ -257,11 +260,15 @@ def _out_of_fold(
         config = _fold_config(trained.config, options, fold)
         place = folder / "folds" / str(fold)
         train_and_evaluate(config, str(place))
-        predict = inference.predictor(inference.load(place))
+        network = inference.load(place)
+        predict = inference.predictor(network)
         for (split, folds), probabilities in zip(parts, found, strict=True):
             rows = np.flatnonzero(folds == fold)
             if len(rows):
-                probabilities[rows] = predict(split.take(rows))
+                examples = split.take(rows)
+                if network.features is not None:  # standardised by its own training set
+                    examples = network.features.of_features(examples, data.features)
+                probabilities[rows] = predict(examples)
     return found[0], found[1] if len(found) > 1 else None
 
 

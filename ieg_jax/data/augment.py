@@ -248,6 +248,11 @@ def parse_policy(text: str, key: str) -> Policy:
     return policy
 
 
+def names(text: str) -> list[str]:
+    """The operations of a policy, in order."""
+    return [operation.func.__name__ for operation in _parse(text, "augment")]
+
+
 def _decoded(image: tf.Tensor | Encoded) -> tf.Tensor:
     return to_float(image.whole()) if isinstance(image, Encoded) else image
 

@@ -38,4 +38,4 @@ def validate(config: ConfigDict) -> None:
     kinds.validate(config.noise)
     trusted_set.validate(config.trusted)
     augment.validate(config.augment)
-    features.validate(config.backbone)
+    features.validate(config)

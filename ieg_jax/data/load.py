@@ -76,11 +76,12 @@ class Data:
         return {name: _hash(split) for name, split in self.splits.items()}
 
 
-def load_data(config: ConfigDict) -> Data:
+def load_data(config: ConfigDict, quiet: bool = False) -> Data:
     """Loads the data, takes the trusted and the validation examples out, and adds the noise.
 
     Args:
       config: the configuration. It is not changed: `config.resolve` fills in keys that are AUTO, from `Data.facts`.
+      quiet: whether nothing is shown of features that are computed.
 
     Raises:
       UserError: see `sources.load.load`, `noise.kinds.corrupt` and `trusted.split_trusted`; and where
@@ -126,7 +127,7 @@ def load_data(config: ConfigDict) -> Data:
         left_out=left_out,
         image_size=source.image_size,
     )
-    return _as_features(data, config.backbone) if uses_backbone(config) else data
+    return _as_features(data, config.backbone, quiet) if uses_backbone(config) else data
 
 
 def uses_backbone(config: ConfigDict) -> bool:
@@ -134,8 +135,8 @@ def uses_backbone(config: ConfigDict) -> bool:
     return bool(config.get("backbone", {}).get("name", ""))
 
 
-def _as_features(data: Data, group: ConfigDict) -> Data:
-    splits, made = features.replace_images(data.splits, group)
+def _as_features(data: Data, group: ConfigDict, quiet: bool) -> Data:
+    splits, made = features.replace_images(data.splits, group, quiet)
     return dataclasses.replace(
         data, features=made, train=splits["train"], trusted=splits["trusted"], held_out=splits.get("held_out"),
         evaluation=splits.get(data.evaluation_name),

@@ -141,7 +141,7 @@ def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Mod
         )
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json, expected the work folder of a run (--workdir of ieg_jax.main)")
-    config = ConfigDict(config_lib.ADDED | json.loads((folder / "config.json").read_text()))
+    config = config_lib.completed(json.loads((folder / "config.json").read_text()))
     about = check_network(folder, network)
     if about is None:
         raise UserError(
@@ -193,7 +193,7 @@ def _check_parameters(network: nn.Module, params: Any, shape: tuple[int, int, in
 def _load_exported(folder: epath.Path) -> Trained:
     """Loads what `export` wrote."""
     about = json.loads((folder / pretrained.MODEL).read_text())
-    config = ConfigDict(about["config"])
+    config = config_lib.completed(about["config"])
     if not about.get("image_shape"):
         raise UserError(
             f"{folder / pretrained.MODEL} does not say what images the network sees, as an older version wrote it: add "

@@ -69,6 +69,7 @@ def main(argv: list[str]) -> None:
         listing.show_list(wanted, store, values.seeds, changes, values.chip, values.chips, console)
         return
     ((table, named),) = chosen
+    jobs.check_places(changes, named.values())
     if command == "run":
         wanted = map(changes.of, named.values())
         jobs.run(wanted, store, values.seeds, values.jobs, values["dry-run"].value, console)

@@ -86,6 +86,15 @@ class Changes:
         return dataclasses.replace(experiment, keys=keys)
 
 
+def check_places(changes: Changes, wanted: Iterable[Experiment]) -> None:
+    """Raises UserError for a place of data in `changes` that no experiment needs, though they need others."""
+    needed = {key for experiment in wanted for key in experiment.needs}
+    for pair in changes.keys:
+        key = pair.partition("=")[0]
+        if needed and key in results.LOCATIONS and key not in needed:
+            raise UserError(f"--set={pair}: nothing here reads it; the experiments need {', '.join(sorted(needed))}")
+
+
 def command_line(experiment: Experiment, seed: int, folder: epath.Path) -> list[str]:
     """Returns the command of one run."""
     keys = [f"--config.{key}={value}" for key, value in experiment.keys.items()]

@@ -74,8 +74,14 @@ class WorkFolder:
           data: from `data.load.Data.fingerprint`, name of a split -> hash.
 
         Raises:
-          UserError: where the folder has a run that was begun with other data.
+          UserError: see `check_data`.
         """
+        self.check_data(data)
+        self.write("config.json", json.loads(config.to_json()))
+        self.write("data.json", data)
+
+    def check_data(self, data: dict[str, str]) -> None:
+        """Raises UserError where the folder has a run that was begun with other data, from `Data.fingerprint`."""
         old = self._read("data.json")
         changed = [] if old is None else [name for name in old.keys() | data.keys() if old.get(name) != data.get(name)]
         if changed:
@@ -83,8 +89,6 @@ class WorkFolder:
                 f"{self.path} holds a run that was begun with other data: its {' and '.join(sorted(changed))} examples "
                 f"(ids, names, labels or pixels) were not these; restore them, or use another work folder"
             )
-        self.write("config.json", json.loads(config.to_json()))
-        self.write("data.json", data)
 
     def write_network(
         self, name: str | None, image_shape: tuple[int, int, int], features: Mapping[str, Any] | None = None

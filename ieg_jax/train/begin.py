@@ -65,10 +65,12 @@ class Progress:
         return self.seconds_before + time.monotonic() - self.began
 
 
-def prepare(config: ConfigDict, folder: WorkFolder, shardings: mesh.Shardings, network: nn.Module | None) -> Run:
+def prepare(
+    config: ConfigDict, folder: WorkFolder, shardings: mesh.Shardings, network: nn.Module | None, quiet: bool = False
+) -> Run:
     """Loads the data, resolves what follows from them, and builds the program."""
     with processes.together():
-        data = load_data(config)
+        data = load_data(config, quiet)
         config = config_lib.resolve(config, data.facts)
         steps = durations.in_steps(config, len(data.train))
         named = {data.evaluation_name: data.evaluation, "trusted": data.trusted}
@@ -95,6 +97,8 @@ def write_down(run: Run, network: nn.Module | None) -> None:
     """Claims the work folder and writes down what the run is made of."""
     folder, data = run.folder, run.data
     # Before config.json, with which the run has begun.
+    with processes.together():
+        folder.check_data(data.fingerprint())
     made = None if data.features is None else data.features.to_json()
     folder.write_network(None if network is None else class_name(network), run.image_shape, made)
     with processes.together():

@@ -37,7 +37,7 @@ def validate(config: ConfigDict) -> None:
     methods.validate(config)
     optimizers.validate(config.optimizer)
     schedules.validate(config.schedule)
-    finetune.validate(config.finetune)
+    finetune.validate(config)
     durations.validate(config)
     checkpoints.validate(config.checkpoint)
     mesh.validate(config.mesh)

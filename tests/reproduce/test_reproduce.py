@@ -15,9 +15,10 @@ from PIL import Image
 from runs import CACHE, FAST_COMPILATION, ROOT
 
 from ieg_jax import methods
+from ieg_jax.errors import UserError
 from ieg_jax.reproduce import experiments, figures, results, tables
 from ieg_jax.reproduce.experiments import Experiment, Row, Table
-from ieg_jax.reproduce.jobs import Changes
+from ieg_jax.reproduce.jobs import Changes, check_places
 
 
 def command(*arguments, code=0):
@@ -225,3 +226,6 @@ def test_a_place_is_set_where_an_experiment_needs_it():
     changes = Changes(keys=("data.dir=/data", "noise.file=/human.pt", "batch_size=32"))
     assert changes.of(human).keys == {"data.dir": "/data", "noise.file": "/human.pt", "batch_size": 32}
     assert changes.of(drawn).keys == {"data.dir": "/data", "batch_size": 32}
+    check_places(changes, [human, drawn])
+    with pytest.raises(UserError, match=r"--set=noise.file=/human.pt: nothing here reads it; .* need data.dir"):
+        check_places(changes, [drawn])

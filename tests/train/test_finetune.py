@@ -1,5 +1,6 @@
 """Learning rates by layer."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from configs import default
 from ieg_jax import models
+from ieg_jax.errors import UserError
 from ieg_jax.methods.parts import optimizers
 from ieg_jax.train import finetune, schedules
 
@@ -28,24 +30,36 @@ def test_the_order_of_layers_follows_from_their_numbers():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", {family: name for name, family in models.REGISTRY.items()}.values())
-def test_every_network_has_an_order(name):
-    """Nothing but the stem lies at the bottom, and there are several places."""
+ORDERED = {family: name for name, family in models.REGISTRY.items() if name not in (*finetune.UNORDERED, "mlp")}
+
+
+@pytest.mark.parametrize("name", ORDERED.values())
+def test_the_order_is_that_in_which_layers_are_called(name):
     model = default.get_config().model
     model.name = name
     model.depth = 10 if name == "wide_resnet" else 2
-    network = models.create(model, 3)
-    size = 96 if name == "inception_resnet_v2" else 28 if name.endswith("14") else 32
-    shapes = jax.eval_shape(
-        lambda key: network.init(key, jnp.zeros((2, size, size, 3)), train=True),
-        jax.eval_shape(lambda: jax.random.key(0)),
-    )
+    network, called = models.create(model, 3), []
+
+    def note(call, arguments, keywords, layer):
+        if layer.module.path:
+            called.append(layer.module.path[0])
+        return call(*arguments, **keywords)
+
+    size = 28 if name.endswith("14") else 32
+    with nn.intercept_methods(note):
+        shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((2, size, size, 3)), train=True))
     place = finetune.depths(shapes["params"])
-    assert place["head"] == max(place.values()) > 1
-    bottom = [layer for layer, depth in place.items() if depth == 0]
-    assert all(
-        layer.startswith(("stem", "init", "patch", "class", "position", "register", "embed")) for layer in bottom
-    )
+    order = [place[layer] for layer in dict.fromkeys(called) if layer in place]
+    assert order == sorted(order) and order[0] <= 1 and place["head"] == max(order) > 1
+
+
+def test_networks_whose_order_is_not_known_have_one_rate():
+    config = default.get_config()
+    config.model.name, config.finetune.layer_decay = "densenet100", 0.9
+    with pytest.raises(UserError, match="not tell their order; set it to 1.0"):
+        finetune.validate(config)
+    with pytest.raises(UserError, match="none named head"):
+        finetune.rates({"a": {"k": 0.0}}, group(probe_epochs=1.0), 5, jnp.asarray(0))
 
 
 def test_rates_by_hand():
