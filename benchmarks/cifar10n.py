@@ -108,7 +108,7 @@ def audited(run: pathlib.Path, data: Data) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         out, began = pathlib.Path(folder) / "audit", time.monotonic()
-        summary = audit(str(run), str(out), Options(force=True))
+        summary = audit(str(run), str(out), Options(force=True, retrain=True))
         seconds = time.monotonic() - began
         table = parquet.read_table(out / TABLE)
         assert (table["id"].to_numpy() == data.train.ids).all()
@@ -117,6 +117,10 @@ def audited(run: pathlib.Path, data: Data) -> dict[str, Any]:
         trained = inference.load(epath.Path(run))
         by = inference.predictor(trained)(data.evaluation)
         found = {"network": {"accuracy": float(np.mean(by.argmax(1) == data.evaluation.labels))}}
+        for source in ("given", "cleaned"):
+            network = inference.load(out / "retrained" / source)
+            hits = inference.predictor(network)(data.evaluation).argmax(1) == data.evaluation.labels
+            found[f"supervised, {source}"] = {"accuracy": float(hits.mean())}
         if "final" in summary:
             _, classify = plain.load(str(out / CLASSIFIER), data.num_classes)
             hits = classify(data.evaluation).argmax(1) == data.evaluation.labels

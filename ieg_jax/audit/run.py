@@ -64,11 +64,8 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
         raise UserError(f"{workdir} has no data.json: an audit needs the work folder of a run, not exported weights")
     data = load_data(trained.config)
     _check_data(workdir, data)
-    if options.retrain and data.train.is_features:
-        raise UserError(
-            "--retrain is for networks that see images; of features, also of a backbone, an audit trains a final "
-            "classifier as it is"
-        )
+    if options.retrain and data.train.is_features and data.features is None:
+        raise UserError("--retrain is for images; of features an audit trains a final classifier as it is")
     begun = {
         "workdir": os.path.abspath(workdir),
         "step": trained.step,
