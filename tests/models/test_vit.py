@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import default
 from ieg_jax import models
+from ieg_jax.data import features
 from ieg_jax.errors import UserError
-from ieg_jax.inference import embedding
 from ieg_jax.methods.base import inputs_of_head
 from ieg_jax.models import pretrained, vit
 from ieg_jax.train.loop import train_and_evaluate
@@ -313,7 +313,10 @@ def test_features_of_a_tower(tmp_path, monkeypatch):
     state, images, expected = torch_networks.golden("clip_transformers")
     safetensors.numpy.save_file(state, tmp_path / "clip.safetensors")
     monkeypatch.setitem(models.REGISTRY, "vit_s16", TINY)
-    backbone = embedding.load_backbone(group(tmp_path / "clip.safetensors", conventions="clip"), 24, batch=4)
+    keys = default.get_config().backbone
+    keys.update({"name": "vit_s16", "pretrained": str(tmp_path / "clip.safetensors"), "conventions": "clip"})
+    keys.image_size = 24
+    backbone = features.Backbone(keys)
     np.testing.assert_allclose(backbone.features(images), expected, atol=1e-4)
 
 

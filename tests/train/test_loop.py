@@ -286,8 +286,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
     load = load_data
     config.method.name = "supervised"
 
-    def poisoned(config):
-        data = load(config)
+    def poisoned(config, quiet):
+        data = load(config, quiet)
         images = data.train.images / np.float32(255)
         return dataclasses.replace(data, train=dataclasses.replace(data.train, images=images))
 

@@ -218,7 +218,7 @@ def test_keys_from_the_data():
     assert steps == [4000, 200, 400] and config.num_train_epochs == 40.0
     assert (config.model.depth, config.model.width) == (16, 2.0)
     assert automatic(500, 20)[1] == [500, 25, 50]
-    assert automatic(6400, 1)[1] == [2000, 100, 200] and automatic(500, 1)[1] == [300, 15, 30], "features"
+    assert automatic(6400, 1)[1] == [1500, 75, 150] and automatic(500, 1)[1] == [300, 15, 30], "features"
     assert automatic(40_000, 20)[1] == [20_000, 1000, 2000]
     config, steps = automatic(500, 20, **{"num_train_epochs": 0.0, "num_train_steps": 60, "model.depth": 22})
     assert steps == [60, 3, 6] and (config.model.depth, config.model.width) == (22, 1.0)
