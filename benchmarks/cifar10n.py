@@ -81,7 +81,7 @@ def peers(data: Data) -> dict[str, Any]:
     noisy, clean = CHOSEN["noisy"], CHOSEN["clean"]
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
     predicted = cross_val_predict(regression(noisy), both, labels, cv=folds, method="predict_proba")
-    bad = find_label_issues(labels, predicted)
+    bad = find_label_issues(labels, predicted, n_jobs=1)  # no fork of a process in which jax runs
     bad[len(x) :] = False
     found = {
         "logistic, noisy": {"accuracy": accuracy(both, labels, noisy)},
