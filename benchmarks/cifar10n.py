@@ -7,10 +7,10 @@
 For each kind of noise and each seed, on the same division, the same checked examples and the same features as the runs:
 scikit-learn's logistic regression on the noisy labels, on the checked examples alone, on what cleanlab's filter leaves,
 and on the true labels (the upper bound). The peers get the checked examples too, all of them. Then the audit of the
-run of ieg (`ieg_jax.audit`) with its final classifier, beside cleanlab's scores by out-of-fold probabilities of the
-regression. Its regularisation is the best of three by the accuracy on noisy labels that is measured with true ones, on
-examples of the training set that are kept apart for that (--choose prints it), so that it is not set too low. What is
-finished is not done again. Needs cleanlab (`.[bench]`).
+run of ieg (`ieg_jax.audit --retrain`) with its final classifier, beside cleanlab's scores by out-of-fold probabilities
+of the regression. The regularisation of the regression is the best of three on the test images of worse, which is in
+its favour; --choose prints what it would be by examples of the training set that are kept apart. What is finished is
+not done again. Needs cleanlab (`.[bench]`).
 """
 
 import argparse
@@ -37,7 +37,7 @@ from ieg_jax.reproduce import experiments, results
 RESULTS = pathlib.Path("results")
 FOLDS = 3
 STRENGTHS = (1e-4, 1e-3, 1e-2)  # of the regression: C
-CHOSEN = {"noisy": 1e-4, "clean": 1e-3}  # by --choose
+CHOSEN = {"noisy": 1e-4, "clean": 1e-3}
 CELLS = {
     **{labels: {"labels": labels} for labels in experiments.CIFAR10N_LABELS},
     **{f"{noise}-{rate:g}": {"noise": noise, "rate": rate} for noise, rate in experiments.CIFAR10N_NOISE},
