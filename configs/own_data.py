@@ -52,7 +52,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         backbone = "finetune"
     if backbone == "finetune":
         config_lib.follow_finetuning(config, "efficientnet_lite0", size, args.augment)
-        methods.tune_lookahead(config, layers="^head/")
+        methods.tune(config, "meta", layers="^head/")
     elif backbone := features.choose(backbone):
         config.backbone.image_size = size
         config_lib.follow_backbone(config, backbone, mirrored)

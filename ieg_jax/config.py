@@ -318,7 +318,7 @@ def follow_finetuning(config: ConfigDict, name: str, size: int, augment: str) ->
     """Sets what suits a training from the weights of a package: the head first, then all layers, the lower slower.
 
     Args:
-      config: from configs/default.py; what `config.method` does not read of the group `meta` stays as it is.
+      config: from configs/default.py.
       name: of the network.
       size: pixels of a side of what it sees.
       augment: one of AUGMENT_PRESETS.

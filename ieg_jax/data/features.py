@@ -487,10 +487,10 @@ def _pixels(
     try:
         made = np.concatenate(list(dataset.batch(256).as_numpy_iterator()))
     except tf.errors.OpError as error:
-        for row, seed in zip(rows, seeds, strict=True):  # to name the image
-            images.readable(lambda row, seed=seed: augmented(read(row), tf.constant(seed)), row, split.names[row])
-        raise UserError(f"an image cannot be decoded: {images.reason(error)}") from None
-    return np.clip((made + 1) / 2, 0, 1)
+        for row in () if split.in_memory else rows:
+            images.readable(lambda row: read(row).whole(), row, split.names[row])  # names the image
+        raise UserError(f"an image cannot be augmented: {images.reason(error)}") from None
+    return _square(np.clip((made + 1) / 2, 0, 1))
 
 
 def _square(pixels: np.ndarray) -> np.ndarray:

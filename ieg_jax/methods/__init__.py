@@ -47,25 +47,18 @@ def defaults() -> dict[str, Any]:
     return {key: value.default for key, value in keys().items()}
 
 
-def tune(config: ConfigDict, **values: Any) -> None:
-    """Sets keys of the group `method`, in a file of configs/, where the method that is configured reads them.
+def tune(config: ConfigDict, group: str = "method", **values: Any) -> None:
+    """Sets keys of a group, in a file of configs/, where the method that is configured reads them.
 
     Args:
       config: is changed; `method.name` must be set.
+      group: method or meta.
       **values: by key; those that the method does not read stay as they are.
     """
     reads = get(config.method.name).keys if config.method.name in REGISTRY else {}
     for key, value in values.items():
-        if f"method.{key}" in reads:
-            config.method[key] = value
-
-
-def tune_lookahead(config: ConfigDict, **values: Any) -> None:
-    """Sets keys of the group `meta` likewise."""
-    reads = get(config.method.name).keys if config.method.name in REGISTRY else {}
-    for key, value in values.items():
-        if f"meta.{key}" in reads:
-            config.meta[key] = value
+        if f"{group}.{key}" in reads:
+            config[group][key] = value
 
 
 def choose(config: ConfigDict, name: str) -> None:

@@ -339,3 +339,14 @@ def test_doctor_looks_at_the_images_and_says_how_long_features_take(config, tmp_
     assert found.features.count == count and found.features.width == load_data(config).train.images.shape[-1]
     assert found.features.seconds == pytest.approx(2.56 * count / (2 * features.BATCH * 8))
     assert str(found).splitlines()[0] == f"features of {count:,} images: about 4 s here, once"
+
+
+def test_an_image_that_can_no_longer_be_read_is_named_whatever_the_view(group, tmp_path):
+    path = str(tmp_path / "a.png")
+    Image.fromarray(np.zeros((SIZE, SIZE, 3), np.uint8)).save(path)
+    files = make_split(FileImages(np.array([path], object)), np.zeros(1), names=np.array([path], object))
+    files, _ = sources.check_images(files, default.get_config().data)
+    pathlib.Path(path).write_bytes(b"damaged")
+    for view in (0, 1):
+        with pytest.raises(UserError, match=r"image .*a\.png"):
+            features._pixels(files, np.array([0]), SIZE, view, f"random_resized_crop({SIZE})", ["0" * 64])
