@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ieg_jax import cli
-from ieg_jax.data.features import Backbone
+from ieg_jax.data.backbone import Backbone
 
 IMAGES = 64
 

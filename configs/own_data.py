@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from configs import default
 from ieg_jax import config as config_lib
 from ieg_jax import hardware, methods
-from ieg_jax.data import features
+from ieg_jax.data import backbone as backbones
 from ieg_jax.errors import check_choice
 
 
@@ -48,12 +48,12 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.trusted.source, config.trusted.holdout = "separate", 0.2
     size = args.size if args.size > 0 else config.backbone.image_size
     backbone, mirrored = args.backbone, args.augment != "symbols"
-    if backbone == "auto" and features.choose("auto") and hardware.accelerator_is_here():
+    if backbone == "auto" and backbones.choose("auto") and hardware.accelerator_is_here():
         backbone = "finetune"
     if backbone == "finetune":
         config_lib.follow_finetuning(config, "efficientnet_lite0", size, args.augment)
         methods.tune(config, "meta", layers="^head/")
-    elif backbone := features.choose(backbone):
+    elif backbone := backbones.choose(backbone):
         config.backbone.image_size = size
         config_lib.follow_backbone(config, backbone, mirrored)
     else:

@@ -30,7 +30,7 @@ from ieg_jax import cli, inference, methods, models
 from ieg_jax import config as config_lib
 from ieg_jax.audit import final, measures
 from ieg_jax.audit import quality as label_quality
-from ieg_jax.data import features
+from ieg_jax.data import backbone
 from ieg_jax.data.load import Data, load_data
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.sources.arrays import feature_statistics, standardised
@@ -436,10 +436,10 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         config.trusted.source = "separate"
         if is_features and self.image_size:
             raise UserError(f"image_size={self.image_size!r}, but X are features [N, D]; leave it None")
-        backbone = "" if is_features else self._backbone()
-        on_features = is_features or bool(backbone)
-        if backbone:
-            config_lib.follow_backbone(config, backbone, mirrored=self.augment != "symbols")
+        name = "" if is_features else self._backbone()
+        on_features = is_features or bool(name)
+        if name:
+            config_lib.follow_backbone(config, name, mirrored=self.augment != "symbols")
         elif is_features:
             config_lib.follow_features(config)
         else:
@@ -483,10 +483,10 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
     def _backbone(self) -> str:
         """The name of the backbone of images; "" without one."""
         if self.backbone != AUTO:
-            return features.choose(self.backbone)
+            return backbone.choose(self.backbone)
         side = min(self.__dict__.get("image_shape_", (0, 0, 0))[:2])
         fits = side >= config_lib.SMALL and self.network is None and isinstance(self.augment, str)
-        return features.choose(AUTO) if fits else ""
+        return backbone.choose(AUTO) if fits else ""
 
     def _policies(self, on_features: bool) -> tuple[str, str]:
         if isinstance(self.augment, str):

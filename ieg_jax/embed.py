@@ -48,14 +48,15 @@ def main(argv: list[str]) -> None:
     if (values.config is None) == (len(argv) < 2):
         raise UserError("name images and folders, or a source by --config; expected one of the two")
     # These import jax, which takes seconds: after the flags were checked.
-    from ieg_jax.data import features
+    from ieg_jax.data.backbone import Backbone
+    from ieg_jax.data.feature_cache import cache_of
     from ieg_jax.data.sources import load as sources
     from ieg_jax.inference import embedding, predictions
 
     group = cli.load_config("configs/default.py").backbone
     group.name, group.pretrained, group.conventions = values.network, values.weights, values.conventions
     group.image_size = values.size
-    backbone = features.Backbone(group)
+    backbone = Backbone(group)
     if values.config is None:
         found = predictions.find_inputs(predictions.existing(argv[1:]))
         source = embedding.unlabelled([path for one in found for path in one.paths])
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
         values.config.data.image_size = 0  # the network's input is resized from the images as they come
         source = sources.load(values.config.data)
     dtype = "float16" if values.half else "float32"
-    count = embedding.embed(source, out, backbone, features.cache_of(backbone, values.cache, dtype), dtype)
+    count = embedding.embed(source, out, backbone, cache_of(backbone, values.cache, dtype), dtype)
     print(f"{count:,} images in {out}, features of {values.network} at {values.size} pixels")
 
 

@@ -626,7 +626,7 @@ def test_a_second_fit_of_the_same_shapes_compiles_nothing(digits):
 def test_images_on_a_backbone(tmp_path, monkeypatch):
     """It takes images, and its network and its final classifier see features."""
     inference.export(untrained.trained((24, 24, 3), "ab", data__name="digits"), tmp_path / "weights")
-    monkeypatch.setattr(classifier.features, "choose", lambda name: "" if name == "none" else "tiny")
+    monkeypatch.setattr(classifier.backbone, "choose", lambda name: "" if name == "none" else "tiny")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
     y = np.arange(160) % 2

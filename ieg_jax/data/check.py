@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax.config import at_least, number, one_of
-from ieg_jax.data import augment, features
+from ieg_jax.data import augment, backbone
 from ieg_jax.data import trusted as trusted_set
 from ieg_jax.data.noise import kinds
 from ieg_jax.data.sources import load as sources
@@ -38,4 +38,4 @@ def validate(config: ConfigDict) -> None:
     kinds.validate(config.noise)
     trusted_set.validate(config.trusted)
     augment.validate(config.augment)
-    features.validate(config)
+    backbone.validate(config)

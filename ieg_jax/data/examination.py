@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ieg_jax import cli, files, methods
 from ieg_jax import config as config_lib
-from ieg_jax.data import check, features, images
+from ieg_jax.data import backbone, check, images
 from ieg_jax.data.batches import train_batches
 from ieg_jax.data.load import Data, load_data, uses_backbone
 from ieg_jax.data.noise import human_labels
@@ -49,7 +49,7 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
     check.validate(config)
     out = epath.Path(out).expanduser()
     cli.check_new_folder("--out", out)
-    config = config_lib.resolve(features.without(config) if uses_backbone(config) else config)
+    config = config_lib.resolve(backbone.without(config) if uses_backbone(config) else config)
     refuses = config.data.unreadable == "refuse"
     config.data.unreadable = "skip"
     try:

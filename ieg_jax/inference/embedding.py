@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from pyarrow import parquet
 
 from ieg_jax import files
-from ieg_jax.data.features import Backbone, Cache, features_of
+from ieg_jax.data.backbone import Backbone
+from ieg_jax.data.feature_cache import Cache, features_of
 from ieg_jax.data.images import FileImages
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.splits import UNKNOWN, Source, Split, make_split
@@ -24,7 +25,7 @@ def embed(source: Source, out: pathlib.Path, backbone: Backbone, cache: Cache, d
       source: its labels are written as they are; of a split without any (all UNKNOWN) there is no column.
       out: new .parquet file. One that has appeared in the meantime, from the same command in another process, stays.
       backbone: makes the features.
-      cache: where features are kept until the table is complete, and after that (`data.features.cache_of`).
+      cache: where features are kept until the table is complete, and after that (`data.feature_cache.cache_of`).
       dtype: of the features, float16 or float32.
 
     Returns:

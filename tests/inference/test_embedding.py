@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from configs import default
 from configs import features as features_config
 from ieg_jax import inference
-from ieg_jax.data import features
+from ieg_jax.data import feature_cache
+from ieg_jax.data.backbone import Backbone
 from ieg_jax.data.load import load_data
 from ieg_jax.data.sources import load as sources
 from ieg_jax.inference import embedding
@@ -37,7 +38,7 @@ def backbone(trained):
     network, folder = trained
     group = default.get_config().backbone
     group.name, group.pretrained, group.image_size = network.config.model.name, str(folder / "weights.npz"), SIZE
-    return features.Backbone(group)
+    return Backbone(group)
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def source():
 
 @pytest.fixture
 def cache(backbone, tmp_path):
-    return features.cache_of(backbone, str(tmp_path / "cache"), "float32")
+    return feature_cache.cache_of(backbone, str(tmp_path / "cache"), "float32")
 
 
 def test_the_table_is_one_to_train_on(trained, backbone, cache, source, tmp_path):
@@ -69,9 +70,9 @@ def test_the_table_is_one_to_train_on(trained, backbone, cache, source, tmp_path
 
 
 def test_it_goes_on_where_it_was_stopped(backbone, cache, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "AT_ONCE", 400)
+    monkeypatch.setattr(feature_cache, "AT_ONCE", 400)
     embedding.embed(source, tmp_path / "whole.parquet", backbone, cache, "float32")
-    other, real, calls = features.cache_of(backbone, str(tmp_path / "other"), "float32"), cache.write, []
+    other, real, calls = feature_cache.cache_of(backbone, str(tmp_path / "other"), "float32"), cache.write, []
 
     def stops(self, keys, values):
         calls.append(len(keys))
@@ -79,7 +80,7 @@ def test_it_goes_on_where_it_was_stopped(backbone, cache, source, tmp_path, monk
             raise KeyboardInterrupt
         return real.__func__(self, keys, values)
 
-    monkeypatch.setattr(features.Cache, "write", stops)
+    monkeypatch.setattr(feature_cache.Cache, "write", stops)
     with pytest.raises(KeyboardInterrupt):
         embedding.embed(source, tmp_path / "x.parquet", backbone, other, "float32")
     assert not (tmp_path / "x.parquet").exists()

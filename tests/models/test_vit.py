@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import default
 from ieg_jax import models
-from ieg_jax.data import features
+from ieg_jax.data.backbone import Backbone
 from ieg_jax.errors import UserError
 from ieg_jax.methods.base import inputs_of_head
 from ieg_jax.models import pretrained, vit
@@ -316,7 +316,7 @@ def test_features_of_a_tower(tmp_path, monkeypatch):
     keys = default.get_config().backbone
     keys.update({"name": "vit_s16", "pretrained": str(tmp_path / "clip.safetensors"), "conventions": "clip"})
     keys.image_size = 24
-    backbone = features.Backbone(keys)
+    backbone = Backbone(keys)
     np.testing.assert_allclose(backbone.features(images), expected, atol=1e-4)
 
 
