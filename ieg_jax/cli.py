@@ -107,12 +107,23 @@ def check_new_folder(flag: str, folder: epath.Path) -> None:
 
 
 def _with_found_config(argv: list[str]) -> list[str]:
-    """The command line with the path of the configuration file as `config.find_file` has it."""
+    """The command line with the path of the configuration file as `config.find_file` has it, and what keys imply.
+
+    A configuration file may have `IMPLIED`, arguments by key: where the command line sets the key and does not give the
+    argument, the argument holds. A network that is named for images, for one, is not meant for features of a backbone.
+    """
     found = []
     for argument in argv:
         if argument.startswith("--config="):
-            path, colon, arguments = argument.removeprefix("--config=").partition(":")
-            argument = f"--config={config_lib.find_file(path)}{colon}{arguments}"
+            path, _, arguments = argument.removeprefix("--config=").partition(":")
+            file = config_lib.find_file(path)
+            implied = runpy.run_path(file).get("IMPLIED", {}) if os.path.exists(file) else {}
+            given = [part.partition("=")[0].strip() for part in arguments.split(",")]
+            for key, addition in implied.items():
+                is_set = any(other.startswith(f"--config.{key}=") for other in argv)
+                if is_set and addition.partition("=")[0] not in given:
+                    arguments = ",".join(filter(None, (arguments, addition)))
+            argument = f"--config={file}" + (f":{arguments}" if arguments else "")
         found.append(argument)
     return found
 

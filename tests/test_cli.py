@@ -35,6 +35,20 @@ def test_load_config_passes_the_arguments():
     assert cli.load_config("configs/quickstart.py").seed == 0
 
 
+def test_what_a_key_implies():
+    """A network that is named sees images, not the features of a backbone; unless the backbone is named too."""
+
+    def arguments(*argv):
+        return cli._with_found_config(["main", *argv])[1].partition(":")[2]
+
+    own = "--config=configs/own_data.py"
+    assert arguments(own) == "" and arguments(own, "--config.model.width=2") == ""
+    assert arguments(own, "--config.model.name=tiny") == "backbone=none"
+    assert arguments(f"{own}:size=8", "--config.model.name=tiny") == "size=8,backbone=none"
+    assert arguments(f"{own}:backbone=auto", "--config.model.name=mlp") == "backbone=auto"
+    assert arguments("--config=configs/nope.py:a=1", "--config.model.name=tiny") == "a=1"
+
+
 @pytest.mark.parametrize("flag", ["--help", "-helpfull"])
 def test_help_is_no_failure(flag):
     done = subprocess.run([sys.executable, "-m", "ieg_jax.main", flag], capture_output=True, text=True)

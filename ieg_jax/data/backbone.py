@@ -136,6 +136,13 @@ def _model(backbone: ConfigDict) -> ConfigDict:
     )
 
 
+def num_features(backbone: ConfigDict) -> int:
+    """D, the size of the features; the weights are not read."""
+    image = jnp.zeros((1, backbone.image_size, backbone.image_size, 3))
+    init = functools.partial(models.create(_model(backbone), NUM_CLASSES).init, train=False)
+    return jax.eval_shape(init, jax.random.key(0), image)["params"]["head"]["kernel"].shape[0]
+
+
 class Backbone:
     """A network that turns images into features.
 

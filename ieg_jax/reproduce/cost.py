@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ieg_jax import config as config_lib
 from ieg_jax import methods, models
-from ieg_jax.data import published
+from ieg_jax.data import backbone, published
 from ieg_jax.data.batches import image_shape
 
 UTILIZATION = 0.4  # the share of a chip's peak that estimates of the time assume
@@ -21,12 +22,18 @@ UTILIZATION = 0.4  # the share of a chip's peak that estimates of the time assum
 def training_flops(config: ConfigDict) -> float:
     """Returns the floating-point operations of a whole training, without its evaluations.
 
+    Nor is counted how a frozen backbone turns images into features, which is done once for all runs.
+
     Args:
       config: of a run on a published data set (`data.published`).
     """
     known = published.find(config.data)
-    shape = _image_shape(config.augment.standard, known.image)
     examples = config.data.train_size or known.num_train
+    if config.backbone.name:
+        shape = (1, 1, backbone.num_features(config.backbone))
+    else:
+        shape = _image_shape(config.augment.standard, known.image)
+    config = config_lib.resolve(config, config_lib.Facts(examples, 0, min(shape[:2])))
     steps = config.num_train_steps or config.num_train_epochs * examples / config.batch_size
     model = json.dumps(config.model.to_dict(), sort_keys=True)
     passes = methods.get(config.method.name).passes(config)

@@ -21,7 +21,7 @@ from ieg_jax.data.load import Data
 from ieg_jax.methods import base
 from ieg_jax.methods.parts import optimizers
 from ieg_jax.models import own
-from ieg_jax.runtime import mesh
+from ieg_jax.runtime import mesh, watch
 from ieg_jax.train import metrics, schedules
 from ieg_jax.train.durations import Durations
 from ieg_jax.train.step import TrainState, create_state, eval_step, train_step
@@ -86,7 +86,7 @@ class Program:
             that returns.
         """
         if "compiled" not in self.__dict__:
-            self.__dict__["compiled"] = wait(self.lowered_step.compile)
+            self.__dict__["compiled"] = wait(lambda: watch.compile_step(self.lowered_step))
         return self.__dict__["compiled"]
 
     @property

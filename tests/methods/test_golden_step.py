@@ -110,7 +110,13 @@ def test_forward_and_pseudo_labels(golden):
     assert_close(jnp.concatenate(blocks[1:]), golden["out/mix_logits_u_normed"], 2e-5)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["through pseudo labels", "pseudo labels stopped"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(True, id="through pseudo labels"),
+        pytest.param(False, id="pseudo labels stopped", marks=pytest.mark.slow),
+    ],
+)
 def result(request, golden):
     """Everything of one step with the authors' random choices, and the names their numbers go by."""
     context, state, batch = setup(golden, request.param)

@@ -120,7 +120,8 @@ def test_keys_that_do_not_go_together(keys, message):
         check.validate(config)
 
 
-@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 8])
 def test_eight_devices_do_what_one_does(groups):
     with x64():
         results = []

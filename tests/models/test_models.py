@@ -291,7 +291,9 @@ def test_gradients_of_a_densenet_that_is_computed_anew():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), gradient(False), gradient(True))
 
 
-@pytest.mark.parametrize("name", ["resnet50", "vgg13", "densenet100", "inception_resnet_v2"])
+@pytest.mark.parametrize(
+    "name", ["resnet50", "vgg13", "densenet100", pytest.param("inception_resnet_v2", marks=pytest.mark.slow)]
+)
 def test_train_and_evaluation_mode(name):
     """Training uses the statistics of each group of the batch and moves the averages, evaluation uses these."""
     config = default.get_config().model
@@ -383,9 +385,9 @@ def test_batch_norm_of_images_agrees_with_flax():
         ("wide_resnet", "authors", 0.5),
         ("wide_resnet", "standard", 0.5),
         ("resnet29_v2", "authors", 1),
-        ("resnet29_v2", "standard", 1),
+        pytest.param("resnet29_v2", "standard", 1, marks=pytest.mark.slow),
         ("tiny", "authors", 0.5),
-        ("resnet50", "standard", 0.0625),
+        pytest.param("resnet50", "standard", 0.0625, marks=pytest.mark.slow),
         ("vgg13", "standard", 0.0625),
         ("densenet100", "standard", 0.25),
     ],

@@ -235,7 +235,7 @@ def test_attention_by_hand():
     np.testing.assert_allclose(vit.attention(query, key, value)[0], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("conventions", ["dinov2", "siglip"])
+@pytest.mark.parametrize("conventions", [pytest.param("dinov2", marks=pytest.mark.slow), "siglip"])
 def test_second_derivatives(conventions):
     """Along a direction, against the difference quotient of the gradient, in float64; remat changes nothing."""
     with x64(True):

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from runs import ROOT
 from small_step import make, make_batch
 
-from configs import cifar10, default
+from configs import cifar10, cifar10n, default
 from ieg_jax import methods
 from ieg_jax.reproduce import cost
 
@@ -58,3 +58,12 @@ def test_flops_of_a_training(monkeypatch):
     config.num_train_steps, config.batch_size = 0, 100
     config.num_train_epochs = 2.0
     assert cost.training_flops(config) == pytest.approx(one * 100_000)
+
+
+def test_flops_of_a_training_on_features(monkeypatch):
+    """By hand: 1,500 steps, three passes, a network with two hidden layers of 256 on 1,280 features."""
+    monkeypatch.chdir(ROOT)
+    config = ConfigDict(cifar10n.get_config("method=supervised").to_dict())
+    multiplications = 1280 * 256 + 256 * 256 + 256 * 10
+    flops = 3 * 1500 * config.batch_size * 2 * multiplications
+    assert flops < cost.training_flops(config) < 1.02 * flops

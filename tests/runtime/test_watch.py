@@ -1,5 +1,6 @@
 """The clock, the utilisation, the watchdog and the profiler."""
 
+import pathlib
 import time
 import types
 
@@ -116,3 +117,29 @@ def test_other_processes_do_not_trace(tmp_path, monkeypatch):
     assert not profiler.after(1, None)
     profiler.look(1)
     assert traces.calls == [] and (tmp_path / "PROFILE").exists()
+
+
+def test_programs_that_a_processor_could_not_load_again_are_not_kept(monkeypatch):
+    def kept():
+        return set(pathlib.Path(jax.config.jax_compilation_cache_dir).glob("jit_of_this_test_alone*-cache"))
+
+    def lowered():
+        def of_this_test_alone(x):
+            return jax.numpy.sin(x) + time.monotonic()  # another program each time
+
+        return jax.jit(of_this_test_alone).lower(1.0)
+
+    assert not kept()
+    shortest = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        monkeypatch.setattr(watch, "LARGEST_KEPT", 1)
+        assert watch.compile_step(lowered())(1.0) > 0
+        assert not kept() and jax.config.jax_persistent_cache_min_compile_time_secs == 0.0
+        monkeypatch.setattr(watch, "LARGEST_KEPT", 100)
+        watch.compile_step(lowered())
+        assert kept()
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+        for entry in kept():
+            entry.unlink()
