@@ -13,6 +13,7 @@ import numbers
 import pathlib
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ from ieg_jax.data import backbone
 from ieg_jax.data.load import Data, load_data
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.sources.arrays import feature_statistics, standardised
-from ieg_jax.data.splits import UNKNOWN, Split, check_images_and_labels, make_split
+from ieg_jax.data.splits import UNKNOWN, Split, check_images_and_labels, make_split, narrow_range
 from ieg_jax.errors import Interrupted, UserError, check_choice
 from ieg_jax.inference import plain
 from ieg_jax.models import own
@@ -365,6 +366,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             self.__dict__.pop(name, None)
         if y is None:
             raise UserError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        _check_kind(y)
         if _is_images(X):
             X, y = np.asarray(X), column_or_1d(y, warn=True)
             if len(X) != len(y):
@@ -517,6 +519,23 @@ def _is_images(X) -> bool:
     return (X if hasattr(X, "ndim") else np.asarray(X)).ndim in (3, 4)
 
 
+def _check_kind(y) -> None:
+    """Raises UserError for labels of which some are missing, or some are text and others numbers."""
+    labels = np.asarray(y)
+    if labels.dtype != object or labels.ndim != 1:
+        return
+    missing = [row for row, label in enumerate(labels) if label is None or label != label]
+    if missing:
+        raise UserError(f"y: no label at place {missing[0]} ({labels[missing[0]]!r}); expected one for each example")
+    texts = np.array([isinstance(label, str) for label in labels])
+    if 0 < texts.sum() < len(texts):
+        text, other = labels[np.argmax(texts)], labels[np.argmin(texts)]
+        raise UserError(
+            f"y: the label {text!r} at place {np.argmax(texts)} is text and {other!r} at place {np.argmin(texts)} is "
+            f"not; expected all of one kind"
+        )
+
+
 def _pixels(X: np.ndarray, where: str) -> np.ndarray:
     """Images `[n, H, W, C]`, uint8 or float32 in [0, 1]."""
     images = X[..., None] if X.ndim == 3 else X
@@ -525,6 +544,8 @@ def _pixels(X: np.ndarray, where: str) -> np.ndarray:
             raise UserError(f"{where}: integers from {images.min()} to {images.max()}, expected 0 to 255")
         images = images.astype(np.uint8)
     check_images_and_labels(images, np.zeros(len(images), np.int32), where, 2)
+    if where == "X" and (notice := narrow_range(images)):
+        warnings.warn(notice, stacklevel=4)
     if images.shape[1:3] == (1, 1):
         raise UserError(f"{where}: shape {X.shape}, images of one pixel; give features as [n, D]")
     return images if images.dtype == np.uint8 else images.astype(np.float32)

@@ -645,3 +645,25 @@ def test_images_on_a_backbone(tmp_path, monkeypatch):
     small = IEGClassifier()
     small.image_shape_ = (23, 40, 3)
     assert small._configure("images", 2, 0.0).backbone.name == ""
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (None, r"no label at place 4 \(None\)"),
+        (float("nan"), r"no label at place 4 \(nan\)"),
+        (7, "the label 'a' at place 0 is text and 7 at place 4 is not"),
+    ],
+)
+def test_labels_that_are_missing_or_of_two_kinds(bad, message):
+    y = np.array(["a", "b", "c"], object)[np.arange(30) % 3]
+    given = y.copy()
+    given[4] = bad
+    X = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    with pytest.raises(ValueError, match=message):
+        IEGClassifier(steps=2, verbose=0).fit(X, given, X[:6], y[:6])
+
+
+def test_images_that_are_all_but_black_are_told():
+    with pytest.warns(UserWarning, match="the pixels lie between 0 and 0.00392, in less than a tenth"):
+        classifier._pixels(np.linspace(0, 1 / 255, 64).reshape(1, 8, 8), "X")

@@ -348,7 +348,10 @@ def _alarm_guessing(held_out: _HeldOut, accuracy: float | None, weights: np.ndar
     if accuracy is None or held_out.is_right.all():
         return []
     k, n = held_out.probabilities.shape[1], round(_effective(weights))
-    if binom.sf(np.round(accuracy * n) - 1, n, 1 / k) < GUESSING:
+    half_way = (
+        1 + 1 / k
+    ) / 2 - 1e-9  # from guessing to always right; of 3 examples of 3 classes no share is significant
+    if binom.sf(np.round(accuracy * n) - 1, n, 1 / k) < GUESSING or accuracy >= half_way:
         return []
     return [
         f"the network is hardly better than guessing: its accuracy on held-out trusted examples is {accuracy:.0%}, "

@@ -23,11 +23,11 @@ from ieg_jax.data.load import Data, load_data, uses_backbone
 from ieg_jax.data.noise import human_labels
 from ieg_jax.data.sources import lists
 from ieg_jax.data.sources import load as sources
-from ieg_jax.data.splits import Split, in_lines
+from ieg_jax.data.splits import Split, in_lines, narrow_range
 from ieg_jax.errors import UserError
 from ieg_jax.methods.base import Stream
 
-GREY = 50  # images that are looked at to know whether all are grey
+LOOKED_AT = 50  # images that are looked at to know whether all are grey, or dark
 ROWS_SHOWN = 25  # in a table with a row for each class
 
 
@@ -64,6 +64,9 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
     for name, size in (sizes | {f"{name} as they come": size for name, size in original.items()}).items():
         _say(console, f"image sizes, {name}: {size}")
     problems += _left_out(data.left_out, refuses, console)
+    notices = [*data.notices, *_contrast(data.train)]
+    for notice in notices:
+        _say(console, f"note: {notice}")
     if _changes_colours(config.augment) and _is_grey(data.train):
         _say(console, "the images are grey, and the augmentation changes colours: use augment=grey (docs/data.md)")
     label_file = _label_file(config.noise, console)
@@ -87,6 +90,7 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
         "splits": {name: {"images": len(split), "sizes": sizes[name]} for name, split in splits.items()},
         "original_sizes": original,
         "left_out": data.left_out,
+        "notices": notices,
         "noise": data.noise_report,
         "label_file": label_file,
         "duplicates": duplicates,
@@ -167,6 +171,14 @@ def _unreadable_besides(paths: dict[str, str]) -> str:
     return f"\nand {len(errors)} of the images in it cannot be decoded:\n{in_lines(errors)}" if errors else ""
 
 
+def _contrast(split: Split) -> list[str]:
+    """A notice where some images that are still in their files have hardly any contrast; others are looked at whole."""
+    if split.in_memory:
+        return []
+    rows = np.linspace(0, len(split) - 1, min(len(split), LOOKED_AT)).astype(int)
+    return list(filter(None, [narrow_range(np.concatenate([image.ravel() for image in split.originals(rows)]))]))
+
+
 def _left_out(left_out: dict[str, str], refuses: bool, console: Console) -> list[str]:
     """Prints the images that cannot be used; returns a problem if training would refuse them."""
     if not left_out:
@@ -220,10 +232,10 @@ def _changes_colours(augment: ConfigDict) -> bool:
 
 
 def _is_grey(split: Split) -> bool:
-    """Whether images that are evenly spread over the set, GREY of them, are grey."""
+    """Whether images that are evenly spread over the set, LOOKED_AT of them, are grey."""
     if not split.is_visible:
         return False
-    rows = np.unique(np.linspace(0, len(split) - 1, GREY).astype(int))
+    rows = np.unique(np.linspace(0, len(split) - 1, LOOKED_AT).astype(int))
     return all((image == image[..., :1]).all() for image in split.originals(rows))
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 from rich.progress import track
 
@@ -28,6 +29,9 @@ from ieg_jax.lazy import tf
 
 JPEG_START = b"\xff\xd8\xff"
 JPEG_QUALITY = 95
+BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
+VERSION = 2  # of `check_image`; what other versions found is not used
+MOST_PIXELS = 100_000_000
 CHECKED_AT_ONCE = 5000  # image files whose outcome is kept in one file of the cache
 ORIENTATION = 0x0112  # EXIF tag; 1 = upright
 # (height, width) int32 [2] -> (top, left, height, width) int32 [4]
@@ -132,8 +136,8 @@ class Checked:
 def decode_any(content: bytes) -> np.ndarray:
     """Decodes any image that Pillow can read.
 
-    The image is turned upright as EXIF says, transparent parts are put over white, 16 bits are scaled to 8, and CMYK
-    and palettes become RGB. Of an animation the first picture is taken.
+    The image is turned upright as EXIF says, transparent parts are put over white, 16 bits (or as many as a TIFF says)
+    are scaled to 8, and CMYK and palettes become RGB. Of an animation the first picture is taken.
 
     Args:
       content: the bytes of a file.
@@ -148,7 +152,7 @@ def decode_any(content: bytes) -> np.ndarray:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):
             values = np.asarray(image, np.float64)
-            image = Image.fromarray(np.clip(np.round(values / 257), 0, 255).astype(np.uint8))
+            image = Image.fromarray(np.clip(np.round(values * 255 / _highest(opened)), 0, 255).astype(np.uint8))
         elif image.mode == "F":
             raise ValueError("pixels are floats of unknown range; save it with 8 or 16 bits")
         if image.has_transparency_data:
@@ -157,20 +161,41 @@ def decode_any(content: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def _highest(image: Image.Image) -> int:
+    """The value of white in an image of more than 8 bits: what the file says, else that of 16 bits.
+
+    Raises:
+      ValueError: for 32 bits without a word, whose values can mean anything.
+    """
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    if MAX_SAMPLE_VALUE in tags:
+        return int(np.max(tags[MAX_SAMPLE_VALUE]))
+    bits = int(np.max(tags.get(BITS_PER_SAMPLE, 16)))
+    if bits > 16:
+        raise ValueError(f"pixels are integers of {bits} bits and unknown range; save it with 8 or 16 bits")
+    return 2**bits - 1
+
+
 def check_image(content: bytes) -> Checked:
     """Decodes an image as the pipeline will, and returns what was found; an image that is damaged raises nothing."""
     if not content:
         return Checked(error="zero bytes")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            plain = _is_plain(image, content)
-        if plain:
-            if content.startswith(JPEG_START):
-                decoded = tf.io.decode_jpeg(content, channels=3, dct_method="INTEGER_ACCURATE")
-            else:
-                decoded = tf.io.decode_image(content, channels=3, expand_animations=False)
-        else:
+            plain, num_pixels = _is_plain(image, content), image.width * image.height
+            is_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
+        if num_pixels > MOST_PIXELS:
+            return Checked(error=f"{num_pixels:,} pixels, expected at most {MOST_PIXELS:,}; make it smaller")
+        if is_jpeg:
+            try:
+                # Pillow and TensorFlow decode what is damaged in the middle too, and do not say of which file.
+                decoded = simplejpeg.decode_jpeg(content, strict=True)
+            except ValueError as error:
+                return Checked(error=f"cannot be decoded: damaged or cut short ({error})")
+        if not plain:
             decoded = decode_any(content)
+        elif not is_jpeg:
+            decoded = tf.io.decode_image(content, channels=3, expand_animations=False)
     except Image.UnidentifiedImageError:
         return Checked(error=f"no image in a known format (begins with {content[:8]!r})")
     except tf.errors.InvalidArgumentError:
@@ -200,7 +225,7 @@ def check(paths: np.ndarray) -> list[Checked]:
 
 def _check_part(paths: np.ndarray, pool: concurrent.futures.Executor) -> list[Checked]:
     stats = list(pool.map(stat, paths))
-    key = hashlib.sha256(repr(list(zip(paths.tolist(), stats, strict=True))).encode()).hexdigest()
+    key = hashlib.sha256(repr([VERSION, *zip(paths.tolist(), stats, strict=True)]).encode()).hexdigest()
     cached = cache_folder() / "checked" / f"{key}.npz"
     if cached.is_file():
         try:
@@ -213,6 +238,8 @@ def _check_part(paths: np.ndarray, pool: concurrent.futures.Executor) -> list[Ch
 
     def check_file(path: str) -> Checked:
         try:
+            if not os.path.isfile(path) and os.path.exists(path):
+                return Checked(error="no regular file")  # a pipe or a device would never end
             return check_image(pathlib.Path(path).read_bytes())
         except (FileNotFoundError, ValueError):
             return Checked(error="no such file")

@@ -12,7 +12,7 @@ from ieg_jax.data import trusted as trusted_set
 from ieg_jax.data.features import Features
 from ieg_jax.data.noise import kinds
 from ieg_jax.data.sources import load as sources
-from ieg_jax.data.splits import UNKNOWN, Split
+from ieg_jax.data.splits import UNKNOWN, Split, narrow_range
 from ieg_jax.errors import UserError
 
 
@@ -34,6 +34,7 @@ class Data:
       image_size: pixels of a side to which images were resized; 0 = they are as they came.
       features: how features were made of the images (`config.backbone`), which the splits then have as `pictures`; or
         None.
+      notices: see `splits.Source`.
     """
 
     train: Split
@@ -50,6 +51,7 @@ class Data:
     left_out: dict[str, str]
     image_size: int
     features: Features | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -88,6 +90,9 @@ def load_data(config: ConfigDict, quiet: bool = False) -> Data:
         data.validation_size or data.train_size asks for more examples than there are.
     """
     source = sources.load(config.data)
+    notices = list(source.notices)
+    if source.train.in_memory and not source.train.is_features:
+        notices += filter(None, [narrow_range(source.train.images)])
     if config.noise.kind != "none" and (source.train.clean_labels == UNKNOWN).all():
         # Noise starts from true labels. Where none is known, the given labels are taken to be true.
         source = dataclasses.replace(source, train=dataclasses.replace(source.train, clean_labels=source.train.labels))
@@ -126,6 +131,7 @@ def load_data(config: ConfigDict, quiet: bool = False) -> Data:
         noisy_labels=source.train.labels[np.argsort(source.train.ids)],
         left_out=left_out,
         image_size=source.image_size,
+        notices=tuple(notices),
     )
     return _as_features(data, config.backbone, quiet) if uses_backbone(config) else data
 

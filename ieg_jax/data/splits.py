@@ -98,6 +98,8 @@ class Source:
       skip_unreadable: whether others are drawn in place of images of a pool that cannot be decoded.
       num_listed: how many training images are listed, with those left out, if ids are places in the list; else 0.
       image_size: pixels of a side to which the images were resized; 0 = they are as they came.
+      listed_at: `[K]`, where the first training example of each class is listed, "" = nowhere; () = not in a list.
+      notices: what of the files was passed over, and what looks like a mistake, for people.
     """
 
     name: str
@@ -111,6 +113,8 @@ class Source:
     skip_unreadable: bool = False
     num_listed: int = 0
     image_size: int = 0
+    listed_at: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
 
 def in_lines(things: Iterable[str], shown: int = 10) -> str:
@@ -167,6 +171,21 @@ def check_images_and_labels(images: np.ndarray, labels: np.ndarray, where: str, 
     elif images.dtype != np.uint8:
         raise UserError(f"{where}: dtype {images.dtype}, expected uint8 or floats in [0, 1]")
     check_labels(labels, len(images), f"{where}: their labels", num_classes, lowest=0)
+
+
+def narrow_range(images: np.ndarray) -> str:
+    """A notice where pixels use less than a tenth of their range, as by a mistake in scaling; "" where they do not.
+
+    Args:
+      images: `[n, H, W, C]` uint8, or floats in [0, 1].
+    """
+    low, high, whole = images.min(), images.max(), 255 if images.dtype == np.uint8 else 1
+    if high - low >= 0.1 * whole:
+        return ""
+    return (
+        f"the pixels lie between {low:.3g} and {high:.3g}, in less than a tenth of the range 0 to {whole}: the images "
+        f"have hardly any contrast; were they scaled twice, or made whole numbers after scaling?"
+    )
 
 
 def check_labels(labels: np.ndarray, length: int, where: str, num_classes: int, lowest: int) -> None:

@@ -3,6 +3,7 @@
 import collections
 import csv
 import dataclasses
+import difflib
 import json
 import math
 
@@ -77,7 +78,7 @@ def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
         rows = _listed_rows(pool, read_ids(trusted.ids), trusted, where)
     else:
         replaces = source.skip_unreadable and separate and isinstance(pool.images, FileImages)
-        rows = _drawn_rows(pool, trusted, source.num_classes, where, replaces)
+        rows = _drawn_rows(pool, trusted, source, where, replaces)
     chosen = pool.take(rows)
     chosen = dataclasses.replace(
         chosen,
@@ -86,9 +87,10 @@ def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
     )
     counts = np.bincount(chosen.labels, minlength=source.num_classes)
     if (counts == 0).any():
+        lacks = _class_in_words(source, int(np.argmin(counts)))
         raise UserError(
-            f"{f'trusted.ids={trusted.ids!r}' if trusted.ids else where} has no example of class "
-            f"{int(np.argmin(counts))}; expected at least one of each of the {source.num_classes} classes"
+            f"{f'trusted.ids={trusted.ids!r}' if trusted.ids else where} has no example of {lacks}; expected at least "
+            f"one of each of the {source.num_classes} classes"
         )
     if separate:
         trusted_names = set(chosen.names)
@@ -101,6 +103,19 @@ def split_trusted(source: Source, trusted: ConfigDict) -> tuple[Split, Split]:
             f"trusted.fraction, trusted.ids or data.trusted)"
         )
     return source.train.take(np.flatnonzero(~same)), chosen.take(_interleave(chosen.labels))
+
+
+def _class_in_words(source: Source, number: int) -> str:
+    """A class as a person knows it: by its name, where it is listed, and a name like it, which may have been meant."""
+    if not source.class_names:
+        return f"class {number}"
+    name, text = source.class_names[number], f"class {source.class_names[number]!r}"
+    if source.listed_at and source.listed_at[number]:
+        count = int(np.sum(source.train.labels == number))
+        text += f" ({count:,} training example{'s' * (count != 1)}, the first in {source.listed_at[number]})"
+    others = {other.casefold(): other for other in source.class_names if other != name}
+    alike = difflib.get_close_matches(name.casefold(), others, 1)
+    return f"{text}, which is perhaps to be {others[alike[0]]!r}" if alike and not name.isdecimal() else text
 
 
 def _given_labels(chosen: Split, train: Split | None) -> np.ndarray:
@@ -266,7 +281,7 @@ def _listed_rows(pool: Split, listing: Listing, trusted: ConfigDict, where: str)
     return rows
 
 
-def _drawn_rows(pool: Split, trusted: ConfigDict, num_classes: int, where: str, replaces: bool) -> np.ndarray:
+def _drawn_rows(pool: Split, trusted: ConfigDict, source: Source, where: str, replaces: bool) -> np.ndarray:
     """Draws examples and returns their rows; with `replaces`, from files, so many that enough can be decoded."""
     true_labels = pool.clean_labels
     if (true_labels < 0).all():
@@ -274,20 +289,20 @@ def _drawn_rows(pool: Split, trusted: ConfigDict, num_classes: int, where: str, 
             f"trusted.source={trusted.source}, but no true label of {where} is known; give the data clean_labels, "
             f"list examples in trusted.ids, or give a trusted set of its own with trusted.source=separate"
         )
-    counts = np.bincount(true_labels[true_labels >= 0], minlength=num_classes)
+    counts = np.bincount(true_labels[true_labels >= 0], minlength=source.num_classes)
     if trusted.fraction:
         key, advice, wanted = "fraction", "each class needs one", np.maximum(np.round(trusted.fraction * counts), 1)
     else:
-        key, advice, wanted = "per_class", "lower it", np.full(num_classes, trusted.per_class)
+        key, advice, wanted = "per_class", "lower it", np.full(source.num_classes, trusted.per_class)
     short = np.flatnonzero(counts < wanted)
     if len(short):
         raise UserError(
-            f"trusted.{key}={trusted[key]!r}, but class {short[0]} of {where} has only {counts[short[0]]} examples to "
-            f"choose from, those with a known label; {advice}"
+            f"trusted.{key}={trusted[key]!r}, but {_class_in_words(source, short[0])} of {where} has only "
+            f"{counts[short[0]]} examples to choose from, those with a known label; {advice}"
         )
     # The examples of each class in random order; the first of each are trusted.
     order = np.argsort(uniforms(trusted.seed, TRUSTED, pool.ids), kind="stable")
-    by_class = [order[true_labels[order] == label] for label in range(num_classes)]
+    by_class = [order[true_labels[order] == label] for label in range(source.num_classes)]
     taken = wanted = wanted.astype(int)
     while True:
         rows = np.concatenate([ordered[:count] for ordered, count in zip(by_class, taken, strict=True)])
@@ -296,13 +311,14 @@ def _drawn_rows(pool: Split, trusted: ConfigDict, num_classes: int, where: str, 
         # Damaged images stay in the list, so that `sources.load.open_images` leaves them out and names them; others are
         # drawn in addition.
         good = true_labels[rows[_decodable(pool, rows)]]
-        lacking = wanted - np.bincount(good, minlength=num_classes)
+        lacking = wanted - np.bincount(good, minlength=source.num_classes)
         if not lacking.any():
             return rows
         short = np.flatnonzero((lacking > 0) & (taken == counts))
         if len(short):
             raise UserError(
-                f"trusted.{key}={trusted[key]!r}, but of {counts[short[0]]} examples of class {short[0]} of {where} "
+                f"trusted.{key}={trusted[key]!r}, but of {counts[short[0]]} examples of "
+                f"{_class_in_words(source, short[0])} of {where} "
                 f"only {(good == short[0]).sum()} can be decoded; {advice}, or mend the others"
             )
         taken = np.minimum(taken + lacking, counts)

@@ -385,7 +385,7 @@ def existing(arguments: Sequence[str]) -> list[pathlib.Path]:
 
 def _list_folder(folder: pathlib.Path) -> list[str]:
     """Returns the paths of the images in a folder and its subfolders."""
-    paths = [str(path) for path in image_files.images_below(folder, set())]
+    paths = [str(path) for path in image_files.images_below(folder)]
     if not paths:
         raise UserError(f"{folder}: no images in it (files ending in {', '.join(sorted(image_files.SUFFIXES))})")
     return paths

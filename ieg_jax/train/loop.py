@@ -87,6 +87,8 @@ def train_and_evaluate(
     # ---- Where it starts, the steps, the result.
     title = f"{config.method.name} on {run.data.name}{_noise_in_words(config)}"
     reporter = Reporter(title, run.steps.num_steps, visible=jax.process_index() == 0 and not quiet)
+    for notice in run.data.notices:
+        reporter.say(f"note: {notice}")
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint)
     progress = begin.start(run, checkpoints, weights, reporter, began)
     _train(run, progress, checkpoints, reporter)

@@ -131,6 +131,15 @@ def test_a_network_that_guesses():
     assert "hardly better than guessing" in found.alarms[0] and "guessing would give 25%" in found.alarms[0]
 
 
+def test_few_held_out_examples_do_not_show_that_a_network_guesses():
+    """Two of three right, of three classes: by chance one time in four, but half way to being always right."""
+    probabilities, true, _ = draw(300, np.eye(3))
+    held_out = np.eye(3)[[0, 1, 1]] * 0.8 + 0.1
+    for labels, alarms in (([0, 1, 2], 0), ([0, 2, 2], 1)):
+        found = estimate(probabilities, true, held_out, np.array(labels))
+        assert sum("guessing" in alarm for alarm in found.alarms) == alarms
+
+
 def test_a_class_that_another_swallows():
     probabilities, _, given = draw(2_000, UNIFORM)
     probabilities = probabilities + 0

@@ -91,18 +91,52 @@ def test_windows_inside_tf_data_for_all_formats(tmp_path):
         ("cut jpg", "cannot be decoded"),
         ("cut png", "cannot be decoded"),
         ("float tiff", "floats of unknown range"),
+        ("long tiff", "integers of 32 bits and unknown range; save it with 8 or 16 bits"),
+        ("holed jpg", "cannot be decoded: damaged or cut short (Corrupt JPEG data"),
     ],
 )
 def test_what_is_wrong_with_a_file(tmp_path, content, message):
     if isinstance(content, str):
         what, suffix = content.split()
         image = image_trees.picture(1, (64, 64))
-        image = Image.fromarray(np.ones((4, 4), np.float32)) if what == "float" else image
+        kind = {"float": np.float32, "long": np.int32}.get(what)
+        if what == "holed":
+            image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+        image = image if kind is None else Image.fromarray(np.ones((4, 4), kind))
         image.save(tmp_path / f"x.{suffix}")
         content = (tmp_path / f"x.{suffix}").read_bytes()
+        half = len(content) // 2
+        content = content[:half] + bytes(20) + content[half + 20 :] if what == "holed" else content
         content = content[: len(content) // 2] if what == "cut" else content
     checked = images.check_image(content)
     assert message in checked.error
+
+
+@pytest.mark.parametrize("tags, white", [({}, 65535), ({images.BITS_PER_SAMPLE: 12}, 4095), ({281: 1000}, 1000)])
+def test_the_file_says_what_white_is(tmp_path, tags, white, monkeypatch):
+    """12 bits in 16 and the like: of a TIFF the tags count."""
+    pixels = np.array([[0, white // 2, white]], np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "x.tif", tiffinfo={281: white} if 281 in tags else {})
+    if images.BITS_PER_SAMPLE in tags:  # Pillow reads such files and does not write them
+        read = images._highest
+        stub = type("Stub", (), {"tag_v2": tags})
+        monkeypatch.setattr(images, "_highest", lambda image: read(stub))
+    decoded = images.decode_any((tmp_path / "x.tif").read_bytes())
+    assert decoded[0, :, 0].tolist() == [0, round(255 * (white // 2) / white), 255]
+
+
+def test_an_image_of_too_many_pixels_is_not_decoded(monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "MOST_PIXELS", 63)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    assert (
+        images.check_image((tmp_path / "x.png").read_bytes()).error == "64 pixels, expected at most 63; make it smaller"
+    )
+
+
+def test_images_without_contrast_are_told():
+    assert splits.narrow_range(np.array([0, 26], np.uint8)) == splits.narrow_range(np.array([0.2, 0.31])) == ""
+    assert splits.narrow_range(np.array([0, 1], np.uint8)).startswith("the pixels lie between 0 and 1, in less than")
+    assert "between 0 and 0.00392, in less" in splits.narrow_range(np.array([0, 1 / 255], np.float32))
 
 
 def test_files_are_decoded_once_and_again_when_they_change(tmp_path, monkeypatch):

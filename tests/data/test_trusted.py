@@ -407,3 +407,16 @@ def test_given_labels_in_arrays(tmp_path):
     np.savez(config.train, **arrays, trusted_given_labels=np.array([1]))
     with pytest.raises(UserError, match="trusted_given_labels: shape"):
         sources.load(config)
+
+
+def test_a_class_that_is_not_trusted_is_named():
+    """A mistyped label has a class of its own: where it is listed and what may have been meant."""
+    names = ("Owl", "cat", "owl")
+    source = small([0, 1, 1, 2, 2], trusted=[1, 2])
+    source = dataclasses.replace(source, class_names=names, listed_at=("a.csv, line 7", "a.csv, line 2", ""))
+    message = (
+        r"has no example of class 'Owl' \(1 training example, the first in a.csv, line 7\), which is perhaps to be "
+        "'owl'; expected at least one of each of the 3 classes"
+    )
+    with pytest.raises(UserError, match=message):
+        trusted_set.split_trusted(source, trusted_config(source="separate"))

@@ -1,6 +1,7 @@
 """A user's own arrays: images or features in an .npz file, and features in tables."""
 
 import dataclasses
+import functools
 import pathlib
 import zipfile
 import zlib
@@ -9,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
-from ieg_jax.data.sources import feature_tables
+from ieg_jax.data.sources import feature_tables, lists
 from ieg_jax.data.splits import UNKNOWN, Source, Split, check_images_and_labels, check_labels, make_split
 from ieg_jax.errors import UserError
 
@@ -22,7 +23,8 @@ def arrays(data: ConfigDict) -> Source:
     It holds the arrays `images` `[n,H,W]` or `[n,H,W,C]`, uint8 or floats in [0, 1], and `labels` `[n]` integers, as
     given. Optional are `clean_labels` `[n]` (true labels, -1 where not known), `test_images` and `test_labels`,
     `trusted_images` and `trusted_labels`, and `trusted_given_labels`, those that these had before they were checked (-1
-    where not known), from which an audit learns how often labels are wrong; and `class_names` `[K]`, texts.
+    where not known), from which an audit learns how often labels are wrong; and `class_names` `[K]`, texts, of the
+    labels 0 … K-1. Without names the classes are as `lists.numbered_classes` has it, so labels may begin at 1.
 
     Raises:
       UserError: for a file that is missing, damaged or lacks an array, and for arrays of another shape, dtype or range.
@@ -32,7 +34,7 @@ def arrays(data: ConfigDict) -> Source:
         pixels = pixels[..., None] if pixels.ndim == 3 else pixels
         if pixels.shape[1:3] == (1, 1):
             raise UserError(f"{where}: shape {pixels.shape}, images of one pixel; for features set data.name=features")
-        check_images_and_labels(pixels, labels, where, data.num_classes)
+        check_images_and_labels(pixels, labels, where, 0)
         return pixels
 
     return _own_arrays(data, _read_npz(data.train, ("images", "labels"), data.name), "images", check)
@@ -67,7 +69,7 @@ def features(data: ConfigDict) -> Source:
 
     def check_both(values: np.ndarray, labels: np.ndarray, where: str) -> np.ndarray:
         _check_features(values, where)
-        check_labels(labels, len(values), f"{where}: their labels", data.num_classes, lowest=0)
+        check_labels(labels, len(values), f"{where}: their labels", 0, lowest=0)
         return check(values, where)
 
     if pathlib.Path(data.train).suffix.lower() in feature_tables.ENDINGS:
@@ -194,10 +196,10 @@ def _own_arrays(
         examples = check(examples, labels, f"{path}: {prefix}{what}")
         clean = content.get("clean_labels") if not prefix else None
         if clean is not None:
-            check_labels(clean, len(labels), f"{path}: clean_labels", data.num_classes, lowest=-1)
+            check_labels(clean, len(labels), f"{path}: clean_labels", 0, lowest=-1)
         given = content.get("trusted_given_labels") if prefix == "trusted_" else None
         if given is not None:
-            check_labels(given, len(labels), f"{path}: trusted_given_labels", data.num_classes, lowest=-1)
+            check_labels(given, len(labels), f"{path}: trusted_given_labels", 0, lowest=-1)
         names = np.char.add(f"{prefix}{what}/", np.arange(len(labels)).astype(str))
         # The labels of examples for testing, and of trusted ones, are taken to be true.
         return make_split(examples, labels, clean if not prefix else labels, names, given)
@@ -209,14 +211,36 @@ def _own_arrays(
                 f"{path}: {name} have shape {split.images.shape[1:]}, expected {train.images.shape[1:]} as {what}"
             )
     splits = [split for split in (train, test, trusted) if split is not None]
-    highest = max(
-        int(max(column.max() for column in (split.labels, split.clean_labels, split.given_labels))) for split in splits
-    )
-    if highest < 1:
-        raise UserError(f"{path}: all labels are 0, expected at least two classes")
+    columns = ("labels", "clean_labels", "given_labels")
+    occurring = np.unique(np.concatenate([getattr(split, name) for split in splits for name in columns]))
+    occurring = set(occurring.tolist()) - {UNKNOWN}
     names = content.get("class_names", np.array([], str))
-    if names.dtype.kind != "U" or names.ndim != 1 or 0 < len(names) <= highest:
+    if names.dtype.kind != "U" or names.ndim != 1 or 0 < len(names) <= max(occurring):
         raise UserError(
-            f"{path}: class_names of shape {names.shape} and dtype {names.dtype}, expected at least {highest + 1} texts"
+            f"{path}: class_names of shape {names.shape} and dtype {names.dtype}, expected at least "
+            f"{max(occurring) + 1} texts"
         )
-    return Source(path.stem, max(highest + 1, len(names)), train, test, trusted, tuple(names.tolist()))
+    if len(names):
+        classes, class_names = tuple(range(len(names))), tuple(names.tolist())
+    else:
+        try:
+            classes = lists.numbered_classes(occurring, data.num_classes)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        class_names = tuple(map(str, classes))
+    if len(classes) < 2:
+        raise UserError(f"{path}: all labels are {classes[0]}, expected at least two classes")
+    train, test, trusted = map(functools.partial(_renumbered, classes), (train, test, trusted))
+    return Source(path.stem, len(classes), train, test, trusted, class_names)
+
+
+def _renumbered(classes: tuple[int, ...], split: Split | None) -> Split | None:
+    """A split whose labels are numbers of `classes`, with the places of these in place of the numbers."""
+    if split is None or classes == tuple(range(len(classes))):
+        return split
+    columns = {name: getattr(split, name) for name in ("labels", "clean_labels", "given_labels")}
+    placed = {
+        name: np.where(column < 0, column, np.searchsorted(classes, column)).astype(np.int32)
+        for name, column in columns.items()
+    }
+    return dataclasses.replace(split, **placed)

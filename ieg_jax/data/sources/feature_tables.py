@@ -29,7 +29,7 @@ def read(data: ConfigDict) -> tuple[Source, dict[str, np.ndarray]]:
     of the same name but for .csv or .parquet, whose row k is about the k-th vector. The other columns are those of
     lists of images: `label` and, where they are known, `split`, `clean_label` and `given_label`; `id`, any text by
     which an example is found again; and `path` of an image (relative to the file) or a `text`, which an audit shows.
-    Of `data.test` and `data.trusted` only the rows of that split count, where they have a column `split`.
+    Of rows that say their split those count that `lists.of_role` names.
 
     Returns:
       The source, whose splits have no features yet (`images` is empty); ids are rows of the file. And split -> its
@@ -39,7 +39,7 @@ def read(data: ConfigDict) -> tuple[Source, dict[str, np.ndarray]]:
       ListError: for everything that is wrong with labels.
       UserError: for files that are missing or damaged, and rows or columns that are not as they should be.
     """
-    listed, values = [], {}
+    listed, values, notices = [], {}, []
     for role in SPLITS:
         if where := getattr(data, role):
             file = pathlib.Path(where).expanduser()
@@ -48,21 +48,21 @@ def read(data: ConfigDict) -> tuple[Source, dict[str, np.ndarray]]:
                 raise UserError(
                     f"{file}: {len(features)} vectors, but {len(found)} rows in {_list_of(file)}; expected as many"
                 )
-            roles = SPLITS if role == "train" else (role,)
-            for split in roles:
-                rows = [one for one in found if one.split == split]
+            kept, told = lists.of_role(found, role, data)
+            notices += told
+            for split in SPLITS:
+                rows = [one for one in kept if one.split == split]
                 if rows:
                     listed += rows
-                    part = features[[one.row for one in rows]]
-                    values[split] = np.concatenate([values[split], part]) if split in values else part
-            if not any(one.split in roles for one in found):
-                raise UserError(f"data.{role}={where}: no row with split {role!r}")
+                    values[split] = features[[one.row for one in rows]]
     if "train" not in values:
         raise UserError(f"data.train={data.train!r}: no row with split 'train'")
-    classes, numbers = lists.number_classes(listed, data.num_classes, by_number=True)
+    classes, numbers = lists.number_classes(listed, data.num_classes)
     parts = {split: _to_split([one for one in listed if one.split == split], numbers) for split in values}
     name = pathlib.Path(data.train).stem
-    return Source(name, len(classes), parts["train"], parts.get("test"), parts.get("trusted"), classes), values
+    source = Source(name, len(classes), parts["train"], parts.get("test"), parts.get("trusted"), classes)
+    listed_at = lists.first_of_class(listed, numbers)
+    return dataclasses.replace(source, listed_at=listed_at, notices=tuple(notices)), values
 
 
 def vectors(file: pathlib.Path) -> np.ndarray:

@@ -23,7 +23,8 @@ from ml_collections import ConfigDict
 from ieg_jax import files
 from ieg_jax.data import images
 from ieg_jax.data.sources import records
-from ieg_jax.data.splits import UNKNOWN, Source, Split, check_labels, make_split
+from ieg_jax.data.sources.lists import numbered_classes
+from ieg_jax.data.splits import UNKNOWN, Source, Split, make_split
 from ieg_jax.errors import UserError
 from ieg_jax.lazy import tf
 
@@ -108,8 +109,9 @@ def huggingface(data: ConfigDict) -> Source:
     A `Dataset` is the training set; of a `DatasetDict` the splits `train`, `test` (or `validation`) and `trusted` are
     read. `data.test` and `data.trusted` name folders of further `Dataset`s. The images are the column of type `Image`,
     the labels that of type `ClassLabel`, or the one called `label`; `data.variant` names another column of labels.
-    Labels are those of a `ClassLabel`, or strings, which are put in alphabetical order, or whole numbers. In the
-    training set a column `clean_label` is for diagnostics; in the other splits it is the label.
+    Labels are those of a `ClassLabel`, or strings, which are put in alphabetical order, or whole numbers (see
+    `lists.numbered_classes`). In the training set a column `clean_label` is for diagnostics; in the other splits it is
+    the label. A split for testing without any label, as benchmarks keep theirs back, is left out with a notice.
 
     Raises:
       UserError: for a folder without such data, files that cannot be read, and columns of other types.
@@ -117,13 +119,23 @@ def huggingface(data: ConfigDict) -> Source:
     folder = pathlib.Path(data.dir).expanduser()
     places = _places(data, folder)
     parts = {split: _read(place, data.variant) for split, place in places.items()}
-    classes = parts["train"].label.names
-    splits = {split: _to_split(split, part, classes, data.num_classes) for split, part in parts.items()}
-    every = [split.labels.max() for split in splits.values()] + [split.clean_labels.max() for split in splits.values()]
-    num_classes = len(classes) or int(max(every)) + 1
-    if num_classes < 2:
+    notices, train = [], parts["train"]
+    if "test" in parts and all(np.all(column.numbers < 0) for column in parts["test"].columns):
+        del parts["test"]
+        notices.append(f"{places['test']}: none of the examples for testing has a label, so they are not used")
+    classes = train.label.names
+    if not classes:
+        occurring = set(np.concatenate([column.numbers for column in train.columns]).tolist())
+        try:
+            classes = tuple(
+                map(str, numbered_classes({number for number in occurring if number >= 0}, data.num_classes))
+            )
+        except UserError as error:
+            raise UserError(f"{train.folder}: {error}") from None
+    if len(classes) < 2:
         raise UserError(f"{places['train']}: all labels are the same, expected at least two classes")
-    return Source(folder.name, num_classes, **splits, class_names=classes)
+    splits = {split: _to_split(split, part, classes) for split, part in parts.items()}
+    return Source(folder.name, len(classes), **splits, class_names=classes, notices=tuple(notices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +154,11 @@ class _Part:
     images: ArrowImages
     label: _Labels
     clean_label: _Labels | None
+
+    @property
+    def columns(self) -> tuple[_Labels, ...]:
+        """The columns of labels that there are."""
+        return (self.label,) if self.clean_label is None else (self.label, self.clean_label)
 
 
 def _places(data: ConfigDict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -169,7 +186,10 @@ def _places(data: ConfigDict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _read(folder: pathlib.Path, label: str) -> _Part:
-    paths = [str(folder / file["filename"]) for file in _json(folder / "state.json", "_data_files")]
+    names = [file["filename"] for file in _json(folder / "state.json", "_data_files")]
+    if outside := [name for name in names if pathlib.PurePath(name).name != name]:
+        raise UserError(f"{folder / 'state.json'}: data file {outside[0]!r}, expected the name of a file in {folder}")
+    paths = [str(folder / name) for name in names]
     try:
         table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(path)).read_all() for path in paths])
     except (OSError, pa.ArrowInvalid) as error:
@@ -210,32 +230,32 @@ def _labels(table: pa.Table, features: dict[str, Any], name: str, folder: pathli
     return _Labels(numbers, tuple(features.get(name, {}).get("names") or ()))
 
 
-def _to_split(split: str, part: _Part, classes: tuple[str, ...], num_classes: int) -> Split:
+def _to_split(split: str, part: _Part, classes: tuple[str, ...]) -> Split:
     labels, clean = _renumbered(part.label, classes, part.folder), None
     if part.clean_label is not None:
         clean = _renumbered(part.clean_label, classes, part.folder)
-        check_labels(clean, len(clean), f"{part.folder}: {CLEAN_LABEL}", num_classes, UNKNOWN)
     if split != "train":  # labels for testing, and trusted ones, are taken to be true
         labels = clean = labels if clean is None else np.where(clean == UNKNOWN, labels, clean)
-    check_labels(labels, len(labels), f"{part.folder}: labels", num_classes, lowest=0)
+    missing = np.flatnonzero(labels == UNKNOWN)
+    if len(missing):
+        raise UserError(
+            f"{part.folder}: {len(missing):,} of {len(labels):,} examples have no label, or one below 0, the first in "
+            f"row {missing[0]}; take them out (filter of the Dataset, then save_to_disk), or name another folder"
+        )
     return make_split(part.images, labels, clean, [f"{split}/{row}" for row in range(len(labels))])
 
 
 def _renumbered(labels: _Labels, classes: tuple[str, ...], folder: pathlib.Path) -> np.ndarray:
-    """The labels as numbers of the classes of the training set, whose names may have another order."""
-    if labels.names == classes:
-        return labels.numbers
-    numbers = {name: number for number, name in enumerate(classes)}
-    used = [
-        labels.names[number] if labels.names else str(number)
-        for number in np.unique(labels.numbers[labels.numbers >= 0])
-    ]
-    strange = [name for name in used if name not in numbers]
+    """The labels as numbers of the classes of the training set, whose names may have another order; or UNKNOWN."""
+    places = {name: number for number, name in enumerate(classes)}
+    found, inverse = np.unique(labels.numbers, return_inverse=True)
+    names = [labels.names[number] if 0 <= number < len(labels.names) else str(number) for number in found]
+    strange = [name for name, number in zip(names, found, strict=True) if number >= 0 and name not in places]
     if strange:
-        known = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "") if classes else "whole numbers"
+        known = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         raise UserError(f"{folder}: label {strange[0]!r} is none of the classes of the training set ({known})")
-    table = np.array([numbers.get(name, UNKNOWN) for name in labels.names] + [UNKNOWN])
-    return table[labels.numbers]  # UNKNOWN = -1 is the index of the last entry
+    table = [places[name] if number >= 0 else UNKNOWN for name, number in zip(names, found, strict=True)]
+    return np.array(table)[inverse]
 
 
 def _features_of(schema: pa.Schema) -> dict[str, Any]:

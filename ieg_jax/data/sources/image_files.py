@@ -1,7 +1,9 @@
 """A user's own images: a folder for each class, or a list (CSV or Parquet) of paths and labels."""
 
+import collections
 import os
 import pathlib
+import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,9 +15,11 @@ from ieg_jax.data.sources.lists import (
     Listed,
     ListError,
     described,
+    first_of_class,
     labels_as_numbers,
     list_rows,
     number_classes,
+    of_role,
 )
 from ieg_jax.data.splits import Source, Split, make_split
 from ieg_jax.errors import UserError
@@ -23,14 +27,19 @@ from ieg_jax.errors import UserError
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm",
 }  # fmt: skip
+# Folders that disks in a network, archives of macOS and file managers put beside what is theirs.
+FOREIGN_FOLDERS = {"@eadir", "@tmp", "@recycle", "#recycle", "$recycle.bin", "__macosx", "system volume information"}
+FOREIGN_FILES = {"thumbs.db", "desktop.ini"}
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "trusted", "clean", "noisy"}
 
 
 def image_folder(data: ConfigDict) -> Source:
     """Folders with one folder for each class: `data.train`/class/x.jpg; `data.test` and `data.trusted` likewise.
 
     The classes are the folders' names, in alphabetical order or, where all are whole numbers, in the order of the
-    numbers. Files that do not end in one of SUFFIXES, or begin with a dot, are no images. `data.test` and
-    `data.trusted` may also be lists, see `image_csv`.
+    numbers. Files that do not end in one of SUFFIXES are no images, and are counted in the notices; what begins with a
+    dot, or is in FOREIGN_FOLDERS or FOREIGN_FILES, is passed over. `data.test` and `data.trusted` may also be lists,
+    see `image_csv`.
 
     Raises:
       ListError: for everything that is wrong with what is listed, at once.
@@ -38,19 +47,20 @@ def image_folder(data: ConfigDict) -> Source:
     """
     if not data.train or not pathlib.Path(data.train).expanduser().is_dir():
         raise UserError(f"data.train={data.train!r}: no such folder; data.name=image_folder expects class/x.jpg there")
-    return _load(data, by_number=False)
+    return _load(data)
 
 
 def image_csv(data: ConfigDict) -> Source:
     """Lists with the columns `path` and `label`; optional `split`, `clean_label` and `given_label`.
 
     A file that ends in `.parquet` or `.pq` is read as Parquet, every other one as CSV with a header.
-    Paths are relative to `data.dir`, or to the list's own folder where it is empty. `split` is train, test or
-    trusted. `data.test` and `data.trusted` name further lists, or folders as for `image_folder`. Labels are names
-    of classes, sorted; or, where all are whole numbers, the numbers themselves. In the training set `label` is what is
-    learned from and `clean_label` is for diagnostics; of an image for testing or trusted, whose label has to be true,
-    `clean_label` is the label where it is given. `given_label` of a trusted image is the label that it had before
-    somebody checked it, right or wrong, from which an audit learns how often labels are wrong.
+    Paths are relative to `data.dir`, or to the list's own folder where it is empty. `split` is train, test or trusted.
+    `data.test` and `data.trusted` name further lists, or folders as for `image_folder`; of rows that say their split
+    those count that `lists.of_role` names. Labels are names of classes, sorted, or whole numbers, see
+    `lists.number_classes`. In the training set `label` is what is learned from and `clean_label` is for diagnostics; of
+    an image for testing or trusted, whose label has to be true, `clean_label` is the label where it is given.
+    `given_label` of a trusted image is the label that it had before somebody checked it, right or wrong, from which an
+    audit learns how often labels are wrong.
 
     Raises:
       ListError: for everything that is wrong with what is listed, at once.
@@ -60,21 +70,33 @@ def image_csv(data: ConfigDict) -> Source:
         raise UserError(
             f"data.train={data.train!r}: no such file; data.name=image_csv expects a CSV or Parquet file there"
         )
-    return _load(data, by_number=True)
+    return _load(data)
 
 
-def _load(data: ConfigDict, by_number: bool) -> Source:
-    """Lists the images of all splits; `by_number`: see `lists.number_classes`."""
-    base, listed = base_folder(data), []
-    for split in SPLITS:
-        if where := getattr(data, split):
-            listed += list_images(pathlib.Path(where).expanduser(), base, split, bool(data.dir))
+def _load(data: ConfigDict) -> Source:
+    """Lists the images of all splits."""
+    base, listed, notices = base_folder(data), [], []
+    for role in SPLITS:
+        if data[role]:
+            where = pathlib.Path(data[role]).expanduser()
+            found, told = of_role(list_images(where, base, role, bool(data.dir)), role, data)
+            listed += found
+            notices += told
+            if where.is_dir():
+                notices += [f"data.{role}: {notice}" for notice in _passed_over(where)]
     listed, errors = _without_repeats(listed)
     if not any(image.split == "train" for image in listed):
         raise UserError(f"data.train={data.train!r}: no training images in it")
-    classes, numbers = number_classes(listed, data.num_classes, by_number, errors)
+    classes, numbers = number_classes(listed, data.num_classes, errors)
     parts = {split: _to_split([image for image in listed if image.split == split], numbers) for split in SPLITS}
-    return Source(base.name or "images", len(classes), parts["train"], parts["test"], parts["trusted"], classes)
+    return Source(
+        name=base.name or "images",
+        num_classes=len(classes),
+        **parts,
+        class_names=classes,
+        listed_at=first_of_class(listed, numbers),
+        notices=tuple(notices),
+    )
 
 
 def base_folder(data: ConfigDict) -> pathlib.Path:
@@ -104,43 +126,77 @@ def list_images(where: pathlib.Path, base: pathlib.Path, split: str, relative_to
 
 
 def _list_folder(folder: pathlib.Path, base: pathlib.Path, split: str) -> list[Listed]:
-    classes = [entry for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    classes = [pathlib.Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
     if not classes:
         raise UserError(f"data.{split}={str(folder)!r}: no folders in it; expected one for each class, with its images")
+    if all(place.name.lower() in SPLIT_NAMES and not _images_in(place) for place in classes):
+        names = " and ".join(place.name for place in classes)
+        raise UserError(
+            f"data.{split}={str(folder)!r}: {names} in it have folders and no images, so these are one level too high; "
+            f"expected a folder for each class, as perhaps in {classes[0]}"
+        )
     listed = []
     for place in classes:
-        paths = list(images_below(place, set()))
+        paths = list(images_below(place))
         if not paths:
             raise UserError(
                 f"data.{split}: class {place.name!r} has no images in {place} "
                 f"(files ending in {', '.join(sorted(SUFFIXES))}); remove the folder or fill it"
             )
-        listed += [
-            Listed(str(p), _name(str(p), str(base)), place.name, "", "", split, f"{place}: {p.name}") for p in paths
-        ]
+        label = unicodedata.normalize("NFC", place.name)
+        listed += [Listed(str(p), _name(str(p), str(base)), label, "", "", split, f"{place}: {p.name}") for p in paths]
     return listed
 
 
-def images_below(folder: pathlib.Path, seen: set[str]) -> Iterator[pathlib.Path]:
+def images_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """The image files of a folder and of those in it. Each folder is searched once, however many links lead there."""
-    real = os.path.realpath(folder)
+    return (file for file in _files_below(folder) if file.suffix.lower() in SUFFIXES)
+
+
+def _files_below(folder: pathlib.Path, seen: set[str] | None = None) -> Iterator[pathlib.Path]:
+    seen, real = set() if seen is None else seen, os.path.realpath(folder)
     if real in seen:
         return
     seen.add(real)
     for entry in _entries(folder):
-        if entry.name.startswith("."):
-            continue
         if entry.is_dir():
-            yield from images_below(entry, seen)
-        elif entry.suffix.lower() in SUFFIXES:
-            yield entry
+            yield from _files_below(pathlib.Path(entry.path), seen)
+        elif entry.is_file():  # and no pipe or device, which would never end
+            yield pathlib.Path(entry.path)
 
 
-def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
+def _entries(folder: pathlib.Path) -> list[os.DirEntry]:
+    """What is in a folder, sorted by name, without what is nobody's: FOREIGN_FOLDERS, FOREIGN_FILES, `.name`."""
+    foreign = FOREIGN_FOLDERS | FOREIGN_FILES
     try:
-        return sorted(folder.iterdir())
+        with os.scandir(folder) as entries:
+            found = [one for one in entries if not one.name.startswith(".") and one.name.lower() not in foreign]
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _images_in(folder: pathlib.Path) -> bool:
+    return any(os.path.splitext(one.name)[1].lower() in SUFFIXES and one.is_file() for one in _entries(folder))
+
+
+def _passed_over(folder: pathlib.Path) -> list[str]:
+    """Notices on the folder of a split: files in it that are no images, and folders within those of classes."""
+    endings = collections.Counter(file.suffix.lower() for file in _files_below(folder))
+    others = {ending: count for ending, count in endings.items() if ending not in SUFFIXES}
+    nested = [f"{entry.name}/{below.name}" for entry in _entries(folder) if entry.is_dir()
+              for below in _entries(pathlib.Path(entry.path)) if below.is_dir()]  # fmt: skip
+    notices = []
+    if others:
+        of_each = ", ".join(f"{count:,} {ending or 'without an ending'}" for ending, count in sorted(others.items()))
+        notices.append(f"{sum(others.values()):,} files are passed over, as their ending is of no image ({of_each})")
+    if nested:
+        more = f" and {len(nested) - 5} more" if len(nested) > 5 else ""
+        notices.append(
+            f"images in folders within those of classes are of the outer one ({', '.join(nested[:5])}{more}); where "
+            f"the inner ones are the classes, name a folder that is one level below"
+        )
+    return notices
 
 
 def _read_list(file: pathlib.Path, base: pathlib.Path, split: str, relative_to_base: bool) -> list[Listed]:
@@ -167,9 +223,17 @@ def _listed(row: dict, where: str, root: str, base: str, split: str) -> Listed |
         raise UserError(
             f"{where}: path {values['path'][:40]!r}... goes over several lines; is a quotation mark left open?"
         )
-    path = os.path.join(root, values["path"])
+    path = _on_disk(os.path.join(root, values["path"]))
     labels = (values[name] for name in ("label", "clean_label", "given_label", "split"))
     return Listed(path, _name(path, base), *labels, where)
+
+
+def _on_disk(path: str) -> str:
+    """The path as the disk has it, where an umlaut in it is composed (é) in the list and not there, or the reverse."""
+    if path.isascii() or os.path.exists(path):
+        return path
+    others = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    return next((other for other in others if os.path.exists(other)), path)
 
 
 def _name(path: str, base: str) -> str:

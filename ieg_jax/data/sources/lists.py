@@ -3,12 +3,15 @@
 import csv
 import dataclasses
 import io
+import itertools
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow
+from ml_collections import ConfigDict
 from pyarrow import parquet
 
 from ieg_jax.data.splits import UNKNOWN, in_lines
@@ -18,7 +21,8 @@ SPLITS = ("train", "test", "trusted")
 COLUMNS = ("path", "label", "clean_label", "given_label", "split")
 OF_FEATURES = (*COLUMNS, "id", "text")
 PARQUET = (".parquet", ".pq")
-_NUMBER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"([+-]?\d+)(\.0*)?")  # pandas writes whole numbers as 3.0 in a column with gaps
+_MISSING = ("nan", "NaN")  # as pandas and NumPy write that there is none
 Classes = tuple[tuple[str, ...], dict[str, int]]  # the names of the classes by number, and the numbers by written label
 
 
@@ -84,18 +88,30 @@ def _csv_rows(file: pathlib.Path, needed: Sequence[str]) -> Iterator[tuple[str, 
         raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
-    header = next((line for line in text.splitlines() if line.strip()), "")
+    lines = text.splitlines(keepends=True)
+    before = sum(1 for _ in itertools.takewhile(lambda line: not line.strip(), lines))
+    header = lines[before] if before < len(lines) else ""
     delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    if separator := re.fullmatch(r"sep=(.)\s*", header):  # a line that Excel reads and writes
+        before, delimiter = before + 1, separator[1]
+    content = io.StringIO("".join(lines[before:]), newline="")
+    reader = csv.DictReader(content, delimiter=delimiter, skipinitialspace=True)
     columns = [(name or "").strip() for name in reader.fieldnames or []]
-    if not set(needed) <= set(columns):
-        raise UserError(f"{file}: columns {columns}, expected a first line with {' and '.join(needed)}")
+    _check_columns(columns, needed, file, "a first line with ")
     reader.fieldnames = columns
     try:
         for row in reader:
-            yield f"line {reader.line_num}", row
+            yield f"line {before + reader.line_num}", row
     except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num}: {error}; is a quotation mark left open?") from None
+        raise UserError(f"{file}, line {before + reader.line_num}: {error}; is a quotation mark left open?") from None
+
+
+def _check_columns(columns: Sequence[str], needed: Sequence[str], file: pathlib.Path, what: str = "") -> None:
+    if not set(needed) <= set(columns):
+        raise UserError(f"{file}: columns {list(columns)}, expected {what}{' and '.join(needed)}")
+    for name in OF_FEATURES:
+        if list(columns).count(name) > 1:
+            raise UserError(f"{file}: columns {list(columns)}, {name!r} more than once; rename all but one")
 
 
 def _parquet_rows(
@@ -103,8 +119,7 @@ def _parquet_rows(
 ) -> Iterator[tuple[str, dict[str, str]]]:
     try:
         present = parquet.read_schema(file).names
-        if not set(needed) <= set(present):
-            raise UserError(f"{file}: columns {present}, expected {' and '.join(needed)} among them")
+        _check_columns(present, needed, file)
         # The path as a file object: pyarrow would take folders named a=b for columns.
         with file.open("rb") as content:
             table = parquet.read_table(content, columns=[name for name in columns if name in present])
@@ -153,6 +168,10 @@ def described(row: dict[str, str], where: str, split: str, needed: Sequence[str]
     values = dict.fromkeys(OF_FEATURES, "") | {key: (value or "").strip() for key, value in row.items()}
     if not any(values.values()):
         return None
+    if values["label"] in _MISSING:
+        raise UserError(f"{where}: label {values['label']!r}, as a missing value is written; expected a class")
+    for name in ("label", "clean_label", "given_label"):  # one class, however an umlaut in its name is composed
+        values[name] = "" if values[name] in _MISSING else unicodedata.normalize("NFC", values[name])
     if not all(values[name] for name in needed):
         got = ", ".join(f"{name} {values[name]!r}" for name in needed)
         raise UserError(f"{where}: {got}; expected {'both' if len(needed) == 2 else 'one'}")
@@ -164,22 +183,68 @@ def described(row: dict[str, str], where: str, split: str, needed: Sequence[str]
     return values
 
 
-def number_classes(listed: Sequence[Listed], num_classes: int, by_number: bool, errors: Sequence[str] = ()) -> Classes:
+def of_role(listed: list[Listed], role: str, data: ConfigDict) -> tuple[list[Listed], list[str]]:
+    """The rows of a list that count: those of its role, and of `data.train` also those of roles without a list.
+
+    Args:
+      listed: the rows of the list that `data.<role>` names.
+      role: train, test or trusted.
+      data: the group of the configuration.
+
+    Returns:
+      The rows; and a notice where others are left out.
+
+    Raises:
+      UserError: where none is left.
+    """
+    roles = [role] + [split for split in SPLITS if role == "train" and split != role and not data[split]]
+    kept = [one for one in listed if one.split in roles]
+    counts = {split: sum(one.split == split for one in listed) for split in SPLITS if split not in roles}
+    others = ", ".join(f"{count:,} {split}" for split, count in counts.items() if count)
+    if not kept:
+        raise UserError(
+            f"data.{role}={data[role]}: no row with split {role!r} (its column split says: {others}); mend the column, "
+            f"or leave it out, and all rows are for {role}"
+        )
+    notice = f"data.{role}={data[role]}: rows of other splits are not used ({others})"
+    return kept, [notice] if others else []
+
+
+def number_classes(listed: Sequence[Listed], num_classes: int, errors: Sequence[str] = ()) -> Classes:
     """Numbers the classes of the training examples, and checks that every label names one of them.
+
+    Classes are in alphabetical order of their names, or where all are whole numbers as `numbered_classes` has it.
 
     Args:
       listed: the examples of all splits.
       num_classes: K, 0 = not known.
-      by_number: whether labels that are all whole numbers are the numbers of the classes; else these are in their
-        order, as those of folders.
       errors: what was found to be wrong with the examples before.
 
     Raises:
       ListError: for everything that is wrong, with `errors`.
       UserError: where there is one class.
     """
-    trained, errors = [one for one in listed if one.split == "train"], list(errors)
-    classes, numbers = (_number_labels if by_number else _number_names)(trained, num_classes, errors)
+    errors = list(errors)
+    trained = _labels([one for one in listed if one.split == "train"])
+    everything = trained | _labels(listed)
+    if all(map(_NUMBER.fullmatch, trained)):
+        values = {label: int(found[1]) for label in everything if (found := _NUMBER.fullmatch(label))}
+        whole = {values[label] for label in trained}
+        strange = strange_numbers(whole, num_classes)
+        if strange:
+            errors += [
+                f"{one.where}: {strange[values[label]]}"
+                for one in listed
+                for label in _labels_of(one)
+                if values.get(label) in strange
+            ]
+            raise ListError(errors, list(listed))
+        order = numbered_classes(whole, num_classes)
+        classes, places = tuple(map(str, order)), {value: place for place, value in enumerate(order)}
+        numbers = {label: places[value] for label, value in values.items() if value in places}
+    else:
+        classes = tuple(sorted(trained))
+        numbers = {name: number for number, name in enumerate(classes)}
     known = f"the {len(classes)} classes {', '.join(classes[:10])}" + (", ..." if len(classes) > 10 else "")
     errors += [
         f"{one.where}: label {label!r} is none of {known}"
@@ -188,10 +253,53 @@ def number_classes(listed: Sequence[Listed], num_classes: int, by_number: bool, 
         if label and label not in numbers
     ]
     if errors:
-        raise ListError(errors, listed)
+        raise ListError(errors, list(listed))
     if len(classes) < 2:
         raise UserError(f"all labels are {classes[0]!r}, expected at least two classes")
     return classes, numbers
+
+
+def numbered_classes(labels: Collection[int], num_classes: int) -> tuple[int, ...]:
+    """The classes, in order, where labels are whole numbers.
+
+    They are the numbers that occur, so that labels may begin at 1 or have gaps. With `num_classes` K they are 0 … K-1,
+    whether each occurs or not; unless K other numbers occur.
+
+    Args:
+      labels: those that occur.
+      num_classes: K, 0 = not known.
+
+    Raises:
+      UserError: for numbers below 0, and those that are not 0 … K-1 and not K.
+    """
+    if strange := strange_numbers(labels, num_classes):
+        raise UserError(next(iter(strange.values())))
+    occurring = tuple(sorted(labels))
+    inside = num_classes and set(occurring) <= set(range(num_classes))
+    return tuple(range(num_classes)) if inside else occurring
+
+
+def strange_numbers(labels: Collection[int], num_classes: int) -> dict[int, str]:
+    """What is wrong with those labels that no class can be called by; see `numbered_classes`."""
+    occurring = sorted(labels)
+    if occurring[0] >= 0 and (len(occurring) == num_classes or not num_classes):
+        return {}
+    upper = f" to {num_classes - 1} (data.num_classes={num_classes})" if num_classes else ", or more"
+    inside = range(num_classes or occurring[-1] + 1)
+    advice = ""
+    if occurring[0] >= 0:
+        numbers = ", ".join(map(str, occurring[:10])) + (", ..." if len(occurring) > 10 else "")
+        advice = f"; with data.num_classes=0 the {len(occurring)} numbers that occur are the classes, {numbers}"
+    return {label: f"label {label}, expected 0{upper}{advice}" for label in occurring if label not in inside}
+
+
+def first_of_class(listed: Sequence[Listed], numbers: dict[str, int]) -> tuple[str, ...]:
+    """Where the first training example of each class is listed, "" where there is none; for messages."""
+    found: dict[int, str] = {}
+    for one in listed:
+        if one.split == "train":
+            found.setdefault(numbers[one.label], one.where)
+    return tuple(found.get(number, "") for number in range(max(numbers.values()) + 1))
 
 
 def labels_as_numbers(listed: Sequence[Listed], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -209,51 +317,9 @@ def _all_of(errors: list[str]) -> str:
     return errors[0] if len(errors) == 1 else f"{len(errors)} things are wrong with what is listed:\n{in_lines(errors)}"
 
 
-def _labels(listed: list[Listed]) -> set[str]:
+def _labels(listed: Sequence[Listed]) -> set[str]:
     return {label for image in listed for label in _labels_of(image) if label}
 
 
 def _labels_of(image: Listed) -> tuple[str, str, str]:
     return image.label, image.clean_label, image.given_label
-
-
-def _number_names(listed: list[Listed], num_classes: int, errors: list[str]) -> Classes:
-    """Numbers the classes in alphabetical order of their names, or in the order of whole numbers where all are such."""
-    del num_classes, errors
-    written = _labels(listed)
-    key = int if all(map(_NUMBER.fullmatch, written)) else None
-    classes = tuple(sorted(written, key=key))
-    return classes, {name: number for number, name in enumerate(classes)}
-
-
-def _number_labels(listed: list[Listed], num_classes: int, errors: list[str]) -> Classes:
-    """Like `_number_names`, but where all labels are whole numbers, each is the number of its class.
-
-    What is wrong with such numbers is added to `errors`.
-    """
-    written = _labels(listed)
-    if not all(map(_NUMBER.fullmatch, written)):
-        return _number_names(listed, num_classes, errors)
-    numbers = {label: int(label) for label in written}
-    highest = max(numbers.values())
-    upper = f"to {num_classes - 1} (data.num_classes)" if num_classes else "and up"
-    outside = [
-        f"{image.where}: label {label}, expected 0 {upper}"
-        for image in listed
-        for label in _labels_of(image)
-        if label and not 0 <= numbers[label] < (num_classes or highest + 1)
-    ]
-    if not num_classes and not outside:
-        present = {numbers[image.label] for image in listed}
-        empty = next((number for number in range(highest + 1) if number not in present), None)
-        if empty is not None:
-            outside.append(
-                f"labels go up to {highest}, but class {empty} has no training images; "
-                f"set data.num_classes={highest + 1} if that is meant"
-            )
-    if outside:
-        errors += outside
-        # Only the classes that occur are returned: with a mistyped number the list of all could be very long.
-        return tuple(sorted(written, key=int)), numbers
-    classes = tuple(str(number) for number in range(num_classes or highest + 1))
-    return classes, {name: number for number, name in enumerate(classes)} | numbers

@@ -5,6 +5,7 @@ from files is checked before anything long starts.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -63,6 +64,13 @@ def list_source(data: ConfigDict) -> Source:
       UserError: for a key that is set and that the source does not read, and for lists that cannot be used.
     """
     check_reads(data)
+    for key in ("dir", "train", "test", "trusted"):
+        path = data[key]
+        if path and "://" not in path and not os.path.isabs(os.path.expanduser(path)) and not os.path.exists(path):
+            raise UserError(
+                f"data.{key}={path!r}: there is nothing in {os.getcwd()}, to which the path is relative; start "
+                f"where it is, or give the whole path"
+            )
     return dataclasses.replace(REGISTRY[data.name].read(data), skip_unreadable=data.unreadable == "skip")
 
 

@@ -1,3 +1,7 @@
+import os
+import pathlib
+import unicodedata
+
 import image_trees
 import numpy as np
 import pyarrow as pa
@@ -101,10 +105,10 @@ def test_paths_are_relative_to_data_dir_where_it_is_given(tmp_path):
         ("path,label\nx.png,a\ny.png,a\n", "at least two classes"),
         ('path,label\n"x.png,a\ny.png,b\n"z.png",b\n', "line 4: path .*is a quotation mark left open"),
         ("path,label\nx,1.png,a\ny.png,b\n", "line 2: 1 cells too many"),
-        ("path,label\nx.png,20240101123\ny.png,1\n", "class 0 has no training images"),
+        ("path,label\nx.png,0\ny.png,nan\n", "line 3: label 'nan', as a missing value is written"),
+        ("path,label,label\nx.png,0,1\n", "'label' more than once"),
         ("path,label\nx.png,a\nbad\0name.png,b\n", "line"),
-        ("path,label\nx.png,0\ny.png,-1\n", "line 3: label -1, expected 0 and up"),
-        ("path,label\nx.png,0\ny.png,2\n", "class 1 has no training images"),
+        ("path,label\nx.png,0\ny.png,-1\n", "line 3: label -1, expected 0, or more"),
         ("path,label,split\nx.png,0,training\n", "split 'training', expected one of train, test, trusted"),
         ("path,label,split\nx.png,a,train\ny.png,b,train\nz.png,c,test\n", "'c' is none of the 2 classes a, b"),
         ("path,label\nx.png,a\ngone.png,b\n", "1 of 2 images cannot be used:\n  gone.png: no such file"),
@@ -208,7 +212,9 @@ def test_clean_labels_of_test_and_trusted_images_are_their_labels(tmp_path):
 def test_a_label_beyond_num_classes(tmp_path):
     write_images(tmp_path, ["x.png", "y.png"])
     (tmp_path / "list.csv").write_text("path,label\nx.png,0\ny.png,7\n")
-    with pytest.raises(UserError, match=r"line 3: label 7, expected 0 to 4 \(data.num_classes\)"):
+    with pytest.raises(
+        UserError, match=r"line 3: label 7, expected 0 to 4 \(data.num_classes=5\); with data.num_classes=0 "
+    ):
         sources.load(config("image_csv", tmp_path / "list.csv", num_classes=5))
     (tmp_path / "list.csv").write_text("path,label\nx.png,0\ny.png,3\n")
     assert sources.load(config("image_csv", tmp_path / "list.csv", num_classes=5)).num_classes == 5
@@ -250,13 +256,96 @@ def test_links_are_followed_once(tmp_path):
 
 def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     write_images(tmp_path / "own", ["a/x.png", "b/y.png", "b/more/z.png"])
-    listed = image_files.pathlib.Path.iterdir
+    scandir = os.scandir
 
-    def iterdir(path):
-        if path.name == "more":
+    def forbidden(path):
+        if pathlib.Path(path).name == "more":
             raise PermissionError(13, "Permission denied")
-        return listed(path)
+        return scandir(path)
 
-    monkeypatch.setattr(image_files.pathlib.Path, "iterdir", iterdir)
+    monkeypatch.setattr(image_files.os, "scandir", forbidden)
     with pytest.raises(UserError, match=r"b/more: cannot be listed \(Permission denied\)"):
         sources.load(config("image_folder", tmp_path / "own"))
+
+
+@pytest.mark.parametrize("start", ["", "\n\n", "sep=;\n"])
+def test_csv_as_other_programs_write_it(tmp_path, start):
+    """Empty lines or Excel's line before the first; whole numbers as floats, and gaps as pandas writes them."""
+    write_images(tmp_path, [f"{k}.png" for k in range(4)])
+    rows = ["path;label;clean_label", "0.png;1;1.0", "1.png;2.0;nan", "2.png;10;", "3.png;02;2."]
+    (tmp_path / "list.csv").write_text(start + "\n".join(rows))
+    source = sources.load(config("image_csv", tmp_path / "list.csv"))
+    assert source.class_names == ("1", "2", "10") and source.train.labels.tolist() == [0, 1, 2, 1]
+    assert source.train.clean_labels.tolist() == [0, -1, -1, 1]
+    (tmp_path / "list.csv").write_text(start + "\n".join([*rows, "3.png;-1"]))
+    with pytest.raises(UserError, match=rf"list.csv, line {6 + start.count(chr(10))}: .*3.png has label '-1'"):
+        sources.load(config("image_csv", tmp_path / "list.csv"))
+
+
+def test_numbers_that_do_not_begin_at_zero(tmp_path):
+    """Lists and folders alike; data.num_classes decides, unless as many other numbers occur."""
+    names = ["1", "2", "10"]
+    write_images(tmp_path / "own", [f"{name}/x.png" for name in names])
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"own/{name}/x.png,{name}\n" for name in names))
+    for source, place in (("image_folder", tmp_path / "own"), ("image_csv", tmp_path / "list.csv")):
+        for num_classes, classes in ((0, names), (3, names), (11, [str(number) for number in range(11)])):
+            loaded = sources.load(config(source, place, num_classes=num_classes))
+            assert loaded.class_names == tuple(classes)
+            labels = dict(zip(loaded.train.names, loaded.train.labels.tolist(), strict=True))
+            assert list(labels.values()) == [classes.index(name.split("/")[-2]) for name in labels]
+        with pytest.raises(
+            UserError, match="label 10, expected 0 to 3 .*the 3 numbers that occur are the classes, 1, 2"
+        ):
+            sources.load(config(source, place, num_classes=4))
+
+
+def test_a_list_has_a_role(tmp_path):
+    """Of rows that say their split only those of the list's role count, and of the rest it is told."""
+    write_images(tmp_path, [f"{k}.png" for k in range(6)])
+    rows = ["0.png,a,train", "1.png,b,train", "2.png,a,test", "3.png,b,test", "4.png,a,trusted", "5.png,b,trusted"]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label,split", *rows]))
+    every = tmp_path / "all.csv"
+    one = sources.load(config("image_csv", every))
+    three = sources.load(config("image_csv", every, test=str(every), trusted=str(every)))
+    for name in ("train", "test", "trusted"):
+        assert getattr(one, name).names.tolist() == getattr(three, name).names.tolist()
+    assert not one.notices
+    assert three.notices[0] == f"data.train={every}: rows of other splits are not used (2 test, 2 trusted)"
+    (tmp_path / "train.csv").write_text("\n".join(["path,label,split", *rows[:2]]))
+    with pytest.raises(
+        UserError, match=r"no row with split 'test' \(its column split says: 2 train\); mend the column"
+    ):
+        sources.load(config("image_csv", every, test=str(tmp_path / "train.csv")))
+
+
+def test_what_a_scan_passes_over(tmp_path):
+    write_images(tmp_path / "own", ["a/x.png", "b/y.png", "b/more/z.png", "a/@eaDir/x.png/thumb.png", "@eaDir/u.png"])
+    write_images(tmp_path / "own", ["__MACOSX/a/x.png", "b/.ipynb_checkpoints/y.png"])
+    for name in ("a/1.heic", "a/2.HEIC", "b/noending", "b/Thumbs.db"):
+        (tmp_path / "own" / name).write_bytes(b"x")
+    os.mkfifo(tmp_path / "own" / "b" / "pipe.png")
+    source = sources.load(config("image_folder", tmp_path / "own"))
+    assert source.train.names.tolist() == ["a/x.png", "b/more/z.png", "b/y.png"] and source.class_names == ("a", "b")
+    assert source.notices[0] == (
+        "data.train: 3 files are passed over, as their ending is of no image (1 without an ending, 2 .heic)"
+    )
+    assert "are of the outer one (b/more); where the inner ones" in source.notices[1]
+    write_images(tmp_path / "high", ["train/a/x.png", "train/b/y.png", "val/a/z.png"])
+    with pytest.raises(
+        UserError, match="train and val in it have folders and no images, so these are one level too hi"
+    ):
+        sources.load(config("image_folder", tmp_path / "high"))
+    (tmp_path / "list.csv").write_text("path,label\nown/b/pipe.png,a\nown/a/x.png,b\n")
+    with pytest.raises(UserError, match="own/b/pipe.png: no regular file"):
+        sources.load(config("image_csv", tmp_path / "list.csv"))
+
+
+def test_umlauts_composed_and_decomposed(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    write_images(tmp_path, [f"{decomposed}.png", "y.png", "z.png"])
+    (tmp_path / "list.csv").write_text(f"path,label\n{composed}.png,{composed}\ny.png,{decomposed}\nz.png,b\n")
+    source = sources.load(config("image_csv", tmp_path / "list.csv"))
+    assert source.class_names == tuple(sorted((composed, "b")))
+    first, second, other = source.train.labels
+    assert first == second != other

@@ -123,6 +123,11 @@ def test_arrays(tmp_path):
     assert full.train.clean_labels.tolist() == [0, -1, 2, 3]
     assert full.test.clean_labels.tolist() == [0, 4]
     assert full.trusted.labels.tolist() == [0, 1, 2, 3, 4]
+    from_one = {"labels": LABELS + 1, "trusted_images": IMAGES[:2], "trusted_labels": np.array([3, 1])}
+    counted = sources.load(save(tmp_path, images=IMAGES, clean_labels=np.array([-1, 3, 2, 1]), **from_one))
+    assert counted.num_classes == 3 and counted.class_names == ("1", "2", "3")
+    assert counted.train.labels.tolist() == LABELS.tolist() and counted.train.clean_labels.tolist() == [-1, 2, 1, 0]
+    assert counted.trusted.labels.tolist() == [2, 0]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +262,9 @@ def test_every_source_refuses_what_it_does_not_read(name):
 def test_labels_beyond_num_classes(tmp_path):
     config = save(tmp_path, images=IMAGES, labels=LABELS)
     config.num_classes = 2
-    with pytest.raises(UserError, match="2 at place 2, expected 0 to 1"):
+    with pytest.raises(
+        UserError, match=r"own.npz: label 2, expected 0 to 1 \(data.num_classes=2\); with data.num_classes=0 the 3 num"
+    ):
         sources.load(config)
     config.num_classes = 7
     assert sources.load(config).num_classes == 7
