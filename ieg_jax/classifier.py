@@ -383,6 +383,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         images = _pixels(X, where)
         if where == "X":
             self.image_shape_ = images.shape[1:]
+            if notice := narrow_range(images):
+                warnings.warn(notice, stacklevel=3)
         elif images.shape[1:] != self.image_shape_:
             raise UserError(
                 f"{where}: images of shape {images.shape[1:]}, expected {self.image_shape_} (H, W, C) as those of X"
@@ -544,8 +546,6 @@ def _pixels(X: np.ndarray, where: str) -> np.ndarray:
             raise UserError(f"{where}: integers from {images.min()} to {images.max()}, expected 0 to 255")
         images = images.astype(np.uint8)
     check_images_and_labels(images, np.zeros(len(images), np.int32), where, 2)
-    if where == "X" and (notice := narrow_range(images)):
-        warnings.warn(notice, stacklevel=4)
     if images.shape[1:3] == (1, 1):
         raise UserError(f"{where}: shape {X.shape}, images of one pixel; give features as [n, D]")
     return images if images.dtype == np.uint8 else images.astype(np.float32)

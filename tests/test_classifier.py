@@ -666,4 +666,4 @@ def test_labels_that_are_missing_or_of_two_kinds(bad, message):
 
 def test_images_that_are_all_but_black_are_told():
     with pytest.warns(UserWarning, match="the pixels lie between 0 and 0.00392, in less than a tenth"):
-        classifier._pixels(np.linspace(0, 1 / 255, 64).reshape(1, 8, 8), "X")
+        IEGClassifier()._examples(np.linspace(0, 1 / 255, 64).reshape(1, 8, 8), "X")

@@ -86,7 +86,8 @@ class Program:
             that returns.
         """
         if "compiled" not in self.__dict__:
-            self.__dict__["compiled"] = wait(lambda: watch.compile_step(self.lowered_step))
+            lowered = self.lowered_step  # here, as what is set in this thread alone (x64) counts
+            self.__dict__["compiled"] = wait(lambda: watch.compile_step(lowered))
         return self.__dict__["compiled"]
 
     @property

@@ -97,7 +97,7 @@ def _csv_rows(file: pathlib.Path, needed: Sequence[str]) -> Iterator[tuple[str, 
     content = io.StringIO("".join(lines[before:]), newline="")
     reader = csv.DictReader(content, delimiter=delimiter, skipinitialspace=True)
     columns = [(name or "").strip() for name in reader.fieldnames or []]
-    _check_columns(columns, needed, file, "a first line with ")
+    _check_columns(columns, needed, file, f"a first line with {' and '.join(needed)}")
     reader.fieldnames = columns
     try:
         for row in reader:
@@ -106,9 +106,9 @@ def _csv_rows(file: pathlib.Path, needed: Sequence[str]) -> Iterator[tuple[str, 
         raise UserError(f"{file}, line {before + reader.line_num}: {error}; is a quotation mark left open?") from None
 
 
-def _check_columns(columns: Sequence[str], needed: Sequence[str], file: pathlib.Path, what: str = "") -> None:
+def _check_columns(columns: Sequence[str], needed: Sequence[str], file: pathlib.Path, expected: str) -> None:
     if not set(needed) <= set(columns):
-        raise UserError(f"{file}: columns {list(columns)}, expected {what}{' and '.join(needed)}")
+        raise UserError(f"{file}: columns {list(columns)}, expected {expected}")
     for name in OF_FEATURES:
         if list(columns).count(name) > 1:
             raise UserError(f"{file}: columns {list(columns)}, {name!r} more than once; rename all but one")
@@ -119,7 +119,7 @@ def _parquet_rows(
 ) -> Iterator[tuple[str, dict[str, str]]]:
     try:
         present = parquet.read_schema(file).names
-        _check_columns(present, needed, file)
+        _check_columns(present, needed, file, f"{' and '.join(needed)} among them")
         # The path as a file object: pyarrow would take folders named a=b for columns.
         with file.open("rb") as content:
             table = parquet.read_table(content, columns=[name for name in columns if name in present])
