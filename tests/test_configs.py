@@ -84,11 +84,16 @@ def make_tiny(config):
 # By the command, see below.
 PUBLISHED = {"cifar10.py", "cifar100.py", "webvision_mini.py", "webvision.py"}
 IN_PROCESS = [name for name in FILES if name not in (*PUBLISHED, "cifar10n.py")]  # for that one see further below
+LIKE_OTHERS = ("default.py", "fashion_mnist.py")  # whose parts others have too
 
 
 @pytest.mark.parametrize(
     "name, arguments",
-    [*((name, "") for name in IN_PROCESS), pytest.param("quickstart.py", "reference=paper", marks=pytest.mark.slow)],
+    [
+        *((name, "") for name in IN_PROCESS if name not in LIKE_OTHERS),
+        *(pytest.param(name, "", marks=pytest.mark.slow) for name in LIKE_OTHERS),
+        pytest.param("quickstart.py", "reference=paper", marks=pytest.mark.slow),
+    ],
 )
 def test_one_step(name, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

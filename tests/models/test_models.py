@@ -244,6 +244,7 @@ def test_width_scales_the_channels():
             models.create(config, 7)
 
 
+@pytest.mark.slow
 def test_every_network_ends_in_a_layer_named_head():
     config = default.get_config().model
     for name in models.REGISTRY:

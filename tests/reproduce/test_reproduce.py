@@ -109,13 +109,17 @@ def test_foreign_images_of_each_row():
     assert found == ["cifar100", "cifar100,imagenet:/data/imagenet", "imagenet:/data/imagenet"]
 
 
-def test_list():
+@pytest.mark.slow
+def test_list_with_hours():
     text = command("list", "7", "--chip=v5e", "--chips=4")
     assert "- cifar100-ieg-wrn28_10-uniform-0.8-10 · 4.2e+18 FLOPs · 3.7 h · paper 75.42 · not run" in text
     # 22 passes, 2 · 4.77e9 operations, 100 images, 200,000 steps; 4 chips of 197e12 at 40 %.
     hours = 22 * 2 * 4.77e9 * 100 * 200_000 / (4 * 197e12 * 0.4) / 3600
     assert hours == pytest.approx(3.7, abs=0.05)
     assert "--config=configs/cifar100.py:noise=uniform,noise_rate=0.8,model=wrn28_10" in text
+
+
+def test_list():
     text = command("list", "1")
     assert "- cifar10 mentornet_dd uniform 0.2 500 · paper 92.0 · no such method here" in text
     assert "- cifar10-gce-wrn28_10-uniform-0.2-10 · 5.7e+17 FLOPs · paper 89.9 ± 0.2 · not run" in text

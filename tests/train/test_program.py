@@ -59,7 +59,7 @@ def plain():
     [
         ("ieg", {"microbatches": 4}),
         pytest.param("l2r", {"microbatches": 2}, marks=pytest.mark.slow),
-        ("gce", {"mesh.data": 8}),
+        pytest.param("gce", {"mesh.data": 8}, marks=pytest.mark.slow),
         ("elr", {"mesh.data": 8}),
         ("co_teaching", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}),
         pytest.param("ieg", {"model.remat": True}, marks=pytest.mark.slow),
