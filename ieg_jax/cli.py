@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from ieg_jax import config as config_lib
-from ieg_jax.errors import Interrupted, NonFiniteError, StorageError, UserError, check_choice
+from ieg_jax.errors import Interrupted, NonFiniteError, StorageError, UserError, check_choice, drop_output
 
 CONFIG_HELP = (
     "Configuration file, with arguments behind a colon: configs/quickstart.py:method=l2r,noise_rate=0.4. "
@@ -44,12 +44,21 @@ def run(main: Callable[[list[str]], None], interrupted: str = "", positional: in
       interrupted: is added to the message after Ctrl-C and to that of Interrupted, to say how to go on.
       positional: how many arguments besides flags `main` takes at most; None = any number.
     """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        else:
+            stream.reconfigure(errors="backslashreplace")  # ω, where the terminal knows no Greek
     try:
         app.run(main, flags_parser=functools.partial(_parse, positional=positional))
     except (UserError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
     except StorageError as error:
         end_at_once(error)
+    except BrokenPipeError:  # the reader of the output has gone, as `| head` does
+        drop_output()
+        sys.exit(1)
     except (Interrupted, KeyboardInterrupt) as error:
         message = str(error) or "stopped"
         _leave(f"{message}; {interrupted}" if interrupted else message)

@@ -1,8 +1,10 @@
 """Defines the errors that commands report in one line, and helpers for their messages."""
 
+import contextlib
 import difflib
 import errno
 import os
+import sys
 from collections.abc import Iterable
 
 
@@ -20,6 +22,14 @@ class StorageError(RuntimeError):
 
 class NonFiniteError(RuntimeError):
     """A metric became nan or infinite."""
+
+
+def drop_output() -> None:
+    """Sends what is still to be printed nowhere, where standard output cannot be written any more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not a file, or closed
+        os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def first_line(error: BaseException) -> str:

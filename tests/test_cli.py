@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from absl import flags
+from runs import ROOT
 
 import ieg_jax
 from ieg_jax import cli
@@ -73,3 +74,24 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     for keys, message in (({}, "stopped"), ({"interrupted": "it goes on"}, "stopped; it goes on")):
         with pytest.raises(SystemExit, match=f"^{message}$"):
             cli.run(main, **keys)
+
+
+@pytest.mark.parametrize(
+    "shell, shown",
+    [
+        ("PYTHONIOENCODING=ascii {}", "\\u03c9\n" * 9),
+        ("{} | head -1", "ω\n"),
+        ("{} >&-", ""),
+    ],
+)
+def test_whatever_becomes_of_the_output(shell, shown, tmp_path):
+    """A terminal that knows no Greek, a reader that has gone, and none at all."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from ieg_jax import cli\n"
+        "def main(argv):\n    for _ in range(9):\n        print('ω', flush=True)\n"
+        "cli.run(main)\n"
+    )
+    command = shell.format(f"PYTHONPATH={ROOT} {sys.executable} {script}")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, encoding="utf-8")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", shown)

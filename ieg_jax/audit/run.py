@@ -58,6 +58,7 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
         raise UserError("--folds=1: expected 0 (none) or at least 2")
     if options.fold_method:
         check_choice("--fold_method", options.fold_method, methods.REGISTRY)
+    workdir = os.path.expanduser(workdir)
     trained = inference.load(workdir, options.checkpoint)
     folder = pathlib.Path(out).expanduser()
     if not (pathlib.Path(workdir) / "data.json").exists():

@@ -124,7 +124,7 @@ def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Mod
       UserError: where the folder has no run, or a run without that checkpoint; for another step than that of exported
         weights; and for another network than the run's.
     """
-    folder = epath.Path(workdir)
+    folder = epath.Path(workdir).expanduser()
     if isinstance(step, str) and step != BEST:
         if not step.isdecimal():
             raise UserError(f"checkpoint {step!r}, expected the number of a step, or {BEST}")
@@ -302,7 +302,9 @@ def over_training(workdir: epath.PathLike, newest: Trained, network: nn.Module |
       newest: from `load`.
       network: see `load`.
     """
-    steps = sorted(int(path.name) for path in (epath.Path(workdir) / "checkpoints").iterdir() if path.name.isdigit())
+    steps = sorted(
+        int(path.name) for path in (epath.Path(workdir).expanduser() / "checkpoints").iterdir() if path.name.isdigit()
+    )
     found = [newest]
     for step in reversed([step for step in steps if step < newest.step]):
         with contextlib.suppress(UserError):

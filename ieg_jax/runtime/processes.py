@@ -158,7 +158,7 @@ def check_shared(folder: epath.Path, flag: str) -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM or SIGINT to any process into a step at which all processes stop. It is a context manager."""
+    """Turns SIGTERM, SIGINT or SIGHUP to any process into a step at which all stop. It is a context manager."""
 
     def __init__(self):
         """Changes nothing yet; signals are handled inside the context."""
@@ -173,6 +173,8 @@ class StopRequest:
             handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         else:
             handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._ask)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it: then the run outlives the terminal
+            handlers[signal.SIGHUP] = handlers[signal.SIGINT]
         self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 

@@ -10,6 +10,8 @@ from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ieg_jax.errors import drop_output, first_line
+
 TIMED = 4  # steps after the first, which begins slowly
 WORTH_SAYING = 50  # steps; of fewer it is not said how long they will take
 
@@ -102,9 +104,17 @@ class Reporter:
         logging.warning("%s: %s", self._title, text)
 
     def say(self, text: str) -> None:
-        """Shows a line of text on standard output."""
-        if self._visible:
+        """Shows a line of text on standard output; where that cannot be written any more, the run goes on without."""
+        if not self._visible:
+            return
+        try:
             if self._bar:
                 self._bar.console.print(f"{self._title}: {text}", highlight=False, markup=False)
             else:
                 print(f"{self._title}: {text}", flush=True)
+        except OSError as error:
+            self._visible = False
+            drop_output()
+            self.warn(
+                f"standard output cannot be written ({first_line(error)}), nothing more is shown; the run goes on"
+            )

@@ -33,7 +33,7 @@ class WorkFolder:
           path: the folder, local or on a bucket.
           writes: False = all methods that write do nothing, as on all processes but the first.
         """
-        self.path = epath.Path(path)
+        self.path = epath.Path(path).expanduser()
         self._writes = writes
 
     def check(self, config: ConfigDict) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Several processes: what they agree on, and that they compute what one computes."""
 
 import json
+import os
 import signal
 import time
 
@@ -120,3 +121,21 @@ def test_a_cluster_that_is_described_in_part_is_no_process_by_itself(monkeypatch
     refuse_with(monkeypatch, "Number of processes must be defined.")
     with pytest.raises(UserError, match="cannot be joined: Number of processes must be defined. Give --coordinator"):
         processes.initialize("", 0, -1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_ask_one_process_to_stop(number):
+    with processes.StopRequest() as stop:
+        assert not stop.requested(1)
+        os.kill(os.getpid(), number)
+        assert stop.requested(2)
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)

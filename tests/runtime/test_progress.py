@@ -62,3 +62,16 @@ def test_eta_counts_the_steps_of_this_start(monkeypatch):
     reporter = Reporter("run", total=100, visible=False)
     reporter.compiled(2.4, start=50)
     assert reporter.eta(60).total_seconds() == pytest.approx(40)  # 10 steps in 10 s, 40 to go
+
+
+def test_output_that_cannot_be_written_ends_no_run(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    warned = []
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(progress.logging, "warning", lambda form, *args: warned.append(form % args))
+    with Reporter("run", total=10) as reporter:
+        reporter.metrics(7, {"loss": 0.5})
+    assert len(warned) == 1 and "standard output cannot be written (No space left on device)" in warned[0]
