@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ieg_jax.errors import StorageError, first_line
+from ieg_jax.errors import StorageError, UserError, first_line
 
 Path = epath.Path | pathlib.Path
 
@@ -44,6 +44,18 @@ def write(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Writes a JSON file that ends with a line break; see `write`."""
     write(path, json.dumps(content, indent=indent) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      UserError: for a file that is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path} is damaged ({error}); restore it or use another folder") from None
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], compressed: bool = True) -> None:

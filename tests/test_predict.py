@@ -285,6 +285,7 @@ def test_which_checkpoint(run, tmp_path):
         (["bytes.npy"], r"floats from 0 to 255, expected \[0, 1\]"),
         (["large.npy"], "images of 9×9 pixels, the network was trained on 8×8"),
         (["damaged.npz"], "cannot be read as .npz"),
+        (["huge.npy"], "huge.npy: cannot be read as .npy .*Unable to allocate 2.00 PiB"),
         (["two.npz"], r"has \['a', 'b'\], expected the array images"),
     ],
 )
@@ -302,6 +303,9 @@ def test_what_cannot_be_predicted(run, tmp_path, monkeypatch, arguments, message
     np.save(tmp_path / "bytes.npy", np.full((1, 8, 8), [0.0, 255, 0, 0, 0, 0, 0, 0]))
     np.save(tmp_path / "large.npy", np.zeros((4, 9, 9), np.uint8))
     (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04")
+    with (tmp_path / "huge.npy").open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (2**42, 16, 32, 1)}
+        np.lib.format.write_array_header_1_0(file, header)
     np.savez(tmp_path / "two.npz", a=np.zeros(1), b=np.zeros(1))
     with pytest.raises(UserError, match=message):
         predict(str(run), arguments, "out.csv")
@@ -356,3 +360,9 @@ def test_the_command(run, tmp_path):
     assert again.returncode == 1 and again.stderr.splitlines()[-1].endswith("is there already; name a new file")
     shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0 and "--unreadable" in shown.stdout
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json is damaged \(Expecting property name"):
+        inference.load(tmp_path)

@@ -415,7 +415,7 @@ def _read_array(file: pathlib.Path) -> np.ndarray:
                 content = content[name]
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
         raise UserError(f"{file}: cannot be read as {file.suffix} ({first_line(error)})") from None
     content = content[..., None] if content.ndim == 3 else content
     check_images_and_labels(content, np.zeros(len(content) if content.ndim else 0, np.int32), str(file), 0)

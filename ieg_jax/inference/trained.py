@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ieg_jax import config as config_lib
-from ieg_jax import methods, models
+from ieg_jax import files, methods, models
 from ieg_jax.data.batches import EvalBatches
 from ieg_jax.data.features import Features, of_run
 from ieg_jax.data.splits import Split
@@ -141,7 +141,7 @@ def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Mod
         )
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json, expected the work folder of a run (--workdir of ieg_jax.main)")
-    config = config_lib.completed(json.loads((folder / "config.json").read_text()))
+    config = config_lib.completed(files.read_json(folder / "config.json"))
     about = check_network(folder, network)
     if about is None:
         raise UserError(

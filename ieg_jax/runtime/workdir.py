@@ -167,11 +167,8 @@ class WorkFolder:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         """Returns the contents of a JSON file; None where it does not exist. Raises UserError where it is damaged."""
-        text = self._read_text(name)
-        try:
-            return None if text is None else json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.path / name} is damaged ({error}); restore it or use another folder") from None
+        path = self.path / name
+        return files.read_json(path) if path.exists() else None
 
 
 def provenance() -> dict[str, Any]:
@@ -243,7 +240,7 @@ def best_step(folder: epath.PathLike) -> int:
       UserError: where metrics.jsonl has this metric for none of the checkpoints.
     """
     folder = epath.Path(folder)
-    keys = json.loads((folder / "config.json").read_text())["checkpoint"]
+    keys = files.read_json(folder / "config.json")["checkpoint"]
     metric, sign = keys["best_metric"], 1 if keys["best_mode"] == "max" else -1
     checkpoints = folder / "checkpoints"
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []

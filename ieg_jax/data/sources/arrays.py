@@ -160,6 +160,7 @@ def _read_npz(file: str, needed: tuple[str, ...], name: str) -> dict[str, np.nda
         OSError,
         ValueError,
         EOFError,
+        MemoryError,
         zipfile.BadZipFile,
         zlib.error,
         AttributeError,

@@ -79,7 +79,7 @@ def vectors(file: pathlib.Path) -> np.ndarray:
                 raise UserError(f"{file}: no column {VECTORS!r}, expected one with a list of numbers in each row")
             content.seek(0)
             column = parquet.read_table(content, columns=[VECTORS]).column(VECTORS).combine_chunks()
-    except (OSError, ValueError, EOFError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, EOFError, MemoryError, pyarrow.ArrowException) as error:
         raise UserError(f"{file}: cannot be read as {file.suffix} ({first_line(error)})") from None
     kind = column.type
     is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
