@@ -19,7 +19,7 @@ from ieg_jax import methods, models
 from ieg_jax.data.batches import batch_size_of, image_shape, split_image_size
 from ieg_jax.data.load import Data
 from ieg_jax.methods import base
-from ieg_jax.methods.parts import optimizers
+from ieg_jax.methods.parts import lookahead, optimizers
 from ieg_jax.models import own
 from ieg_jax.runtime import mesh, watch
 from ieg_jax.train import metrics, schedules
@@ -175,6 +175,7 @@ def _build(
     rng = jax.eval_shape(lambda: jax.random.key(0))
     batch = batch_shape(config, data)
     state = jax.eval_shape(create, rng)
+    lookahead.check_layers(config.meta.layers, state.params)
     observation = jax.eval_shape(step_function, state, batch, rng)[1]
     if averaged and observation.examples is not None:
         create = functools.partial(create, averaged_ids=data.num_ids)

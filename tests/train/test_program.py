@@ -11,6 +11,7 @@ from ieg_jax import config as config_lib
 from ieg_jax import methods
 from ieg_jax.data.batches import EvalBatches, train_batches
 from ieg_jax.data.load import load_data
+from ieg_jax.errors import UserError
 from ieg_jax.plan import hlo
 from ieg_jax.runtime import mesh
 from ieg_jax.train import program
@@ -160,3 +161,9 @@ def test_shapes_are_those_of_the_pipeline(tiny_config, method):
         (program.evaluation_batch_shape(tiny_config, shape), evaluated),
     ):
         assert {k: (v.shape, v.dtype) for k, v in promised.items()} == {k: (v.shape, v.dtype) for k, v in found.items()}
+
+
+def test_a_lookahead_through_no_layer_is_refused(tiny_config):
+    tiny_config.meta.layers = "^haed/"
+    with pytest.raises(UserError, match=r"meta.layers='\^haed/' matches none of the \d+ parameters, such as "):
+        program.build(tiny_config, mesh.create(tiny_config), SHAPE, fixed_durations())

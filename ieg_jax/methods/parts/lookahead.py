@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from ieg_jax.config import Check, Key, above, boolean
+from ieg_jax.errors import UserError
 from ieg_jax.methods.parts import optimizers
 
 Params = Any
@@ -41,6 +42,15 @@ KEYS = {
         True, boolean, "Whether the trusted loss after the lookahead includes the weight decay term."
     ),
 }
+
+
+def check_layers(layers: str, params: Any) -> None:
+    """Raises UserError where the regular expression `meta.layers` matches no parameter: nothing would be looked at."""
+    paths = sorted("/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    if not any(re.search(layers, path) for path in paths):
+        raise UserError(
+            f"meta.layers={layers!r} matches none of the {len(paths)} parameters, such as {paths[0]} and {paths[-1]}"
+        )
 
 
 def lookahead(

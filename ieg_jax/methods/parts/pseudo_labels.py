@@ -43,6 +43,6 @@ def pseudo_labels(view_logits: Sequence[jax.Array], temperature: float, normaliz
     """
     if normalize:
         view_logits = [normalize_logits(logits, groups) for logits in view_logits]
-    mean = sum(jax.nn.softmax(logits) for logits in view_logits) / len(view_logits)
-    sharp = mean ** (1 / temperature)
-    return sharp / jnp.sum(sharp, axis=-1, keepdims=True)
+    # In logarithms: P^{1/τ} of all classes is 0 in float32 where τ is small or K large, and G would be nan.
+    log_sum = jax.nn.logsumexp(jnp.stack([jax.nn.log_softmax(logits) for logits in view_logits]), axis=0)
+    return jax.nn.softmax(log_sum / temperature)
