@@ -85,7 +85,7 @@ def train_and_evaluate(
     begin.write_down(run, network)
 
     # ---- Where it starts, the steps, the result.
-    title = f"{config.method.name} on {run.data.name}{_noise_in_words(config)}"
+    title = f"{config.method.name} on {run.data.name}{_noise_in_words(config, run.data.noise_report)}"
     reporter = Reporter(title, run.steps.num_steps, visible=jax.process_index() == 0 and not quiet)
     for notice in run.data.notices:
         reporter.say(f"note: {notice}")
@@ -235,8 +235,13 @@ def _result(run: Run, progress: Progress, network: nn.Module | None) -> dict[str
     }
 
 
-def _noise_in_words(config: ConfigDict) -> str:
-    return "" if config.noise.kind == "none" else f", {config.noise.rate:.0%} {config.noise.kind} noise"
+def _noise_in_words(config: ConfigDict, report: dict[str, Any]) -> str:
+    """The share of the labels that was to be wrong or, of labels in a file, that is wrong; and the kind of noise."""
+    if config.noise.kind == "none":
+        return ""
+    rate = report["rate_effective"] if report["rate"] is None else report["rate"]
+    share = "" if rate is None else f"{rate:.0%} "
+    return f", {share}{config.noise.kind} noise" + (f" ({config.noise.label_set})" if config.noise.label_set else "")
 
 
 @contextlib.contextmanager

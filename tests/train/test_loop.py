@@ -25,7 +25,7 @@ from ieg_jax.errors import Interrupted, NonFiniteError, UserError
 from ieg_jax.methods import supervised
 from ieg_jax.runtime import processes
 from ieg_jax.runtime.checkpoints import Checkpoints
-from ieg_jax.train import begin, evaluation, metrics
+from ieg_jax.train import begin, evaluation, loop, metrics
 from ieg_jax.train.loop import train_and_evaluate
 from ieg_jax.train.program import Program
 
@@ -391,3 +391,19 @@ def test_the_command(tmp_path, tiny_config):
     assert bad.returncode == 1
     assert "unknown key in --config.modle.name=x" in bad.stderr.splitlines()[-1]
     assert "model" in bad.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "noise, report, words",
+    [
+        ({"kind": "none"}, {}, ""),
+        ({"kind": "uniform", "rate": 0.4}, {"rate": 0.4, "rate_effective": 0.36}, ", 40% uniform noise"),
+        ({"kind": "human", "label_set": "worse"}, {"rate": None, "rate_effective": 0.402}, ", 40% human noise (worse)"),
+        ({"kind": "file", "label_set": ""}, {"rate": None, "rate_effective": None}, ", file noise"),
+    ],
+)
+def test_the_noise_in_words(tiny_config, noise, report, words):
+    config = tiny_config
+    config.noise.rate = 0.0
+    config.noise.update(noise)
+    assert loop._noise_in_words(config, report) == words
