@@ -55,12 +55,13 @@ def features(data: ConfigDict) -> Source:
     """
     if data.image_size:
         raise UserError(f"data.image_size={data.image_size}, but features have no pixels; set it to 0")
-    statistics = None
+    statistics, notices = None, ()
 
     def check(values: np.ndarray, where: str) -> np.ndarray:
-        nonlocal statistics
+        nonlocal statistics, notices
         _check_features(values, where)
-        statistics = statistics or feature_statistics(values)  # those of the training set, which comes first
+        if statistics is None:  # those of the training set, which comes first
+            statistics, notices = feature_statistics(values), outliers(values, where)
         if values.shape[1] != len(statistics[0]):
             raise UserError(
                 f"{where}: {values.shape[1]} numbers in a row, expected {len(statistics[0])} as in features"
@@ -78,14 +79,15 @@ def features(data: ConfigDict) -> Source:
             split: dataclasses.replace(getattr(source, split), images=check(values[split], f"{data.train}: {split}"))
             for split in values
         }
-        return dataclasses.replace(source, **whole)
+        return dataclasses.replace(source, **whole, notices=(*source.notices, *notices))
     besides = [f"data.{name}" for name in ("test", "trusted") if getattr(data, name)]
     if besides:
         raise UserError(
             f"{' and '.join(besides)} are set, but an .npz file as data.train has these examples in it (test_features, "
             f"trusted_features); expected none of them, or a table ({', '.join(feature_tables.ENDINGS)}) as data.train"
         )
-    return _own_arrays(data, _read_npz(data.train, ("features", "labels"), data.name), "features", check_both)
+    source = _own_arrays(data, _read_npz(data.train, ("features", "labels"), data.name), "features", check_both)
+    return dataclasses.replace(source, notices=notices)
 
 
 def read_features(data: ConfigDict, file: str) -> Split:
@@ -128,6 +130,24 @@ def feature_statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = sum(values[part].sum(0, np.float64) for part in parts) / len(values)
     variance = sum(np.square(values[part] - mean).sum(0) for part in parts) / len(values)
     return mean, np.where(variance > 0, np.sqrt(variance), 1.0)
+
+
+def outliers(values: np.ndarray, where: str) -> tuple[str, ...]:
+    """A notice where one number of a column of features `[n,D]` is 1,000 times any other, which it makes all alike."""
+    if len(values) < 3:
+        return ()
+    parts = (np.abs(values[:, start : start + 64]) for start in range(0, values.shape[1], 64))  # not all in memory
+    second, largest = np.concatenate([np.partition(part, -2, axis=0)[-2:] for part in parts], 1)
+    found = np.flatnonzero((second > 0) & (largest > 1000 * second))
+    if not len(found):
+        return ()
+    column = found[0]
+    row = np.abs(values[:, column]).argmax()
+    return (
+        f"{where}: row {row} has {values[row, column]:.3g} in column {column}, over 1,000 times any "
+        f"other number there, which are all but equal once the column is standardised"
+        + (f"; {len(found)} columns have such a number" if len(found) > 1 else ""),
+    )
 
 
 def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:

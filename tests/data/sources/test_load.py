@@ -7,6 +7,7 @@ from archives import idx
 from configs import default, own_data
 from ieg_jax import config as config_lib
 from ieg_jax.data import images
+from ieg_jax.data.sources import arrays
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.sources.small import FASHION_MNIST_FILES
 from ieg_jax.data.splits import make_split
@@ -285,3 +286,12 @@ def test_npz_that_is_missing_truncated_or_something_else(tmp_path):
         sources.load(config)
     with pytest.raises(UserError, match="needs data.train"):
         sources.load(data_config(name="arrays"))
+
+
+def test_one_number_that_flattens_a_column_is_told():
+    values = np.random.default_rng(0).normal(size=(50, 3))
+    values[:, 2] = np.arange(50) == 7  # as of a rare word: no mistake
+    assert arrays.outliers(values, "x") == ()
+    values[4, 1] = -1e12
+    (notice,) = arrays.outliers(values, "x")
+    assert notice.startswith("x: row 4 has -1e+12 in column 1, over 1,000 times any other number there")
