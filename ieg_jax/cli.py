@@ -1,6 +1,7 @@
 """Holds what the commands share: the flag of the configuration file, and errors that are printed as one clear line."""
 
 import functools
+import io
 import os
 import runpy
 import sys
@@ -48,7 +49,7 @@ def run(main: Callable[[list[str]], None], interrupted: str = "", positional: in
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        else:
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # ω, where the terminal knows no Greek
     try:
         app.run(main, flags_parser=functools.partial(_parse, positional=positional))
@@ -56,9 +57,13 @@ def run(main: Callable[[list[str]], None], interrupted: str = "", positional: in
         sys.exit(f"error: {error}")
     except StorageError as error:
         end_at_once(error)
-    except BrokenPipeError:  # the reader of the output has gone, as `| head` does
-        drop_output()
-        sys.exit(1)
+    except BrokenPipeError:
+        try:
+            os.write(sys.stdout.fileno(), b"\n")
+        except BrokenPipeError:  # the reader of the output has gone, as `| head` does, and no other one
+            drop_output()
+            sys.exit(1)
+        raise
     except (Interrupted, KeyboardInterrupt) as error:
         message = str(error) or "stopped"
         _leave(f"{message}; {interrupted}" if interrupted else message)

@@ -77,21 +77,21 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "shell, shown",
+    "shell, lines, shown",
     [
-        ("PYTHONIOENCODING=ascii {}", "\\u03c9\n" * 9),
-        ("{} | head -1", "ω\n"),
-        ("{} >&-", ""),
+        ("PYTHONIOENCODING=ascii {}", 9, "\\u03c9\n" * 9),
+        ("{} | head -1", 50_000, "ω\n"),  # more than fits into a pipe
+        ("{} >&-", 9, ""),
     ],
 )
-def test_whatever_becomes_of_the_output(shell, shown, tmp_path):
+def test_whatever_becomes_of_the_output(shell, lines, shown, tmp_path):
     """A terminal that knows no Greek, a reader that has gone, and none at all."""
     script = tmp_path / "script.py"
     script.write_text(
         "from ieg_jax import cli\n"
-        "def main(argv):\n    for _ in range(9):\n        print('ω', flush=True)\n"
-        "cli.run(main)\n"
+        "def main(argv):\n    for _ in range(int(argv[1])):\n        print('ω', flush=True)\n"
+        "cli.run(main, positional=1)\n"
     )
-    command = shell.format(f"PYTHONPATH={ROOT} {sys.executable} {script}")
+    command = shell.format(f"PYTHONPATH={ROOT} {sys.executable} {script} {lines}")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stderr, done.stdout) == (0, "", shown)
