@@ -1,6 +1,9 @@
 """Saves and restores checkpoints with Orbax, a library that writes them asynchronously and atomically."""
 
 import contextlib
+import errno
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +20,12 @@ from ieg_jax import config as config_lib
 from ieg_jax.config import at_least, one_of
 from ieg_jax.errors import StorageError, UserError, first_line
 from ieg_jax.runtime import processes
+
+RETRY_SECONDS = (1.0, 3.0, 10.0)  # waited for a storage that fails
+PASSING = {getattr(errno, name) for name in ("EIO", "EAGAIN", "EINTR", "ESTALE", "ETIMEDOUT", "ENETDOWN", "ENETUNREACH",
+                                             "EHOSTUNREACH", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED")}  # fmt: skip
+# Libraries that read through C++ raise errors of other types, which bear the system's words or a status of gRPC.
+PASSING_TEXTS = (*map(os.strerror, sorted(PASSING)), "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 
 def validate(checkpoint: ConfigDict) -> None:
@@ -101,24 +110,33 @@ class Checkpoints:
 
         Raises:
           UserError: where the checkpoints hold another tree, such as that of another model.
-          StorageError: where all checkpoints are damaged.
+          StorageError: where all checkpoints are damaged, and where one cannot be read now, which may pass.
         """
         found = sorted(self._manager.all_steps(), reverse=True)
         damaged: dict[int, str] = {}
         mismatch, several = None, jax.process_count() > 1
+
+        def read(step):
+            self._check_tree(step, like)
+            return self._read_alone(step) if several else self._restore(step, like)
+
         for step in found:
-            damage, restored = "", None
+            damage, unreadable, restored = "", "", None
             try:
-                self._check_tree(step, like)
-                if several:
-                    self._read_alone(step)
-                else:
-                    restored = self._restore(step, like)
+                restored = _patiently(lambda step=step: read(step))
             except UserError as error:
                 # It is of another model, or its list of arrays is damaged. If an older one fits, it is the latter.
                 mismatch, damage = error, "its arrays are not those of this model"
+            except _Unreadable as error:
+                unreadable = str(error)
             except Exception as error:  # damaged files make the library raise errors of any kind
                 damage = first_line(error)
+            unreadable = next(filter(None, processes.exchange(unreadable)), "")
+            if unreadable:
+                raise StorageError(
+                    f"{self.folder / str(step)} cannot be read now: {unreadable}. Nothing says that it is damaged, and "
+                    f"nothing was moved; bring the storage back, and give the same command again"
+                )
             # All processes must take the same checkpoint, so what is damaged for one is damaged for all.
             damage = next(filter(None, processes.exchange(damage)), "")
             if not damage:
@@ -234,6 +252,45 @@ class Checkpoints:
         return f"the last good checkpoint is {self.folder / str(last)}" if last else "there is no checkpoint yet"
 
 
+class _Unreadable(Exception):
+    """A checkpoint cannot be read, and this says nothing about whether it is damaged."""
+
+
+def _patiently(read: Callable[[], Any]) -> Any:
+    """What `read` returns. It is called again where it fails, and a few times more where the storage is at fault.
+
+    Raises:
+      _Unreadable: where the storage fails to the last.
+      Exception: the error of the second call, where something else is at fault.
+    """
+    for wait in RETRY_SECONDS:
+        try:
+            return read()
+        except UserError:
+            raise
+        except Exception as error:
+            logging.warning("a checkpoint cannot be read (%s); once more", first_line(error))
+            passing = _may_pass(error)
+        if not passing:
+            break
+        time.sleep(wait)
+    try:
+        return read()
+    except Exception as error:
+        if _may_pass(error):
+            raise _Unreadable(first_line(error)) from error
+        raise
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, is of the storage or of the way to it and not of what is stored."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in PASSING) or any(text in str(error) for text in PASSING_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class _Best(policy.PreservationPolicy):
     """Tells Orbax to keep the `number` checkpoints with the greatest `sign` · `metric`, and the later of equal ones."""
 
@@ -318,7 +375,9 @@ def restore_weights(
             raise UserError(f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, found[::-1]))}")
         for candidate in found if step is None else [step]:
             try:
-                return candidate, *_weights(manager, candidate, sharding, with_memory)
+                return candidate, *_patiently(lambda step=candidate: _weights(manager, step, sharding, with_memory))
+            except _Unreadable as error:
+                raise UserError(f"{folder / str(candidate)} cannot be read now: {error}; try again") from None
             except Exception as error:  # damaged files make the library raise errors of any kind
                 logging.warning("the checkpoint at step %d of %s is damaged (%s)", candidate, folder, first_line(error))
     raise UserError(f"{folder}: {'no checkpoint' if step is None else f'checkpoint {step}'} can be read, see above")

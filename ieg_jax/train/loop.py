@@ -28,6 +28,7 @@ from ieg_jax.lazy import asynclib
 from ieg_jax.models import pretrained
 from ieg_jax.runtime import mesh, processes, watch
 from ieg_jax.runtime.checkpoints import Checkpoints, checkpoints_exist
+from ieg_jax.runtime.claim import Claim
 from ieg_jax.runtime.progress import Reporter
 from ieg_jax.runtime.workdir import WorkFolder, check_network, class_name, provenance
 from ieg_jax.train import begin, check, dashboard, evaluation, examples, look, metrics, tracking
@@ -69,12 +70,29 @@ def train_and_evaluate(
     with processes.together():
         finished = folder.check(config)
         check_network(folder.path, network)
-        begins = not checkpoints_exist(folder.path / "checkpoints")
-        file = pretrained.read(config.model) if begins else None
     finished = json.loads(processes.from_first(json.dumps(finished)))
     if finished is not None:
         return finished
+    with Claim(folder.path) as claim:
+        with processes.together():
+            if jax.process_index() == 0:
+                claim.take()
+        return _run(config, folder, shardings, network, quiet, claim, began)
+
+
+def _run(
+    config: ConfigDict,
+    folder: WorkFolder,
+    shardings: mesh.Shardings,
+    network: nn.Module | None,
+    quiet: bool,
+    claim: Claim,
+    began: float,
+) -> dict[str, Any]:
+    """Trains in a folder that is this run's, from where it is to the end; see `train_and_evaluate`."""
     with processes.together():
+        begins = not checkpoints_exist(folder.path / "checkpoints")
+        file = pretrained.read(config.model) if begins else None
         tracking.check_login(config)
 
     # ---- The data, and the functions that are compiled for them.
@@ -91,7 +109,7 @@ def train_and_evaluate(
         reporter.say(f"note: {notice}")
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint)
     progress = begin.start(run, checkpoints, weights, reporter, began)
-    _train(run, progress, checkpoints, reporter)
+    _train(run, progress, checkpoints, reporter, claim)
     if progress.state.examples is not None:
         folder.write_arrays("examples.npz", examples.averages(jax.device_get(progress.state.examples)))
     result = _result(run, progress, network)
@@ -100,7 +118,7 @@ def train_and_evaluate(
     return result
 
 
-def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Reporter) -> None:
+def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Reporter, claim: Claim) -> None:
     """Makes the steps from `progress.start` to the end, and whatever belongs between them."""
     config, steps, folder = run.config, run.steps, run.folder
     with contextlib.ExitStack() as stack:
@@ -129,6 +147,7 @@ def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Rep
             stopping, logging = stop.requested(step), steps.logs(step)
             saving = stopping or steps.saves(step)
             if logging or saving:
+                claim.check()
                 with clock("compute"):
                     window = jax.device_get(progress.window)
                 _check_finite(window, checkpoints)

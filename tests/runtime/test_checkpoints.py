@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, and what becomes of damaged ones."""
 
+import errno
 import os
 import shutil
 
@@ -203,3 +204,50 @@ def test_checksums_do_not_depend_on_the_devices():
         laid = jax.device_put(leaf, NamedSharding(mesh, spec))
         sums.add(int(jax.jit(checksums)({"x": laid})["x"]))
     assert sums == {by_hand(leaf.view(np.uint32).ravel())}
+
+
+def failing(monkeypatch, error, times):
+    """The first so many reads of a checkpoint fail; returns the list of waits."""
+    usual, left, waits = Checkpoints._restore, [times], []
+
+    def restore(self, step, like):
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return usual(self, step, like)
+
+    monkeypatch.setattr(Checkpoints, "_restore", restore)
+    monkeypatch.setattr("time.sleep", waits.append)
+    return waits
+
+
+PASSING = [
+    OSError(errno.EIO, "Input/output error"),
+    ValueError('UNAVAILABLE: Error reading "ocdbt.manifest" in OCDBT database'),
+    ValueError("Error reading local file: Input/output error"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING)
+def test_a_read_that_fails_once_sets_nothing_aside(three, tmp_path, monkeypatch, error):
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    waits = failing(monkeypatch, error, times=2)
+    step, found, _, warnings = restore(tmp_path)
+    assert (step, warnings) == (3, []) and len(waits) == 2
+    assert_is(found, 3)
+
+
+@pytest.mark.parametrize("error", PASSING)
+def test_a_storage_that_cannot_be_read_is_no_damage(three, tmp_path, monkeypatch, error):
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    failing(monkeypatch, error, times=100)
+    with pytest.raises(StorageError, match=r"checkpoints/3 cannot be read now: .*nothing was moved"):
+        restore(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
+    assert not (tmp_path / "damaged_checkpoints").exists()
+
+
+def test_an_odd_error_that_does_not_come_again_is_no_damage(three, tmp_path, monkeypatch):
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    failing(monkeypatch, RuntimeError("odd"), times=1)
+    assert restore(tmp_path)[0] == 3
