@@ -23,7 +23,7 @@
 #   --max-restarts=N       after failures of the training itself; preemptions do not count; default 3
 #   --grace-seconds=N      from SIGTERM to SIGKILL; default 300
 #   --run-as-root          where the TPU devices of the node are not open to other users
-#   --out=FILE             for render and apply: where the manifest is written; default for apply: a temporary file
+#   --out=FILE             for render and apply: where the manifest is written; default: it is kept nowhere
 #   --worker=N, --lines=N, --follow   for logs; default: host 0, 50 lines
 #   --dry-run              prints each command and runs none
 set -euo pipefail
@@ -157,18 +157,25 @@ case $command in
     ;;
   apply)
     need_program kubectl "$kubectl_hint"
-    out=${out:-${TMPDIR:-/tmp}/jobset-$name.yaml}
+    apply=("${in_cluster[@]}" apply "--filename=${out:--}")
     if [ -n "$dry_run" ]; then
       before=()
       for flag in ${all_flags[@]+"${all_flags[@]}"}; do
         [ "$flag" != -- ] || break
         [ "$flag" = --dry-run ] || before+=("$flag")
       done
-      quoted "$script" render "${before[@]}" "--out=$out" -- "${training_args[@]}"
-    else
+      rendering=$(quoted "$script" render "${before[@]}" -- "${training_args[@]}")
+      if [ -n "$out" ]; then
+        printf '%s\n%s\n' "$rendering" "$(quoted "${apply[@]}")"
+      else
+        printf '%s | %s\n' "$rendering" "$(quoted "${apply[@]}")"
+      fi
+    elif [ -n "$out" ]; then
       fill_in >"$out"
+      "${apply[@]}"
+    else
+      fill_in | "${apply[@]}"
     fi
-    run "${in_cluster[@]}" apply "--filename=$out"
     ;;
   status)
     need_program kubectl "$kubectl_hint"

@@ -149,8 +149,10 @@ create() {
 
 # Joined with && throughout: `watch` calls this in a condition, where set -e does not hold.
 install() {
-  local folder=${TMPDIR:-/tmp}/ieg_jax-$$
-  run mkdir -p "$folder" &&
+  local folder
+  # The name cannot be guessed, and mkdir fails where something is there already.
+  folder=$(mktemp -du "${TMPDIR:-/tmp}/ieg_jax-XXXXXXXXXX")
+  run mkdir -m 700 "$folder" &&
     run tar -czf "$folder/ieg_jax.tar.gz" --exclude=__pycache__ -C "$root" \
       README.md LICENSE pyproject.toml setup.py constraints.txt ieg_jax configs launch &&
     run "${tpu[@]}" scp "$folder/ieg_jax.tar.gz" "$name:" "${reach[@]}" --worker=all &&

@@ -424,8 +424,8 @@ def test_tpu_runtime_versions(launch, accelerator, version):
 
 def test_tpu_install(launch):
     made, packed, copied, removed, unpacked = commands(launch("tpu_vm.sh", "install", ZONE, "--dry-run").stdout)
-    assert made[:2] == ["mkdir", "-p"]
-    assert removed == ["rm", "-r", made[2]]
+    assert made[:3] == ["mkdir", "-m", "700"]
+    assert removed == ["rm", "-r", made[3]]
     assert packed[:2] == ["tar", "-czf"]
     for name in packed[packed.index("-C") + 2 :]:
         assert (ROOT / name).exists()
@@ -800,11 +800,16 @@ def test_hosts_of_a_slice(launch, arguments, accelerator, hosts, chips):
 
 
 def test_gke_commands(launch, tmp_path):
-    rendered, applied = commands(launch("gke.sh", "apply", *GKE, "--dry-run", "--", *TRAIN).stdout)
-    assert rendered[1:] == ["render", *GKE, f"--out={tmp_path}/jobset-ieg.yaml", "--", *TRAIN]
-    assert applied == ["kubectl", "--namespace=default", "apply", f"--filename={tmp_path}/jobset-ieg.yaml"]
-    assert subprocess.run(rendered, cwd=ROOT, check=False).returncode == 0
-    assert yaml.safe_load((tmp_path / "jobset-ieg.yaml").read_text()) == render(launch)
+    rendered, applied = launch("gke.sh", "apply", *GKE, "--dry-run", "--", *TRAIN).stdout.split(" | ")
+    rendered = shlex.split(rendered)
+    assert rendered[1:] == ["render", *GKE, "--", *TRAIN]
+    assert shlex.split(applied) == ["kubectl", "--namespace=default", "apply", "--filename=-"]
+    found = subprocess.run(rendered, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert yaml.safe_load(found) == render(launch)
+    out = f"--out={tmp_path}/jobset.yaml"
+    rendered, applied = commands(launch("gke.sh", "apply", *GKE, out, "--dry-run", "--", *TRAIN).stdout)
+    assert rendered[1:] == ["render", *GKE, out, "--", *TRAIN]
+    assert applied == ["kubectl", "--namespace=default", "apply", f"--filename={tmp_path}/jobset.yaml"]
     (words,) = commands(launch("gke.sh", "logs", "--follow", "--worker=3", "--dry-run").stdout)
     assert words == [
         *["kubectl", "--namespace=default", "logs"],
@@ -815,10 +820,18 @@ def test_gke_commands(launch, tmp_path):
     assert words == ["kubectl", "--namespace=team", "delete", "jobset", "ieg"]
 
 
-def test_gke_apply_hands_the_manifest_to_kubectl(launch, programs, tmp_path):
-    write_program(programs / "kubectl", f'#!/bin/sh\nfor a; do :; done\ncp "${{a#--filename=}}" {tmp_path}/applied\n')
-    assert launch("gke.sh", "apply", *GKE, "--", *TRAIN).returncode == 0
+@pytest.mark.parametrize("out", [False, True])
+def test_gke_apply_hands_the_manifest_to_kubectl(launch, programs, tmp_path, out):
+    write_program(
+        programs / "kubectl",
+        f'#!/bin/sh\nfor a; do :; done\na="${{a#--filename=}}"\n[ "$a" = - ] || exec <"$a"\ncat >{tmp_path}/applied\n',
+    )
+    before = {path.name for path in tmp_path.iterdir()}
+    flags = [f"--out={tmp_path}/jobset.yaml"] if out else []
+    assert launch("gke.sh", "apply", *GKE, *flags, "--", *TRAIN).returncode == 0
     assert yaml.safe_load((tmp_path / "applied").read_text()) == render(launch)
+    new = {path.name for path in tmp_path.iterdir()} - before
+    assert new == ({"applied", "jobset.yaml"} if out else {"applied"}), "no other file is left"
 
 
 # ---- slurm.sbatch ----
