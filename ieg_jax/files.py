@@ -41,6 +41,14 @@ def write(path: Path, content: str | bytes) -> None:
         place.write_bytes(content)
 
 
+def inert(cell: Any) -> Any:
+    """A cell of a table as a spreadsheet shows it: one that would be a formula there gets a ' in front.
+
+    A program that opens a .csv file may run what begins with =, +, - or @, and a class or a file can be called so.
+    """
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Writes a JSON file that ends with a line break; see `write`."""
     write(path, json.dumps(content, indent=indent) + "\n")

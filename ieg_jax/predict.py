@@ -39,6 +39,11 @@ def define_flags() -> None:
         "network. Like every file of joblib it may run code.",
     )
     flags.DEFINE_bool("probabilities", False, "Add a column with the probability of each class.")
+    flags.DEFINE_bool(
+        "spreadsheet",
+        False,
+        "Put a ' before cells of a .csv table that a spreadsheet would take for formulas: that begin with =, +, - or @.",
+    )
     flags.DEFINE_enum(
         "unreadable",
         "skip",
@@ -63,6 +68,7 @@ def main(argv: list[str]) -> None:
             values.probabilities,
             values.unreadable,
             values.classifier,
+            values.spreadsheet,
         )
     )
 

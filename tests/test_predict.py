@@ -17,7 +17,7 @@ from configs import default
 from ieg_jax import inference
 from ieg_jax.data import images
 from ieg_jax.errors import StorageError, UserError
-from ieg_jax.inference.predictions import PredictionFile, predict
+from ieg_jax.inference.predictions import PredictionFile, Rows, predict
 from ieg_jax.runtime.workdir import best_step
 from ieg_jax.train.loop import train_and_evaluate
 
@@ -366,3 +366,18 @@ def test_a_damaged_configuration_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json is damaged \(Expecting property name"):
         inference.load(tmp_path)
+
+
+@pytest.mark.parametrize("spreadsheet", [False, True])
+def test_names_that_a_spreadsheet_would_run(tmp_path, spreadsheet):
+    names = ("=1+1", "-cmd", "+a", "@b", "plain", "a=b")
+    rows = Rows(tuple(f"={n}.png" for n in names), [None] * 6, np.eye(6, dtype=np.float32), [""] * 6)
+    with PredictionFile(tmp_path / "p.csv", names, [], False, spreadsheet) as table:
+        table.write(rows)
+    with (tmp_path / "p.csv").open(newline="") as file:
+        found = [(row["class"], row["path"], row["probability"]) for row in csv.DictReader(file)]
+    marks = "''''" if spreadsheet else ""
+    wanted = [mark + name for mark, name in zip(marks.ljust(6), names, strict=True)]
+    assert [name for name, _, _ in found] == [name.strip() for name in wanted]
+    assert all(path.startswith("'=" if spreadsheet else "=") for _, path, _ in found)
+    assert {value for _, _, value in found} == {"1"}, "numbers are numbers"

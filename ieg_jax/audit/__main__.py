@@ -55,6 +55,11 @@ def define_flags() -> None:
         usual.retrain,
         "Of images: train the network anew in a plain way, on the cleaned labels and, to compare, on those given.",
     )
+    flags.DEFINE_bool(
+        "spreadsheet",
+        usual.spreadsheet,
+        "Put a ' before cells of labels.csv that a spreadsheet would take for formulas: that begin with =, +, - or @.",
+    )
     flags.DEFINE_string("fold_method", usual.fold_method, "method.name of these, e.g. supervised; '' = the run's.")
 
 

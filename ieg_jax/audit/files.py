@@ -78,6 +78,7 @@ def write_tables(
     columns: dict[str, np.ndarray | None],
     probabilities: np.ndarray,
     class_names: Sequence[str],
+    spreadsheet: bool = False,
 ) -> None:
     """Writes labels.parquet and labels.csv.
 
@@ -86,6 +87,7 @@ def write_tables(
       columns: name, one of COLUMNS -> `[N]`; None for a column of which the run knows nothing, which stays empty.
       probabilities: `[N, K]` of the classes, for labels.parquet.
       class_names: `[K]`, each once.
+      spreadsheet: whether cells of labels.csv that a spreadsheet would take for formulas are made harmless.
 
     Raises:
       StorageError: where the files cannot be written.
@@ -100,6 +102,11 @@ def write_tables(
 
     table = pa.table({name: array(values) for name, values in columns.items()})
     whole = table
+    if spreadsheet:
+        texts = [name for name in table.column_names if pa.types.is_string(table.schema.field(name).type)]
+        for name in texts:
+            cells = pa.array([files.inert(cell) for cell in table[name].to_pylist()], pa.string())
+            table = table.set_column(table.column_names.index(name), name, cells)
     for number, name in enumerate(class_names):
         whole = whole.append_column(f"probability:{name}", pa.array(probabilities[:, number]))
     for name, write in ((TABLE, lambda file: parquet.write_table(whole, file)),

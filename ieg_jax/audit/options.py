@@ -20,6 +20,7 @@ class Options:
       force: whether cleaned.csv is written even if there are alarms.
       retrain: of images, whether the network is trained anew as `supervised`, on the cleaned labels and, to compare, on
         those given.
+      spreadsheet: whether cells of labels.csv that a spreadsheet would take for formulas get a ' in front.
     """
 
     checkpoint: str | None = None
@@ -32,3 +33,4 @@ class Options:
     marks: str = ""
     force: bool = False
     retrain: bool = False
+    spreadsheet: bool = False

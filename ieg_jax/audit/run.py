@@ -150,7 +150,7 @@ def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data,
             by += f", and out-of-fold predictions by {options.folds} networks"
 
     columns = _columns(train, names, quality, disagreement, _averages(workdir, train.ids), out_of_fold)
-    write_tables(folder, columns, probabilities, names)
+    write_tables(folder, columns, probabilities, names, options.spreadsheet)
     pred_probs = _normalised(probabilities if out_of_fold is None else out_of_fold)
     cleanlab = {"labels": train.labels.astype(np.int64), "pred_probs": pred_probs}
     files.write_arrays(folder / CLEANLAB, cleanlab, compressed=False)

@@ -75,6 +75,7 @@ def predict(
     probabilities: bool = False,
     unreadable: str = "skip",
     classifier: str = "",
+    spreadsheet: bool = False,
 ) -> str:
     """Writes a table of predictions, unless there is an error.
 
@@ -88,6 +89,7 @@ def predict(
       probabilities: whether each class gets a column.
       unreadable: see `predictions`.
       classifier: classifier.joblib of an audit of the run, which predicts in place of the network; "" = none.
+      spreadsheet: whether cells of a .csv table that a spreadsheet would take for formulas get a ' in front.
 
     Returns:
       A line that says what was written.
@@ -108,7 +110,7 @@ def predict(
         instead = lambda split: of_features(trained.features.of(split))  # noqa: E731
     inputs = find_inputs(places, is_features)
     count, bad = 0, []
-    with PredictionFile(table_path, trained.class_names, inputs, probabilities) as table:
+    with PredictionFile(table_path, trained.class_names, inputs, probabilities, spreadsheet) as table:
         for rows in predictions(trained, inputs, unreadable, instead):
             table.write(rows)
             count += len(rows.paths)
@@ -277,7 +279,14 @@ def _predict_files(predict: Callable, trained: Any, paths: Sequence[str], unread
 class PredictionFile:
     """A table, .csv or .parquet, that has another name until it is complete. It is a context manager."""
 
-    def __init__(self, out: pathlib.Path, class_names: Sequence[str], inputs: Sequence[Input], probabilities: bool):
+    def __init__(
+        self,
+        out: pathlib.Path,
+        class_names: Sequence[str],
+        inputs: Sequence[Input],
+        probabilities: bool,
+        spreadsheet: bool = False,
+    ):
         """Decides which columns there are; nothing is written before the context is entered.
 
         Args:
@@ -285,7 +294,9 @@ class PredictionFile:
           class_names: `[K]`.
           inputs: what is predicted.
           probabilities: whether each class gets a column.
+          spreadsheet: see `predict`.
         """
+        self._inert = files.inert if spreadsheet else lambda cell: cell
         self._out, self._names = out, tuple(class_names)
         self._columns = {"path": "string"}
         if any(one.path for one in inputs):
@@ -350,7 +361,7 @@ class PredictionFile:
 
         def write(columns: dict[str, list]) -> None:
             for row in zip(*columns.values(), strict=True):
-                cells = [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row]
+                cells = [f"{cell:.6g}" if isinstance(cell, float) else self._inert(cell) for cell in row]
                 writer = quoted if any(isinstance(cell, str) and "\r" in cell for cell in cells) else plain
                 writer.writerow(cells)
 
