@@ -42,7 +42,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "spreadsheet",
         False,
-        "Put a ' before cells of a .csv table that a spreadsheet would take for formulas: that begin with =, +, - or @.",
+        "Put a ' before cells of a .csv table that a spreadsheet would take for formulas: with =, +, - or @ first.",
     )
     flags.DEFINE_enum(
         "unreadable",

@@ -58,7 +58,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "spreadsheet",
         usual.spreadsheet,
-        "Put a ' before cells of labels.csv that a spreadsheet would take for formulas: that begin with =, +, - or @.",
+        "Put a ' before cells of labels.csv that a spreadsheet would take for formulas: with =, +, - or @ first.",
     )
     flags.DEFINE_string("fold_method", usual.fold_method, "method.name of these, e.g. supervised; '' = the run's.")
 

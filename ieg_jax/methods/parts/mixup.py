@@ -39,7 +39,9 @@ class Draw(NamedTuple):
 
     probe_index: jax.Array  # [G, n] int32: place in the group's trusted images, with replacement
     partner: jax.Array  # [G, S] int32: a permutation of the group's pool
-    coefficient: jax.Array  # [G, S] float32 in [1/2, 1]: share of the element itself, the rest is its partner's
+    coefficient: (
+        jax.Array
+    )  # [G, S] in [1/2, 1], float64 where jax has 64 bits: share of the element itself, the rest is its partner's
 
 
 def draw(
@@ -84,12 +86,13 @@ def mix(draw: Draw, blocks: list[jax.Array]) -> jax.Array:
       blocks: the parts of the pool, arrays `[B, ...]` of equal shape.
 
     Returns:
-      `[blocks · B, ...]`, group by group; `split` takes it apart.
+      `[blocks · B, ...]`, group by group; `split` takes it apart. Its type is the better one of the blocks' and the
+      coefficients': in checks with 64 bits, images in 32 are mixed with 64.
     """
     groups = draw.partner.shape[0]
     pool = jnp.concatenate([block.reshape(groups, -1, *block.shape[1:]) for block in blocks], axis=1)
     partner = jax.vmap(lambda elements, index: elements[index])(pool, draw.partner)
-    beta = draw.coefficient.reshape(*draw.coefficient.shape, *([1] * (pool.ndim - 2))).astype(pool.dtype)
+    beta = draw.coefficient.reshape(*draw.coefficient.shape, *([1] * (pool.ndim - 2)))
     return (beta * pool + (1 - beta) * partner).reshape(-1, *pool.shape[2:])
 
 

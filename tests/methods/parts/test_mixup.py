@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import x64
 from scipy import stats
 
 from ieg_jax.methods.parts import mixup
@@ -67,3 +68,16 @@ def test_each_choice_has_a_key_of_its_own():
     with jax.debug_key_reuse(True):
         for kind in ("exact", "approximate"):
             jax.jit(lambda rng, kind=kind: mixup.draw(rng, 2, 2, 2, 3, kind)).lower(jax.random.key(0))
+
+
+def test_images_in_32_bits_are_mixed_with_64():
+    """A check in float64 on other devices would otherwise differ by the rounding of the mixture."""
+    with x64():
+        draw = mixup.draw(jax.random.key(0), 2, 4, 4, 2, "approximate")
+        images = np.random.default_rng(0).standard_normal((2, 8, 3)).astype(np.float32)
+        mixed = mixup.mix(draw, list(jnp.asarray(images)))
+    assert mixed.dtype == np.float64
+    pool = images.reshape(2, 2, 4, 3).swapaxes(0, 1).reshape(2, 8, 3).astype(np.float64)
+    partner = np.take_along_axis(pool, np.asarray(draw.partner)[..., None], 1)
+    beta = np.asarray(draw.coefficient)[..., None]
+    np.testing.assert_allclose(mixed, (beta * pool + (1 - beta) * partner).reshape(-1, 3), rtol=1e-15, atol=1e-15)
