@@ -41,6 +41,8 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.batch_size = 64
     config.num_train_epochs, config.num_train_steps = 0.0, 1_000_000
+    if args.reference == "paper":  # section 3.1
+        config.num_train_epochs, config.num_train_steps = 200.0, 0
     config.log_every_steps = 100
     config.eval_every_epochs, config.eval_every_steps = 0.0, 10_000
     config.checkpoint_every_epochs, config.checkpoint_every_steps = 0.0, 5_000

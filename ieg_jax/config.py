@@ -22,6 +22,7 @@ REFERENCE = {
     "method.mixup_coefficient": ("approximate", "exact"),
     "meta.pseudo_label_gradient": (True, False),
     "meta.weight_decay": (True, False),
+    "meta.weight_decay_on": ("all", "loss"),
     "model.variant": ("authors", "standard"),
     "trusted.shuffle": (False, True),
 }

@@ -30,7 +30,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "Which checkpoint: a step, or best (by checkpoint.best_metric); by default the newest that is not damaged.",
+        "Which checkpoint: a step, or best (by checkpoint.best_metric); by default that which result.json reports, "
+        "of a run that is not finished the newest.",
     )
     flags.DEFINE_string(
         "classifier",

@@ -8,8 +8,8 @@ class Options:
     """How an audit is made.
 
     Attributes:
-      checkpoint: a step, or best, whose network alone predicts; None = the newest, and for the probabilities those of
-        all checkpoints that the run keeps.
+      checkpoint: a step, or best, whose network alone predicts; None = the reported one, and for the probabilities
+        those of all checkpoints up to it.
       views: augmented views of each image that are compared; 0 = none, and disagreement is 0.
       threshold: labels with P(right) below it are not kept in cleaned.csv.
       below: what becomes of these: relabel or drop.

@@ -27,10 +27,13 @@ BLACK, GREY = -1.0, 0.0
 Policy = Callable[["tf.Tensor | Encoded", "tf.Tensor"], "tf.Tensor"]
 
 
-def crop(image: tf.Tensor, seed: tf.Tensor, pad: int = 4, fill: float = BLACK) -> tf.Tensor:
-    """Pads each side by `pad` pixels of value `fill` and takes a random window of the old size."""
+def crop(image: tf.Tensor, seed: tf.Tensor, pad: int = 4, fill: float = BLACK, last: int = 1) -> tf.Tensor:
+    """Pads each side by `pad` pixels of value `fill` and takes a random window of the old size.
+
+    Its offset is one of 0 … 2 · pad; with `last=0` the last one is never drawn, as in AutoAugment's code.
+    """
     padded = tf.pad(image, [[pad, pad], [pad, pad], [0, 0]], constant_values=fill)
-    offset = tf.random.stateless_uniform([2], seed, 0, 2 * pad + 1, tf.int32)
+    offset = tf.random.stateless_uniform([2], seed, 0, 2 * pad + (1 if last or not pad else 0), tf.int32)
     window = tf.slice(padded, [offset[0], offset[1], 0], tf.shape(image))
     return tf.ensure_shape(window, image.shape)
 
@@ -195,6 +198,8 @@ OPERATIONS = {
 # The parameters that may not be every finite number: name -> (test, what is expected).
 BOUNDS = {
     "pad": (lambda v: v >= 0, "at least 0"),
+    "last": (lambda v: v in (0, 1), "0 or 1"),
+    "transparent": (lambda v: v in (0, 1), "0 or 1"),
     "size": (lambda v: v > 0, "above 0"),
     "smallest": (lambda v: 0 < v <= 1, "a share in (0, 1]"),
     "stretch": (lambda v: v >= 1, "at least 1"),

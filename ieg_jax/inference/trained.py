@@ -28,7 +28,7 @@ from ieg_jax.methods.parts import optimizers
 from ieg_jax.models import own, pretrained
 from ieg_jax.runtime import mesh
 from ieg_jax.runtime.checkpoints import restore_weights
-from ieg_jax.runtime.workdir import BEST, NETWORK, best_step, check_network, class_name
+from ieg_jax.runtime.workdir import BEST, NETWORK, best_step, check_network, class_name, reported_step
 
 SIGNATURE = "signature.json"  # the file of an exported folder that says how to call its function
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey, as in Pillow (ITU-R BT.601)
@@ -116,8 +116,8 @@ def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Mod
 
     Args:
       workdir: the work folder of the run, or a folder with exported weights; local or on a bucket.
-      step: which checkpoint of a run, as a number or as text; None = the newest that is not damaged; BEST = the best,
-        see `runtime.workdir.best_step`.
+      step: which checkpoint of a run, as a number or as text; None = that whose accuracy result.json reports, of
+        a run that is not finished the newest that is not damaged; BEST = the best, see `runtime.workdir.best_step`.
       network: the network of the run, where it was given to `train.loop.train_and_evaluate`; else None.
 
     Raises:
@@ -153,7 +153,9 @@ def load(workdir: epath.PathLike, step: int | str | None = None, network: nn.Mod
         step = best_step(folder)
     needs_memory = methods.get(config.method.name).predicts_by_memory
     place = mesh.create(for_these_devices(config)).replicated
-    step, params, batch_stats, memory = restore_weights(folder / "checkpoints", place, step, needs_memory)
+    step, params, batch_stats, memory = restore_weights(
+        folder / "checkpoints", place, step, needs_memory, prefer=reported_step(folder)
+    )
     class_names, shape = tuple(json.loads((folder / "classes.json").read_text())), tuple(about["image_shape"])
     if network is None:
         network = models.create(config.model, len(class_names))

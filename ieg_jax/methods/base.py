@@ -201,9 +201,23 @@ class Context:
         return jax.nn.one_hot(labels, self.num_classes, dtype=jnp.promote_types(jnp.float32, self.network.param_dtype))
 
     def weight_decay(self, params: Any) -> jax.Array:
-        """The weight decay term of every loss, a scalar; 0 where the optimiser decays the weights (`adamw`)."""
+        """The weight decay term of a loss, a scalar; 0 where the optimiser decays the weights (`adamw`)."""
         optimizer = self.config.optimizer
         return losses.weight_decay(params, optimizers.decay_in_loss(optimizer), optimizer.weight_decay_on)
+
+    def meta_weight_decay(self, params: Any) -> jax.Array:
+        """The weight decay term of the trusted loss after the lookahead, a scalar; 0 without `meta.weight_decay`.
+
+        With `meta.weight_decay_on=all` it is ½ c ‖Θ′‖² of all parameters, where c ‖w‖² of the kernels, which is
+        ½ · `optimizer.weight_decay` · ‖w‖², is that of the other losses; so it is in the authors' code.
+        """
+        meta, optimizer = self.config.meta, self.config.optimizer
+        if not meta.weight_decay:
+            return jnp.zeros(())
+        if meta.weight_decay_on == "loss":
+            return self.weight_decay(params)
+        share = 0.5 if optimizer.weight_decay_on == "kernels" else 1.0
+        return losses.weight_decay(params, share * optimizers.decay_in_loss(optimizer), "all")
 
     def write_rows(self, memory: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
         """A memory with new values in some rows.
@@ -225,7 +239,7 @@ def trusted_loss(ctx: Context, params: Any, state: Any, batch: dict[str, jax.Arr
     """L_p: mean CE(y_p, Φ(x_p)) over the probe batch, a scalar; with the weight decay term where `meta` says so."""
     logits, _ = ctx.forward(params, state.batch_stats, batch["probe_image"])
     loss = jnp.mean(losses.cross_entropy(logits, ctx.one_hot(batch["probe_label"])))
-    return loss + ctx.weight_decay(params) if ctx.config.meta.weight_decay else loss
+    return loss + ctx.meta_weight_decay(params)
 
 
 def total(terms: dict[str, jax.Array]) -> jax.Array:

@@ -5,7 +5,7 @@ and 256; convolutions before batch norm have no biases. There are two variants:
 
 - `standard` is the network that the paper names;
 - `authors` is the one that its numbers come from: in every block, the batch norm before the first 1×1 convolution is
-  *not* followed by a ReLU.
+  *not* followed by a ReLU; and the last layer begins with the uniform form of Glorot's distribution, not the normal.
 
 In both, the very first block has neither batch norm nor ReLU before its first convolution.
 """
@@ -72,4 +72,4 @@ class ResNet29(Network):
 
                 x = self.run_block(bottleneck, x)
         x = nn.relu(self.norm("final_norm")(x, train))
-        return self.logits(x.mean((1, 2)), kernel_init)
+        return self.logits(x.mean((1, 2)), nn.initializers.glorot_uniform() if self.authors else kernel_init)

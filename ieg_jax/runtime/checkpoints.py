@@ -20,6 +20,7 @@ from ieg_jax import config as config_lib
 from ieg_jax.config import at_least, one_of
 from ieg_jax.errors import StorageError, UserError, first_line
 from ieg_jax.runtime import processes
+from ieg_jax.runtime.workdir import rank
 
 RETRY_SECONDS = (1.0, 3.0, 10.0)  # waited for a storage that fails
 PASSING = {getattr(errno, name) for name in ("EIO", "EAGAIN", "EINTR", "ESTALE", "ETIMEDOUT", "ENETDOWN", "ENETUNREACH",
@@ -46,16 +47,17 @@ class Checkpoints:
     restored. Damaged checkpoints are moved to `damaged_checkpoints/` and never deleted.
     """
 
-    def __init__(self, folder: epath.PathLike, checkpoint: ConfigDict):
+    def __init__(self, folder: epath.PathLike, checkpoint: ConfigDict, reported: int | None = None):
         """Opens the folder, and makes it where it is missing.
 
         Args:
           folder: the folder `checkpoints/`, local or on a bucket.
           checkpoint: the group `checkpoint` of the configuration.
+          reported: a step whose checkpoint is kept whatever comes after it.
         """
         self.folder = epath.Path(folder).resolve()
         self._best = _Best(checkpoint.keep_best, checkpoint.best_metric, 1 if checkpoint.best_mode == "max" else -1)
-        policies = [policy.LatestN(checkpoint.keep), self._best]
+        policies = [policy.LatestN(checkpoint.keep), self._best, policy.CustomSteps([reported or 0])]
         if checkpoint.keep_every_steps:
             policies.append(policy.EveryNSteps(checkpoint.keep_every_steps))
         options = ocp.CheckpointManagerOptions(
@@ -292,21 +294,21 @@ def _may_pass(error: BaseException | None) -> bool:
 
 
 class _Best(policy.PreservationPolicy):
-    """Tells Orbax to keep the `number` checkpoints with the greatest `sign` · `metric`, and the later of equal ones."""
+    """Tells Orbax to keep the `number` checkpoints with the greatest `sign` · `metric`; equal ones as `rank` has it."""
 
     def __init__(self, number: int, metric: str, sign: int):
         self._number, self._metric, self._sign = number, metric, sign
-        self._values: dict[int, float] = {}
+        self._values: dict[int, tuple[float, float, int]] = {}
 
     def note(self, rows: list[dict[str, Any]]) -> None:
         """Takes note of the metric in rows of metrics.jsonl."""
-        self._values |= {row["step"]: self._sign * row[self._metric] for row in rows if self._metric in row}
+        self._values |= {row["step"]: rank(row, self._metric, self._sign) for row in rows if self._metric in row}
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Says for each checkpoint whether it is one of the best; Orbax calls this."""
         del context
-        known = sorted((self._values[info.step], info.step) for info in checkpoints if info.step in self._values)
-        best = {step for _, step in known[len(known) - self._number :]} if self._number else set()
+        known = sorted(self._values[info.step] for info in checkpoints if info.step in self._values)
+        best = {step for *_, step in known[len(known) - self._number :]} if self._number else set()
         return [info.step in best for info in checkpoints]
 
 
@@ -343,7 +345,11 @@ def checksums(tree: Any) -> dict[str, jax.Array]:
 
 
 def restore_weights(
-    folder: epath.PathLike, sharding: jax.sharding.Sharding, step: int | None = None, with_memory: bool = False
+    folder: epath.PathLike,
+    sharding: jax.sharding.Sharding,
+    step: int | None = None,
+    with_memory: bool = False,
+    prefer: int | None = None,
 ) -> tuple[int, Any, Any, Any]:
     """Reads the weights alone from a checkpoint; nothing is written.
 
@@ -352,8 +358,9 @@ def restore_weights(
     Args:
       folder: the folder `checkpoints/` of a work folder.
       sharding: the sharding that each array gets.
-      step: which checkpoint; None = the newest that is not damaged.
+      step: which checkpoint; None = `prefer`, or else the newest that is not damaged.
       with_memory: whether what the method remembers is read too.
+      prefer: a step, or None.
 
     Returns:
       The step; the averaged weights, or the weights themselves where the run keeps no average; the moving averages of
@@ -368,11 +375,13 @@ def restore_weights(
     handlers = {"tree": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
-        found = sorted(manager.all_steps(), reverse=True)
+        found = sorted(manager.all_steps(), key=lambda saved: (saved == prefer, saved), reverse=True)
         if not found:
             raise UserError(f"{folder} has no complete checkpoint; has the run saved one yet?")
         if step is not None and step not in found:
-            raise UserError(f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, found[::-1]))}")
+            raise UserError(
+                f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, sorted(found)))}"
+            )
         for candidate in found if step is None else [step]:
             try:
                 return candidate, *_patiently(lambda step=candidate: _weights(manager, step, sharding, with_memory))

@@ -40,7 +40,16 @@ class Durations:
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is saved after a step."""
-        return step % self.checkpoint_every == 0 or step == self.num_steps
+        return step % self.checkpoint_every == 0 or step in (self.num_steps, self.reported)
+
+    @property
+    def reported(self) -> int:
+        """The step whose accuracy is the run's: where the last whole cycle of the learning rate ends, else the last.
+
+        In the middle of a cycle the rate is high and the weights are far from where it leads (paper, section 3.1:
+        "we directly select models at the lowest learning rate before 200 epochs").
+        """
+        return max(self.cycle_ends, default=self.num_steps)
 
 
 def validate(config: ConfigDict) -> None:

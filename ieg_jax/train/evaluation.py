@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from ieg_jax.runtime.workdir import RATE, rank
 from ieg_jax.train import metrics
 from ieg_jax.train.step import TrainState
 
@@ -43,21 +44,33 @@ def evaluate(
     return row
 
 
-def accuracies(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The accuracies of result.json from the rows of metrics.jsonl."""
+def accuracies(rows: list[dict[str, Any]], name: str, reported: int) -> dict[str, Any]:
+    """The accuracies of result.json.
+
+    Args:
+      rows: of metrics.jsonl.
+      name: what they are measured on.
+      reported: the step that counts, `durations.Durations.reported`.
+    """
     evaluated = [row for row in rows if f"{name}/accuracy" in row]
     trusted = [row for row in rows if "trusted/accuracy" in row]
     auroc = [row["weight/auroc"] for row in rows if "weight/auroc" in row]
     last = evaluated[-1] if evaluated else {}
+    counts = next((row for row in evaluated if row["step"] == reported), last)
     best = max((row[f"{name}/accuracy"] for row in evaluated), default=None)
-    # Of several steps that are equally good the last one counts: a small trusted set is often classified without error
-    # from early on, when the network has not learnt much yet.
-    chosen = max(evaluated, key=lambda row: (row["trusted/accuracy"], row["step"]), default={})
+    chosen = max(evaluated, key=lambda row: rank(row, "trusted/accuracy"), default={})
+    is_last = counts.get("step") == rows[-1]["step"]
     return {
-        f"{name}_accuracy": last.get(f"{name}/accuracy"),
-        f"{name}_accuracy_raw": last.get(f"{name}/accuracy_raw"),
-        f"{name}_balanced_accuracy": last.get(f"{name}/balanced_accuracy"),
-        f"{name}_top5_accuracy": last.get(f"{name}/top5_accuracy"),
+        "reported": {
+            "step": counts.get("step"),
+            "rule": "the last step" if is_last else "the end of the last whole cycle of the learning rate",
+            "learning_rate": counts.get(RATE),
+        },
+        f"{name}_accuracy": counts.get(f"{name}/accuracy"),
+        f"{name}_accuracy_raw": counts.get(f"{name}/accuracy_raw"),
+        f"{name}_balanced_accuracy": counts.get(f"{name}/balanced_accuracy"),
+        f"{name}_top5_accuracy": counts.get(f"{name}/top5_accuracy"),
+        f"{name}_accuracy_last": last.get(f"{name}/accuracy"),
         f"{name}_accuracy_best": best,
         "best_chosen_on": name,
         f"{name}_accuracy_best_on_trusted": chosen.get(f"{name}/accuracy"),

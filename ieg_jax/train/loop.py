@@ -30,7 +30,7 @@ from ieg_jax.runtime import mesh, processes, watch
 from ieg_jax.runtime.checkpoints import Checkpoints, checkpoints_exist
 from ieg_jax.runtime.claim import Claim
 from ieg_jax.runtime.progress import Reporter
-from ieg_jax.runtime.workdir import WorkFolder, check_network, class_name, provenance
+from ieg_jax.runtime.workdir import RATE, WorkFolder, check_network, class_name, provenance
 from ieg_jax.train import begin, check, dashboard, evaluation, examples, look, metrics, tracking
 from ieg_jax.train.begin import Progress, Run
 
@@ -107,7 +107,7 @@ def _run(
     reporter = Reporter(title, run.steps.num_steps, visible=jax.process_index() == 0 and not quiet)
     for notice in run.data.notices:
         reporter.say(f"note: {notice}")
-    checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint)
+    checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint, run.steps.reported)
     progress = begin.start(run, checkpoints, weights, reporter, began)
     _train(run, progress, checkpoints, reporter, claim)
     if progress.state.examples is not None:
@@ -158,6 +158,7 @@ def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Rep
             if step in steps.eval_steps:
                 with clock("evaluation"):
                     row |= evaluation.evaluate(progress.state, run.evaluations, run.program.eval_step, watchdog.alive)
+                    row[RATE] = run.program.learning_rate(step)
             if logging:
                 seconds, parts = clock.lap()
                 training = seconds - parts["evaluation"]
@@ -241,7 +242,7 @@ def _result(run: Run, progress: Progress, network: nn.Module | None) -> dict[str
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(run.program.state.params)),
         "seed": config.seed,
         "steps": steps.num_steps,
-        **evaluation.accuracies(progress.rows, data.evaluation_name),
+        **evaluation.accuracies(progress.rows, data.evaluation_name, steps.reported),
         "wall_seconds": progress.wall_seconds,
         "compile_seconds": progress.compile_seconds,
         # Of this start.

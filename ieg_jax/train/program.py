@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ieg_jax import config as config_lib
@@ -56,6 +57,7 @@ class Program:
       eval_step: see `step.eval_step`.
       empty_window: () -> window.
       probabilities, features: (params, batch_stats, images) -> `[R, n, K]`, `[R, n, D]` (`methods.base.Context`).
+      schedule: updates made so far -> learning rate of the next one.
       num_rows: rows of a memory by example, N rounded up.
     """
 
@@ -71,7 +73,12 @@ class Program:
     empty_window: Callable[[], metrics.Window]
     probabilities: Callable[..., jax.Array]
     features: Callable[..., jax.Array]
+    schedule: Callable[[jax.Array], jax.Array]
     num_rows: int
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of the update that leads to a step, counted from 1."""
+        return float(jax.device_get(self.schedule(jax.device_put(np.int32(step - 1)))))
 
     @functools.cached_property
     def lowered_step(self) -> Any:
@@ -154,14 +161,14 @@ def _build(
     def in_steps(epochs: float) -> int:
         return round(epochs * data.num_examples / config.batch_size)
 
+    warmup = in_steps(config.schedule.warmup_epochs)
+    schedule = schedules.create(config.schedule, durations.first_cycle, durations.num_steps, warmup)
     averaged = math.ceil(config.audit.epochs * data.num_examples / config.batch_size)
     step_function = functools.partial(
         train_step,
         context=context,
         method=method,
-        schedule=schedules.create(
-            config.schedule, durations.first_cycle, durations.num_steps, in_steps(config.schedule.warmup_epochs)
-        ),
+        schedule=schedule,
         average_from=durations.num_steps - averaged,
         probe_steps=in_steps(config.finetune.probe_epochs),
     )
@@ -224,6 +231,7 @@ def _build(
         empty_window=jax.jit(empty, out_shardings=shardings.replicated),
         probabilities=of_variables(context.probabilities),
         features=of_variables(context.features),
+        schedule=jax.jit(schedule),
         num_rows=num_rows,
     )
 

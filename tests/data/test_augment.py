@@ -39,6 +39,14 @@ def test_crop_takes_every_window_of_the_padded_image():
     assert {r.tobytes() for r in results("crop(pad=1)", image)} == windows
 
 
+def test_crop_without_its_last_offset():
+    image = picture()
+    padded = np.pad(image.numpy(), ((2, 2), (2, 2), (0, 0)), constant_values=-1)
+    windows = {padded[y : y + 6, x : x + 8].tobytes() for y in range(4) for x in range(4)}
+    assert {r.tobytes() for r in results("crop(pad=2,last=0)", image)} == windows
+    assert {r.tobytes() for r in results("crop(pad=0,last=0)", image)} == {image.numpy().tobytes()}
+
+
 def test_flip_mirrors_about_half_the_time():
     image = picture()
     flipped = [np.array_equal(r, image.numpy()[:, ::-1]) for r in results("flip", image)]

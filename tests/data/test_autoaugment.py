@@ -308,3 +308,64 @@ def test_the_graph_has_one_case_for_each_operation_of_a_sub_policy():
     seed = tf.TensorSpec([2], tf.int64)
     graph = tf.function(autoaugment.autoaugment_cifar).get_concrete_function(tf.TensorSpec([32, 32, 3]), seed).graph
     assert [node.type for node in graph.get_operations()].count("StatelessCase") == 2
+
+
+def by_transparent_pillow(image, drawn, names):
+    """The released form: Pillow's images of four channels, and those that work on colours alone make them opaque."""
+    picture = to_pillow(image).convert("RGBA")
+    for operation, value, centre in zip(*map(np.asarray, drawn), strict=True):
+        name, value = [*names, "Identity"][operation], float(value)
+        if name == "Rotate":
+            picture = picture.rotate(value, fillcolor=(0, 0, 0, 0))
+        elif name in ("ShearX", "ShearY", "TranslateX", "TranslateY"):
+            matrix = np.eye(2, 3)
+            matrix["XY".index(name[-1]), 2 if name.startswith("T") else "YX".index(name[-1])] += value
+            picture = picture.transform(picture.size, Image.AFFINE, matrix.ravel().tolist(), fillcolor=(0, 0, 0, 0))
+        elif name == "Cutout":
+            row, column = (centre * image.shape[:2]).astype(int)
+            reach, content = int(value), np.array(picture)
+            content[max(0, row - reach) : row + reach, max(0, column - reach) : column + reach, :3] = 128
+            picture = Image.fromarray(content)
+        elif name in ("Color", "Contrast", "Brightness", "Sharpness"):
+            picture = getattr(ImageEnhance, name)(picture).enhance(value)
+        elif name == "Posterize":
+            picture = ImageOps.posterize(picture.convert("RGB"), int(value)).convert("RGBA")
+        elif name == "Solarize":
+            picture = ImageOps.solarize(picture.convert("RGB"), value).convert("RGBA")
+        elif name != "Identity":
+            picture = getattr(ImageOps, name.lower())(picture.convert("RGB")).convert("RGBA")
+    content = np.asarray(picture)
+    return np.where(content[..., 3:] > 0, content[..., :3] / 127.5 - 1, 0.0), (content[..., 3] == 0).any()
+
+
+def chance_of_grey(sub_policy):
+    """That pixels from outside come into an image and that nothing makes them opaque, by the table."""
+    chance = 0.0
+    for name, probability, level in sub_policy:
+        moves = name in autoaugment.GEOMETRY and level > 0
+        opaque = name in autoaugment.OPAQUE
+        chance += probability * ((1 - chance) * moves - chance * opaque)
+    return chance
+
+
+def test_what_stays_transparent_becomes_grey():
+    _, draw, names, _ = POLICIES["cifar"]
+    n = 600
+    images = np.random.default_rng(1).integers(0, 256, (n, *SIZE, 3)).astype(np.uint8)
+
+    def example(pixels, i):
+        seed = tf.stack([i, 3 * i])
+        image = tf.cast(pixels, tf.float32) / 127.5 - 1.0
+        return autoaugment.autoaugment_cifar(image, seed, transparent=1), draw(seed)
+
+    dataset = tf.data.Dataset.from_tensor_slices((images, np.arange(n))).map(example)
+    results, drawn = next(dataset.batch(n).as_numpy_iterator())
+    transparent = 0
+    for i in range(n):
+        expected, some = by_transparent_pillow(images[i], [part[i] for part in drawn], names)
+        transparent += some
+        apart = np.abs(results[i] - expected) * 127.5
+        assert apart.max() < 1.01 and (apart > 0.01).mean() < 0.001, "as the blends, which may round otherwise"
+    share = np.mean([chance_of_grey(policy) for policy in autoaugment.SUB_POLICIES["cifar"]])
+    assert share == pytest.approx(0.128, abs=5e-4)
+    assert within_binomial(transparent, n, share)

@@ -44,6 +44,13 @@ def by_hand(config, weights, momentum, batch):
             0.5 * optimizer.weight_decay * ((w**2).sum() if optimizer.weight_decay_on == "all" else (w[:2] ** 2).sum())
         )
 
+    def decay_after(w):
+        if not meta.weight_decay:
+            return 0
+        if meta.weight_decay_on == "loss" or optimizer.weight_decay_on == "all":
+            return decay(w)
+        return 0.25 * optimizer.weight_decay * (w**2).sum()  # the authors' ResNet29: half of what kernels have
+
     def blend(trust, g):
         return trust[:, None] * label + (1 - trust[:, None]) * g
 
@@ -60,7 +67,7 @@ def by_hand(config, weights, momentum, batch):
         if optimizer.nesterov:
             direction = optimizer.momentum * direction + slope
         moved = weights - meta.learning_rate * direction * np.array(LAYERS[meta.layers])[:, None]
-        return cross_entropy(probe_label, probe @ moved).mean() + (decay(moved) if meta.weight_decay else 0)
+        return cross_entropy(probe_label, probe @ moved).mean() + decay_after(moved)
 
     importance = np.full(SIZE, 1 / SIZE)
     trust = np.full(SIZE, method.label_trust_init if method.relabel else 1.0)
@@ -115,6 +122,7 @@ KEYS = [
     ({"meta.layers": "^head/b"}, META | {"λ", "relabelled"}),
     ({"meta.pseudo_label_gradient": True}, META),
     ({"optimizer.weight_decay_on": "kernels"}, META | {"weight_decay"}),
+    ({"optimizer.weight_decay_on": "kernels", "meta.weight_decay_on": "loss"}, META | {"weight_decay"}),
     ({"optimizer.weight_decay": 0.0}, META | {"weight_decay"}),
     ({"optimizer.nesterov": True}, META),
     ({"optimizer.momentum": 0.5}, META),

@@ -420,6 +420,17 @@ def test_the_authors_block_has_no_relu_before_its_first_convolution():
     assert np.abs(difference).max() > 1e-3
 
 
+def test_the_last_layer_of_the_authors_begins_uniform():
+    kernels = []
+    for is_authors in (True, False):
+        network = ResNet29(10, authors=is_authors)
+        init = jax.jit(lambda network=network: network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=True))
+        kernels.append(np.asarray(init()["params"]["head"]["kernel"]))
+    deviation = np.sqrt(2 / (256 + 10))  # of Glorot and Bengio 2010, in both forms
+    np.testing.assert_allclose([kernel.std() for kernel in kernels], deviation, rtol=0.05)
+    assert np.abs(kernels[0]).max() <= np.sqrt(3) * deviation < np.abs(kernels[1]).max()
+
+
 def test_shortcut_without_parameters_by_hand():
     x = jnp.arange(4.0).reshape(1, 2, 2, 1)
     np.testing.assert_array_equal(_pad_and_pool(x, 4, 2), np.array([0, 1.5, 0, 0]).reshape(1, 1, 1, 4))

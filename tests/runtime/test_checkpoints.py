@@ -155,6 +155,18 @@ def test_the_best_the_last_and_every_fifth_are_kept(tmp_path):
     assert kept == [3, 5, 6, 8, 9], "8, 9: the last two; 5: every fifth; 3, 6: the best (of equal ones the later)"
 
 
+def test_the_reported_one_is_kept_and_a_low_rate_breaks_ties(tmp_path):
+    config = default.get_config().checkpoint
+    config.update({"keep": 1, "keep_best": 1, "best_metric": "trusted/accuracy"})
+    checkpoints = Checkpoints(tmp_path / "checkpoints", config, reported=2)
+    for step, rate in enumerate((0.1, 0.3, 0.0, 0.2, 0.1), start=1):
+        checkpoints.note_metrics([{"step": step, "trusted/accuracy": 1.0, "evaluation/learning_rate": rate}])
+        checkpoints.save(step, {"x": jnp.zeros(3)}, step)
+    checkpoints.close()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert kept == ["2", "3", "5"], "2: reported; 3: the best with the lowest rate; 5: the last"
+
+
 def test_the_least_can_be_the_best(tmp_path):
     checkpoints = opened(tmp_path, keep=1, keep_best=1, best_metric="loss/total", best_mode="min")
     for step, value in enumerate((3.0, 1.0, 2.0, 4.0), start=1):

@@ -6,6 +6,7 @@ import pytest
 
 from configs import default
 from ieg_jax.errors import UserError
+from ieg_jax.runtime.workdir import RATE
 from ieg_jax.train import begin, evaluation
 from ieg_jax.train.metrics import WeightedAverage
 
@@ -43,11 +44,25 @@ def test_best_steps_by_hand():
         {"step": 4, "test/accuracy": 0.7, "test/accuracy_raw": 0.6, "trusted/accuracy": 1.0},
         {"step": 5, "test/accuracy": 0.6, "test/accuracy_raw": 0.2, "trusted/accuracy": 0.9},
     ]
-    found = evaluation.accuracies(rows, "test")
+    found = evaluation.accuracies(rows, "test", reported=5)
     assert (found["test_accuracy"], found["test_accuracy_raw"], found["trusted_accuracy"]) == (0.6, 0.2, 0.9)
     assert found["test_accuracy_best"] == 0.9
     assert found["test_accuracy_best_on_trusted"] == 0.7, "the last of the steps 1 and 4, which are equally good"
+    assert found["reported"] == {"step": 5, "rule": "the last step", "learning_rate": None}
     assert found["weight_auroc"] == pytest.approx(0.6)
+
+
+def test_the_end_of_a_cycle_counts_and_a_low_rate_breaks_ties():
+    rows = [
+        {"step": 1, "test/accuracy": 0.5, "trusted/accuracy": 1.0, RATE: 0.3},
+        {"step": 2, "test/accuracy": 0.8, "test/accuracy_raw": 0.75, "trusted/accuracy": 1.0, RATE: 0.001},
+        {"step": 3, "test/accuracy": 0.6, "trusted/accuracy": 1.0, RATE: 0.2},
+    ]
+    found = evaluation.accuracies(rows, "test", reported=2)
+    rule = "the end of the last whole cycle of the learning rate"
+    assert found["reported"] == {"step": 2, "rule": rule, "learning_rate": 0.001}
+    assert (found["test_accuracy"], found["test_accuracy_raw"], found["test_accuracy_last"]) == (0.8, 0.75, 0.6)
+    assert found["test_accuracy_best_on_trusted"] == 0.8, "of equal steps that with the lowest rate"
 
 
 def test_checkpoints_can_be_chosen_by_every_metric():

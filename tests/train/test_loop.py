@@ -18,7 +18,7 @@ from conftest import x64
 from runs import assert_same_run, rows, variables
 
 from ieg_jax import config as config_lib
-from ieg_jax import models
+from ieg_jax import inference, models
 from ieg_jax.data.batches import train_batches
 from ieg_jax.data.load import load_data
 from ieg_jax.errors import Interrupted, NonFiniteError, UserError
@@ -242,6 +242,20 @@ def test_what_the_compiler_raises_is_raised(config, tmp_path, monkeypatch):
     monkeypatch.setattr(Program, "compiled_step", lambda program, wait: wait(fail))
     with pytest.raises(ZeroDivisionError):
         train_and_evaluate(config, str(tmp_path))
+
+
+def test_a_run_that_ends_inside_a_cycle_reports_where_the_last_one_ended(config, tmp_path):
+    """Cycles of 2, 3 and 4.5 steps, and six steps: step 5 counts, and predicts."""
+    config.schedule.first_cycle_steps, config.checkpoint.keep = 2, 1
+    result = train_and_evaluate(config, str(tmp_path))
+    rule = "the end of the last whole cycle of the learning rate"
+    rate = config.schedule.base_lr * config.schedule.peak_mult * (1 + np.cos(np.pi * 2 / 3)) / 2
+    assert result["reported"] == {"step": 5, "rule": rule, "learning_rate": pytest.approx(rate)}
+    by_step = {row["step"]: row for row in rows(tmp_path)}
+    assert result["test_accuracy"] == by_step[5]["test/accuracy"]
+    assert result["test_accuracy_last"] == by_step[6]["test/accuracy"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()} == {"5", "6"}
+    assert inference.load(tmp_path).step == 5
 
 
 def test_a_finished_run_is_reported_and_not_touched(config, undisturbed, monkeypatch):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ieg_jax.config import Check, Key, above, boolean
+from ieg_jax.config import Check, Key, above, boolean, one_of
 from ieg_jax.errors import UserError
 from ieg_jax.methods.parts import optimizers
 
@@ -40,6 +40,12 @@ KEYS = {
     ),
     "meta.weight_decay": Key(
         True, boolean, "Whether the trusted loss after the lookahead includes the weight decay term."
+    ),
+    "meta.weight_decay_on": Key(
+        "all",
+        one_of("loss", "all"),
+        "What decays there: loss = as in the other losses (optimizer.weight_decay_on); all = all parameters, by "
+        "½ c ‖Θ′‖² where the other losses have c ‖w‖² of kernels, as with the authors' ResNet29.",
     ),
 }
 
