@@ -86,6 +86,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     # Keep this share of each class of them, rounded down, out of training: they measure accuracy where there is no test
     # set, and ieg_jax.audit calibrates itself on them. In [0, 1).
     trusted.holdout = 0.0
+    # True: they are training examples too, with their true labels, but for those that are held out: what methods that
+    # need no trusted set (supervised, gce, elr, ...) learn from them. These learn from the noisy examples alone else.
+    trusted.join = False
     trusted.seed = 0
     trusted.batch_size = 0  # trusted images per step, each augmented afresh; 0 = batch_size
     trusted.shuffle = False  # True: a new order inside each class at each pass; False: always the same
@@ -114,7 +117,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     backbone.cache = ""  # folder of the features, on a bucket too; "" = in the user's cache folder
 
     config.model = model = ConfigDict()
-    # wide_resnet | resnet29_v2 | resnet50 | vgg13 | densenet100 | inception_resnet_v2 (from 75 pixels on) | mlp | tiny
+    # wide_resnet | resnet29_v2 | resnet50 | resnet50_v2 | vgg13 | densenet100 | mlp | tiny
+    # | inception_resnet_v2 (from 75 pixels on)
     # | efficientnet_lite0 | convnext_tiny, _small, _base | convnextv2_nano, _tiny, _base (from 32 pixels on)
     # | vit_ti16 | vit_s16 | vit_b16 | vit_l16 | vit_so16 | vit_b32 | vit_s14 | vit_b14 | vit_l14 | vit_so14: the number
     # is the side of a patch; the sides of the image must be multiples of it

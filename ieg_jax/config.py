@@ -394,6 +394,8 @@ ADDED = {
     "finetune.body_rate": 1.0,
     "finetune.layer_decay": 1.0,
     "finetune.probe_epochs": 0.0,
+    "meta.weight_decay_on": "loss",
+    "trusted.join": False,
     "schedule.warmup_epochs": 0.0,
 }
 

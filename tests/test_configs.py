@@ -128,12 +128,11 @@ def test_one_step_of_every_experiment(signature, tmp_path, monkeypatch):
     config = results.load_config(structures()[signature], 0)
     use_fixture_data(config, tmp_path)
     if config.data.name.startswith("cifar"):
-        archives.cifar_tfds(tmp_path, config.data.name, sizes)
+        content = archives.cifar_tfds(tmp_path, config.data.name, sizes)
         config.data.dir, config.trusted.per_class = str(tmp_path), 1
         if config.noise.kind == "human":
             config.noise.file = str(tmp_path / "human.pt")
-            true = archives.cifar_tfds(tmp_path, config.data.name, sizes)["train"][1]
-            archives.human_labels(tmp_path / "human.pt", config.data.name, true)
+            archives.human_labels(tmp_path / "human.pt", config.data.name, content["train"][1])
         if config.noise.kind == "file":
             (tmp_path / "labels.json").write_text(json.dumps([number % 10 for number in range(sizes["train"])]))
             config.noise.file = str(tmp_path / "labels.json")

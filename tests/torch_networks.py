@@ -23,7 +23,8 @@ import numpy as np
 
 FILE = pathlib.Path(__file__).parent / "fixtures" / "torch_networks.npz"
 SIZES = {
-    "resnet50": (65, 50), "inception_resnet_v2": (75, 90), "densenet": (16, 12), "efficientnet_lite0": (65, 50),
+    "resnet50": (65, 50), "resnet50_v2": (66, 50),
+    "inception_resnet_v2": (75, 90), "densenet": (16, 12), "efficientnet_lite0": (65, 50),
     "tf_efficientnet_lite0": (65, 50), "vit": (24, 24), "vit_resampled": (16, 40), "vit_torchvision": (24, 24),
     "vit_transformers": (24, 24), "dinov2": (24, 24), "dinov2_plain": (24, 24), "dinov2_plain_transformers": (24, 24),
     "dinov2_resampled": (40, 40), "dinov2_transformers": (24, 24),
@@ -169,10 +170,18 @@ def main():
     import timm
     import torch
     import torchvision
+    from timm.layers import BatchNormAct2d, create_conv2d
 
     normalize = torchvision.transforms.functional.normalize
     with narrow(torch):
         resnet = torchvision.models.resnet50(num_classes=CLASSES)
+        resnet_v2 = timm.models.resnetv2.ResNetV2(
+            (3, 4, 6, 3),
+            num_classes=NARROW * CLASSES,
+            stem_type="same",
+            conv_layer=create_conv2d,
+            norm_layer=BatchNormAct2d,
+        )  # its last layer is a convolution too
         inception = timm.create_model("inception_resnet_v2", num_classes=CLASSES)
     for part, repeats in (("repeat", 2), ("repeat_1", 2), ("repeat_2", 1)):
         setattr(inception, part, getattr(inception, part)[:repeats])
@@ -185,6 +194,7 @@ def main():
     half, imagenet = ([0.5] * 3, [0.5] * 3), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     networks = {
         "resnet50": (resnet, *imagenet),
+        "resnet50_v2": (resnet_v2, *half),
         "inception_resnet_v2": (inception, *half),
         "densenet": (densenet, *half),
         "efficientnet_lite0": (lite["efficientnet_lite0"], *imagenet),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -115,6 +116,47 @@ class FileImages(StoredImages):
         """A function row -> Encoded."""
         paths, plain = tf.constant(self.paths.tolist(), tf.string), tf.constant(self.plain, tf.bool)
         return lambda row: Encoded(tf.io.read_file(paths[row]), plain[row])
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedImages(StoredImages):
+    """Images of several places.
+
+    Attributes:
+      parts: where they are.
+      places: `[n, 2]` int64, the part of an image and its row there.
+    """
+
+    parts: tuple[StoredImages, ...]
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, *parts: StoredImages) -> JoinedImages:
+        """All images of the parts, one part after the other."""
+        numbers = [np.stack([np.full(len(part), number), np.arange(len(part))], 1) for number, part in enumerate(parts)]
+        return cls(parts, np.concatenate(numbers).astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, rows: np.ndarray) -> JoinedImages:
+        return JoinedImages(self.parts, self.places[rows])
+
+    def reader(self) -> Callable[[tf.Tensor], Encoded]:
+        """A function row -> Encoded."""
+        readers, places = [part.reader() for part in self.parts], tf.constant(self.places)
+
+        def read(row):
+            part, place = tf.unstack(places[row], 2)
+
+            def of(reader):
+                encoded = reader(place)
+                return encoded.content, encoded.plain
+
+            branches = [functools.partial(of, reader) for reader in readers]
+            return Encoded(*tf.switch_case(tf.cast(part, tf.int32), branches))
+
+        return read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ieg_jax.data import trusted as trusted_set
 from ieg_jax.data.features import Features
 from ieg_jax.data.noise import kinds
 from ieg_jax.data.sources import load as sources
-from ieg_jax.data.splits import UNKNOWN, Split, narrow_range
+from ieg_jax.data.splits import UNKNOWN, Split, joined, narrow_range
 from ieg_jax.errors import UserError
 
 
@@ -115,6 +115,9 @@ def load_data(config: ConfigDict, quiet: bool = False) -> Data:
         evaluation_name = "validation"
     if config.data.train_size:
         train = _subset(train, config.data.train_size)
+    noisy = train
+    if config.trusted.join:
+        train = joined(train, _as_training_examples(trusted, train))
     if config.data.folds:
         train = train.take(np.flatnonzero(fold_of(train.ids, config.data.folds) != config.data.fold))
     data = Data(
@@ -126,7 +129,7 @@ def load_data(config: ConfigDict, quiet: bool = False) -> Data:
         name=source.name,
         num_classes=source.num_classes,
         class_names=names,
-        noise_report=kinds.report(train, config.noise, source.num_classes),
+        noise_report=kinds.report(noisy, config.noise, source.num_classes),
         trusted_report=trusted_set.report(whole_trusted, config.trusted, num_removed, held_out),
         noisy_labels=source.train.labels[np.argsort(source.train.ids)],
         left_out=left_out,
@@ -178,6 +181,16 @@ def _subset(train: Split, size: int) -> Split:
         )
     order = np.argsort(selection.uniforms(0, selection.SUBSET, train.ids), kind="stable")
     return train.take(np.sort(order[:size]))
+
+
+def _as_training_examples(trusted: Split, train: Split) -> Split:
+    """Trusted examples with ids that no training example has."""
+    ids = trusted.ids
+    if np.isin(ids, train.ids).any():
+        ids = ids + max(train.ids) + 1
+    unknown = np.full_like(trusted.labels, UNKNOWN)
+    clean = unknown if (train.clean_labels == UNKNOWN).all() else trusted.labels
+    return dataclasses.replace(trusted, ids=ids, clean_labels=clean, given_labels=unknown)
 
 
 def _hash(split: Split) -> str:

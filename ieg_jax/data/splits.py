@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ieg_jax.data.images import StoredImages, readable
+from ieg_jax.data.images import JoinedImages, StoredImages, readable
 from ieg_jax.errors import UserError
 
 UNKNOWN = -1  # as a clean label: the true class is not known
@@ -115,6 +115,35 @@ class Source:
     image_size: int = 0
     listed_at: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+
+
+def joined(first: Split, second: Split) -> Split:
+    """The examples of two splits that have neither views nor pictures; their ids must differ.
+
+    Raises:
+      UserError: where the images are of different kinds or sizes.
+    """
+    images = first.images, second.images
+    if first.in_memory and second.in_memory and images[0].shape[1:] == images[1].shape[1:]:
+        together = np.concatenate(images)
+    elif not first.in_memory and not second.in_memory:
+        together = JoinedImages.of(*images)
+    else:
+        kinds = [f"arrays of {one.shape[1:]}" if isinstance(one, np.ndarray) else "files" for one in images]
+        raise UserError(
+            f"trusted.join: the images of the training set are {kinds[0]} and the trusted ones {kinds[1]}; set "
+            f"data.image_size, which makes both arrays of one size"
+        )
+    columns = {
+        name: np.concatenate([getattr(first, name), getattr(second, name)])
+        for name in ("labels", "clean_labels", "ids", "names", "given_labels")
+    }
+    previews = None
+    if first.previews is not None or second.previews is not None:
+        empty = [np.full(len(split), "", object) for split in (first, second)]
+        given = (first.previews, second.previews)
+        previews = np.concatenate([e if p is None else p for e, p in zip(empty, given, strict=True)])
+    return Split(together, **columns, previews=previews)
 
 
 def in_lines(things: Iterable[str], shown: int = 10) -> str:

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
-from ieg_jax.config import at_least, number, one_of, within
+from ieg_jax.config import at_least, boolean, number, one_of, within
 from ieg_jax.data.images import FileImages, check
 from ieg_jax.data.selection import HOLDOUT, TRUSTED, uniforms
 from ieg_jax.data.splits import NO_CLASS, UNKNOWN, Source, Split
@@ -162,6 +162,7 @@ def validate(trusted: ConfigDict) -> None:
         "per_class": at_least(1, "at least 1: every method is judged with a trusted set"),
         "fraction": number(lambda v: 0 <= v <= 1, "a share in (0, 1], or 0 to take trusted.per_class"),
         "holdout": within(0, 1, open_end=True),
+        "join": boolean,
         "seed": at_least(0),
         "batch_size": at_least(0, "0 (as batch_size) or a number of images"),
     }

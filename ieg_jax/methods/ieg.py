@@ -28,7 +28,7 @@ KEYS = {
     "supervised_scale": Key(0.5, above(0), "Factor of (L_ω + L_λ)."),
     **mixup.KEYS,
     **lookahead.KEYS,
-    "meta.momentum": Key(True, boolean, "Whether the lookahead starts from the optimiser's momentum."),
+    "meta.momentum": Key(True, boolean, "Whether the lookahead starts from the optimiser's momentum (Adam: moments)."),
     "meta.pseudo_label_gradient": Key(
         False, boolean, "Whether the meta-gradient also flows through the pseudo labels."
     ),

@@ -101,9 +101,9 @@ class Network(nn.Module):
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     @nn.nowrap
-    def norm(self, name: str, epsilon: float = 1e-5) -> "BatchNorm":
+    def norm(self, name: str, epsilon: float = 1e-5, momentum: float = 0.9) -> "BatchNorm":
         """A batch norm over the groups of the batch, called as `norm(x, train)`."""
-        return BatchNorm(self.batch_groups, epsilon=epsilon, name=name, **self.dtypes)
+        return BatchNorm(self.batch_groups, momentum, epsilon, name=name, **self.dtypes)
 
     @nn.nowrap
     def conv(

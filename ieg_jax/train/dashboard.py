@@ -38,6 +38,7 @@ CHARTS = {
     },
     "Wrong labels": {
         "ω of examples with right and wrong labels": ("weight/clean", "weight/noisy"),
+        "batches whose ω are all 0": ("weight/all_zero",),
         "λ of examples with right and wrong labels": ("trust/clean", "trust/noisy"),
         "ω as a detector of right labels: area under the ROC curve": ("weight/auroc",),
     },

@@ -210,6 +210,8 @@ def observe(batch, supervision, loss, aux, norms) -> Observation:
             averages[f"{name}/noisy"] = average(value, noisy)
     examples = None
     if supervision.example_weights is not None:
+        # The share of the batches of which no example would help the trusted set, so that L_ω is 0.
+        averages["weight/all_zero"] = average((supervision.example_weights == 0).all())
         flag = jnp.where(known, clean, -1).astype(jnp.int8)
         examples = Examples(batch["id"], supervision.example_weights, flag, supervision.label_trust)
         if (g := supervision.pseudo_label) is not None:

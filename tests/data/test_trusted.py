@@ -8,9 +8,10 @@ import pytest
 from configs import default
 from ieg_jax.data import trusted as trusted_set
 from ieg_jax.data.images import FileImages
+from ieg_jax.data.load import load_data
 from ieg_jax.data.noise import kinds
 from ieg_jax.data.sources import load as sources
-from ieg_jax.data.splits import NO_CLASS, UNKNOWN, Source, make_split
+from ieg_jax.data.splits import NO_CLASS, UNKNOWN, Source, joined, make_split
 from ieg_jax.errors import UserError
 
 
@@ -420,3 +421,61 @@ def test_a_class_that_is_not_trusted_is_named():
     )
     with pytest.raises(UserError, match=message):
         trusted_set.split_trusted(source, trusted_config(source="separate"))
+
+
+# ---- Trusted examples that are training examples too.
+
+
+def joined_config(**keys):
+    config = default.get_config()
+    config.noise.kind, config.noise.rate = "uniform", 0.5
+    config.update_from_flattened_dict({"trusted.per_class": 5, "trusted.holdout": 0.4, **keys})
+    return config
+
+
+def test_joined_examples_are_trained_on_with_their_true_labels():
+    apart, together = (load_data(joined_config(**{"trusted.join": join})) for join in (False, True))
+    n = len(apart.train)
+    assert len(together.train) == n + 30, "three of five of each class; two are held out"
+    added = together.train.take(np.arange(n, n + 30))
+    np.testing.assert_array_equal(together.train.take(np.arange(n)).ids, apart.train.ids)
+    np.testing.assert_array_equal(added.ids, together.trusted.ids)
+    np.testing.assert_array_equal(added.images, together.trusted.images)
+    np.testing.assert_array_equal(added.labels, added.clean_labels)
+    assert not set(together.train.ids) & set(together.held_out.ids)
+    assert len(set(together.train.ids)) == len(together.train)
+    assert together.noise_report == apart.noise_report, "which is of the noisy ones"
+    part = load_data(joined_config(**{"trusted.join": True, "data.train_size": 100}))
+    assert len(part.train) == 100 + 30
+
+
+def test_joined_files_are_read_from_both_places(tmp_path):
+    for name, count in (("train", 12), ("trusted", 6)):
+        for number in range(count):
+            label = "ab"[number % 2]
+            image_trees.save(tmp_path / name / label / f"{number}.png", image_trees.picture(number + 50 * (count == 6)))
+    config = joined_config(**{"trusted.join": True, "trusted.holdout": 0.0, "noise.kind": "none"})
+    config.data.name, config.data.train = "image_folder", str(tmp_path / "train")
+    config.data.trusted, config.trusted.source = str(tmp_path / "trusted"), "separate"
+    data = load_data(config)
+    assert len(data.train) == 18 and len(set(data.train.ids)) == 18
+    assert (data.train.clean_labels == UNKNOWN).all(), "as those of the others"
+    for rows in (np.arange(18), np.array([17, 0, 12, 11])):
+        shown = list(data.train.take(rows).originals(range(len(rows))))
+        wanted = [next(one.originals([row])) for row in rows for one, row in [of_either(data, row)]]
+        for image, other in zip(shown, wanted, strict=True):
+            np.testing.assert_array_equal(image, other)
+
+
+def of_either(data, row):
+    """The split with the image, and its row there."""
+    if row >= 12:
+        return data.trusted, row - 12
+    return dataclasses.replace(data.train, images=data.train.images.parts[0]), row
+
+
+def test_arrays_and_files_cannot_be_joined():
+    files = make_split(FileImages(np.array(["a"], object)), [0])
+    array = make_split(np.zeros((1, 8, 8, 3), np.uint8), [0])
+    with pytest.raises(UserError, match=r"trusted.join: the images of the training set are arrays of \(8, 8, 3\) and"):
+        joined(array, files)

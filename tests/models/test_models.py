@@ -18,6 +18,7 @@ from ieg_jax.models.inception_resnet_v2 import InceptionResNetV2
 from ieg_jax.models.layers import BatchNorm
 from ieg_jax.models.resnet29 import ResNet29
 from ieg_jax.models.resnet50 import Bottleneck, ResNet50
+from ieg_jax.models.resnet50_v2 import ResNet50V2
 from ieg_jax.models.vgg import VGG13
 from ieg_jax.models.wide_resnet import WideResNet, _pad_and_pool
 
@@ -107,6 +108,17 @@ def test_parameters_of_resnet50_by_hand():
     assert count(ResNet50(1000)) == total + 2048 * 1000 + 1000
 
 
+def test_parameters_of_resnet50_v2_by_hand():
+    total, before = 7 * 7 * 3 * 64, 64
+    for inner, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        outer = 4 * inner
+        total += before * outer  # the shortcut has no batch norm of its own
+        for _ in range(blocks):
+            total += before * inner + 9 * inner * inner + inner * outer + 2 * (before + inner + inner)
+            before = outer
+    assert count(ResNet50V2(1000)) == total + 2 * 2048 + 2048 * 1000 + 1000 == 25_549_352
+
+
 def shapes_inside(network, size, kind=None):
     """Shapes of the output and of what each direct submodule gives (of one kind), by name, for one image."""
     images = jnp.zeros((1, size, size, 3))
@@ -174,13 +186,25 @@ def test_images_too_small_for_inception_resnet_v2():
         shapes_inside(InceptionResNetV2(7), 74)
 
 
-@pytest.mark.parametrize("name", ["densenet", "inception_resnet_v2"])
+def resnet_v2_name(module):
+    """timm's name of a layer -> the name here."""
+    module = module.replace("stem.conv", "init_conv").replace("head.fc", "head").replace("downsample.conv", "shortcut")
+    stage = re.match(r"stages\.(\d)\.blocks\.(\d)\.(\w+)", module)
+    if stage:
+        return f"stage{int(stage[1]) + 1}_block{stage[2]}_{stage[3]}"
+    return {"norm": "final_norm"}.get(module, module)
+
+
+@pytest.mark.parametrize("name", ["densenet", "inception_resnet_v2", "resnet50_v2"])
 def test_logits_are_those_of_torch(name):
-    """torchvision's DenseNet and timm's InceptionResnetV2, shallow and narrow; also in bfloat16."""
+    """torchvision's DenseNet and timm's InceptionResnetV2 and ResNetV2, shallow or narrow; also in bfloat16."""
     state, images, expected = torch_networks.golden(name)
     part = 1 / torch_networks.NARROW
     if name == "densenet":
         network, rename = DenseNet(torch_networks.CLASSES, depth=16, growth=3), densenet_name
+    elif name == "resnet50_v2":
+        network, rename = ResNet50V2(torch_networks.CLASSES, features=4), resnet_v2_name
+        state["head.fc.weight"] = state["head.fc.weight"][..., 0, 0]
     else:
         network, rename = InceptionResNetV2(torch_networks.CLASSES, part, (2, 2, 1)), inception_name
     shape = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.float32(images), train=True))

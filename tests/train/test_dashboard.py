@@ -193,7 +193,7 @@ def check_server(folder):
                 break
             time.sleep(0.5)
         assert [group["title"] for group in layout["category"]] == list(dashboard.CHARTS)
-        (pattern,) = layout["category"][1]["chart"][2]["multiline"]["tag"]
+        (pattern,) = layout["category"][1]["chart"][3]["multiline"]["tag"]
         found = ask(f"custom_scalars/scalars?run=run&tag={pattern}")
         assert found["regex_valid"] and list(found["tag_to_events"]) == ["weight/auroc"]
         assert [step for _, step, _ in found["tag_to_events"]["weight/auroc"]] == [2, 4]

@@ -184,6 +184,11 @@ def test_labels_of_no_class_count_as_wrong_and_have_no_true_label():
     assert averages["weight/clean"] == pytest.approx((0.15 + 0.25) / 2)
     assert averages["train/accuracy_true_label"] == pytest.approx(2 / 3)
     assert averages["train/accuracy"] == pytest.approx(3 / 5)
+    assert averages["weight/all_zero"] == 0
+    nothing = base.Supervision(example_weights=jnp.zeros(5))
+    empty = metrics.observe(batch, nothing, 1.0, types.SimpleNamespace(terms={}, logits=logits), {}).averages
+    both = empty["weight/all_zero"] + observed.averages["weight/all_zero"]
+    assert float(both.compute()) == pytest.approx(1 / 2), "one of two batches"
 
 
 def test_moving_average_by_hand():

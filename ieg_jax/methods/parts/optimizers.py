@@ -10,6 +10,7 @@ Weights decay once, by the key `optimizer.weight_decay`: as a term of every loss
 import functools
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -18,6 +19,7 @@ from ieg_jax.config import at_least, boolean, one_of, within
 from ieg_jax.methods.parts import losses
 
 NAMES = ("sgd", "adam", "adamw")
+EPS_ROOT = 1e-12  # keeps Adam's square root differentiable where a gradient is 0
 
 
 def validate(optimizer: ConfigDict) -> None:
@@ -41,12 +43,32 @@ def create(optimizer: ConfigDict) -> optax.GradientTransformation:
     """
     if optimizer.name == "sgd":
         return optax.trace(decay=optimizer.momentum, nesterov=optimizer.nesterov)
-    # eps_root keeps the square root differentiable where a gradient is 0.
-    adam = optax.scale_by_adam(b1=optimizer.momentum, eps_root=1e-12, nesterov=optimizer.nesterov)
+    adam = _differentiable(optax.scale_by_adam(b1=optimizer.momentum, eps_root=EPS_ROOT, nesterov=optimizer.nesterov))
     if optimizer.name == "adam":
         return adam
     decays = functools.partial(losses.decayed, on=optimizer.weight_decay_on)
     return optax.chain(adam, optax.add_decayed_weights(optimizer.weight_decay, mask=decays))
+
+
+def _differentiable(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with a derivative by ∇ that means something where its moments are new.
+
+    There the quotient of the moments is ∇ / √∇², a sign, whose derivative is 0, and with it all ω would be. So at the
+    first step, and always where the lookahead begins without moments (`meta.momentum=False`, `l2r`), the denominator
+    counts as a constant: the derivative is direction / ∇. The direction is optax's.
+    """
+
+    def update(grads, state, params=None):
+        direction, new = adam.update(grads, state, params)
+
+        def at_first(gradient, exact):
+            now, value = jax.lax.stop_gradient((gradient, exact))
+            slope = jnp.where(now == 0, 1 / EPS_ROOT**0.5, value / jnp.where(now == 0, 1, now))
+            return jnp.where(state.count == 0, value + slope * (gradient - now), exact)
+
+        return jax.tree.map(at_first, grads, direction), new
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def decay_in_loss(optimizer: ConfigDict) -> float:

@@ -3,6 +3,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import x64
 from runs import variables
@@ -137,3 +138,37 @@ def test_a_checkpoint_of_adamw_is_restored(tmp_path, tiny_config):
     assert any("nu" in path for path in whole) and whole.keys() == again.keys()
     for path in whole:
         np.testing.assert_array_equal(again[path], whole[path], err_msg=path)
+
+
+@pytest.mark.parametrize("name, nesterov", [("adam", False), ("adam", True), ("adamw", False)])
+def test_the_derivative_of_adam_at_first_and_later(name, nesterov):
+    """New moments: the denominator is a constant. Later: as of optax, through both moments. The values are optax's."""
+    with x64():
+        config = default.get_config().optimizer
+        config.update(name=name, nesterov=nesterov, weight_decay=0.0)
+        optimizer, exact = optimizers.create(config), optax.scale_by_adam(0.9, eps_root=1e-12, nesterov=nesterov)
+        params, gradient = jnp.zeros(3), jnp.array([0.5, -1e-3, 0.0])
+        ours, theirs = optimizer.init(params), exact.init(params)
+        for step in range(3):
+            direction = lambda g, s=ours: optimizer.update(g, s, params)[0]  # noqa: E731
+            wanted = lambda g, s=theirs: exact.update(g, s, params)[0]  # noqa: E731
+            np.testing.assert_array_equal(direction(gradient), wanted(gradient))
+            slope = jax.jacobian(direction)(gradient)
+            if step == 0:
+                factor = 1 + 0.9 / 1.9 if nesterov else 1.0  # of m, which looks one step further
+                scale = np.sqrt(np.square(gradient) + 1e-12) + 1e-8 * np.array([1, 1, 0])
+                np.testing.assert_allclose(np.diag(slope), [factor, factor, 1] / scale, rtol=1e-6)
+            else:
+                np.testing.assert_allclose(slope, jax.jacobian(wanted)(gradient), rtol=1e-12)
+            _, ours = optimizer.update(gradient, ours, params)
+            _, theirs = exact.update(gradient, theirs, params)
+
+
+@pytest.mark.parametrize("method, keys", [("ieg", {"meta.momentum": False}), ("ieg", {}), ("l2r", {})])
+def test_adam_weighs_examples_from_the_first_step_on(method, keys):
+    batch = make_batch()
+    with x64():
+        _, bound, state, _ = make(method, **{"optimizer.name": "adam"}, **keys)
+        state = state.replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state), step=0)
+        weights = bound.supervise(state, batch, jax.random.key(0)).example_weights
+    assert 0.9 < float(jnp.sum(weights)) <= 1, "not all 0, and 1e-5 is nothing beside their sum"
