@@ -6,10 +6,10 @@ are files), label, given_label and id. A run trains on it as on any other list: 
 --config.data.train=cleaned.csv.
 """
 
-import pathlib
 from typing import Any
 
 from absl import flags
+from etils import epath
 
 from ieg_jax import cli
 from ieg_jax.audit import cleaned
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     """Writes the list, and says how many labels it changes."""
     del argv
     values: Any = flags.FLAGS
-    out = pathlib.Path(values.out).expanduser()
+    out = epath.Path(values.out).expanduser()
     endings = (".csv", ".npz", *ENDINGS)
     if out.suffix.lower() not in endings:
         raise UserError(
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         )
     if out.exists():
         raise UserError(f"--out={out} is there already; name a new file")
-    audit = pathlib.Path(values.audit).expanduser()
+    audit = epath.Path(values.audit).expanduser()
     if not values.force:
         cleaned.refuse_alarms(audit)
     counts = cleaned.write(audit, out, values.threshold, values.below, values.marks)

@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from ieg_jax import buckets
 from ieg_jax import config as config_lib
 from ieg_jax.errors import Interrupted, NonFiniteError, StorageError, UserError, check_choice, drop_output
 
@@ -156,6 +157,8 @@ def _parse(argv: list[str], positional: int | None) -> list[str]:
         _check_overrides(argv)
         raise UserError(str(error)) from None
     _check_overrides(argv)
+    if any("gs://" in argument for argument in argv):
+        buckets.prepare()
     if positional is not None and len(arguments) > 1 + positional:
         raise UserError(f"unexpected arguments {arguments[1 + positional :]}; options begin with --")
     return arguments

@@ -2,7 +2,7 @@
 
 Whoever reads a file while it is written, or after the writer was killed, finds the old content or the new content and
 never a part of it. On a disk the content is first written to `<name>.<process>.partial` beside the file, and this is
-then renamed. A bucket shows an object only when it is complete, so there the content is written in place.
+then renamed. A bucket shows an object only when it is complete.
 """
 
 import contextlib
@@ -10,8 +10,10 @@ import io
 import json
 import os
 import pathlib
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -26,6 +28,29 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in str(path)
 
 
+def storage_errors() -> tuple[type[Exception], ...]:
+    """What is raised where a file cannot be read or written: TensorFlow's errors, of buckets, are no OSErrors.
+
+    To be called where the error is caught, `except storage_errors() as error`: by then TensorFlow is loaded, if its
+    errors are among those that come.
+    """
+    tensorflow = sys.modules.get("tensorflow")
+    return (OSError,) if tensorflow is None else (OSError, tensorflow.errors.OpError)
+
+
+def place(path: epath.PathLike) -> epath.Path:
+    """A path that somebody has typed, local or on a bucket."""
+    return epath.Path(path).expanduser()
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that holds whatever becomes the working directory; one with a scheme does as it is.
+
+    `resolve` would make a folder called `gs:` of it.
+    """
+    return epath.Path(path) if is_remote(path) else place(path).resolve()
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Writes a file, and replaces one that is there already.
 
@@ -37,8 +62,8 @@ def write(path: Path, content: str | bytes) -> None:
       StorageError: where it cannot be written; what was there before is intact.
     """
     content = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
-    with complete_or_absent(path) as place:
-        place.write_bytes(content)
+    with complete_or_absent(path) as part:
+        part.write_bytes(content)
 
 
 def inert(cell: Any) -> Any:
@@ -47,6 +72,21 @@ def inert(cell: Any) -> Any:
     A program that opens a .csv file may run what begins with =, +, - or @, and a class or a file can be called so.
     """
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file; nothing is unpickled.
+
+    Raises:
+      OSError, ValueError, zipfile.BadZipFile: where it is missing or damaged.
+    """
+    with opened(path) as stream, np.load(stream, allow_pickle=False) as content:
+        return dict(content)
+
+
+def opened(path: Path) -> BinaryIO:
+    """A file, to be read in any order; of a bucket it is read whole at once, for libraries want many small parts."""
+    return io.BytesIO(path.read_bytes()) if is_remote(path) else path.open("rb")
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
@@ -77,20 +117,25 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], compressed: bool 
 def complete_or_absent(path: Path) -> Iterator[Path]:
     """Yields a place to write content to bit by bit; it becomes `path` when the context ends.
 
-    After an error, what was written so far is removed.
+    After an error, what was written so far is removed. What is to be on a bucket is a file of this machine until then.
 
     Raises:
-      StorageError: in place of an OSError. Errors of other kinds are passed on.
+      StorageError: in place of an OSError and of TensorFlow's errors. Errors of other kinds are passed on.
     """
-    # The number of the process keeps two processes that write the same file from writing into each other's part.
-    place = path if is_remote(path) else path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        yield place
-        if place != path:
-            place.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {first_line(error)}") from error
-    finally:
-        if place != path:
+        if is_remote(path):
+            with tempfile.TemporaryDirectory() as folder:
+                here = epath.Path(folder) / path.name
+                yield here
+                path.write_bytes(here.read_bytes())
+            return
+        # The number of the process keeps two processes that write the same file from writing into each other's part.
+        part = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            yield part
+            part.replace(path)
+        finally:
             with contextlib.suppress(OSError):  # after a success it has been renamed, and there is nothing to remove
-                place.unlink()
+                part.unlink()
+    except storage_errors() as error:
+        raise StorageError(f"{path} cannot be written: {first_line(error)}") from error

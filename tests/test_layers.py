@@ -17,7 +17,7 @@ FLOORS = [
     {"data"},
     {"runtime", "methods", "models"},
     {"cli"},
-    {"config", "files", "hardware", "unpickle"},
+    {"buckets", "config", "files", "hardware", "unpickle"},
     {"errors", "lazy"},
 ]
 COMMANDS = {"main", "quickstart", "predict", "export", "embed", "clean", "semantic_noise"}

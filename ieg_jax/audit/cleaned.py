@@ -4,9 +4,9 @@ import csv
 import io
 import json
 import os
-import pathlib
 
 import numpy as np
+from etils import epath
 from pyarrow import parquet
 
 from ieg_jax import files
@@ -19,7 +19,7 @@ ACTIONS = ("keep", "relabel", "drop")
 
 
 def write(
-    audit: pathlib.Path, out: pathlib.Path, threshold: float = 0.5, below: str = "relabel", marks: str = ""
+    audit: epath.Path, out: epath.Path, threshold: float = 0.5, below: str = "relabel", marks: str = ""
 ) -> dict[str, int]:
     """Writes the list.
 
@@ -44,7 +44,7 @@ def write(
     begun = json.loads((audit / BEGUN).read_text())
     base, names = begun["base"], set(begun["class_names"])
     columns = ["id", "path", "given_label", "suggested_label", "p_right"]
-    rows = parquet.read_table(audit / TABLE, columns=columns).to_pylist()
+    rows = parquet.read_table(io.BytesIO((audit / TABLE).read_bytes()), columns=columns).to_pylist()
     marked = read_marks(marks, {row["id"] for row in rows}, names) if marks else {}
     counts, kept = dict.fromkeys(ACTIONS, 0), []
     for row in rows:
@@ -55,7 +55,7 @@ def write(
             kept.append((row, row["given_label"] if action == "keep" else label))
     if not kept:
         raise UserError(f"all {len(rows)} examples would be dropped; lower --threshold, or set fewer marks")
-    file = pathlib.Path(begun.get("arrays", ""))
+    file = epath.Path(begun.get("arrays", ""))
     if out.suffix in (".npz", *feature_tables.ENDINGS):
         if file.suffix.lower() != out.suffix.lower():
             expected = f".csv or {file.suffix}" if file.suffix else ".csv"
@@ -79,7 +79,7 @@ def write(
     return counts
 
 
-def _arrays(file: pathlib.Path, labels: dict[int, int], dropped: np.ndarray) -> dict[str, np.ndarray]:
+def _arrays(file: epath.Path, labels: dict[int, int], dropped: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays of the .npz file that a run was trained on, cleaned.
 
     Args:
@@ -88,8 +88,7 @@ def _arrays(file: pathlib.Path, labels: dict[int, int], dropped: np.ndarray) -> 
       dropped: ids.
     """
     try:
-        with np.load(file, allow_pickle=False) as content:
-            arrays = dict(content)
+        arrays = files.read_arrays(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)}); it has to be where it was") from None
     # Examples that the run took out as trusted are in the file still, and keep their labels.
@@ -101,7 +100,7 @@ def _arrays(file: pathlib.Path, labels: dict[int, int], dropped: np.ndarray) -> 
     return arrays
 
 
-def refuse_alarms(audit: pathlib.Path) -> None:
+def refuse_alarms(audit: epath.Path) -> None:
     """Raises UserError where the audit raised alarms: a list that was cleaned by it may be worse than before."""
     summary = audit / SUMMARY
     alarms = json.loads(summary.read_text()).get("alarms", []) if summary.exists() else []

@@ -2,11 +2,11 @@
 
 import csv
 import io
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+from etils import epath
 from pyarrow import csv as pa_csv
 from pyarrow import parquet
 
@@ -50,8 +50,8 @@ def to_cleanlab(folder: str) -> dict[str, np.ndarray]:
       labels: `[N]` int64, as given, in the order of labels.parquet.
       pred_probs: `[N, K]` float64, rows that sum to 1.
     """
-    with np.load(pathlib.Path(folder) / CLEANLAB, allow_pickle=False) as content:
-        return {name: content[name] for name in ("labels", "pred_probs")}
+    content = files.read_arrays(epath.Path(folder) / CLEANLAB)
+    return {name: content[name] for name in ("labels", "pred_probs")}
 
 
 def read_exported(file: str, columns: Sequence[str]) -> csv.DictReader:
@@ -61,7 +61,7 @@ def read_exported(file: str, columns: Sequence[str]) -> csv.DictReader:
       UserError: for a file that cannot be read, or lacks a column.
     """
     try:
-        text = pathlib.Path(file).expanduser().read_text("utf-8-sig")
+        text = epath.Path(file).expanduser().read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--marks={file}: cannot be read ({first_line(error)})") from None
     reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -74,7 +74,7 @@ def read_exported(file: str, columns: Sequence[str]) -> csv.DictReader:
 
 
 def write_tables(
-    folder: pathlib.Path,
+    folder: epath.Path,
     columns: dict[str, np.ndarray | None],
     probabilities: np.ndarray,
     class_names: Sequence[str],

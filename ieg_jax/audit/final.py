@@ -27,12 +27,12 @@ features of a backbone, they see REDUCED principal components.
 
 import dataclasses
 import io
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import joblib
 import numpy as np
+from etils import epath
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.decomposition import PCA
 from sklearn.ensemble import ExtraTreesClassifier
@@ -333,7 +333,7 @@ def as_json(final: Final) -> Mapping[str, Any]:
     return {"classifier": final.name, "comparison": [dataclasses.asdict(one) for one in final.comparison]}
 
 
-def save(final: Final, file: pathlib.Path) -> None:
+def save(final: Final, file: epath.Path) -> None:
     """Writes the fitted classifier, whole or not at all; raises StorageError where that is not possible."""
     buffer = io.BytesIO()
     joblib.dump({"kind": final.kind, "model": final.model, "num_classes": final.num_classes}, buffer)

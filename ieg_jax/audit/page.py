@@ -22,6 +22,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from ieg_jax import files
@@ -97,7 +98,7 @@ class Page:
     key: str
 
 
-def write(page: Page, path: pathlib.Path) -> None:
+def write(page: Page, path: epath.Path) -> None:
     """Writes the page, whole or not at all; a file that is there already is replaced.
 
     Args:
@@ -270,7 +271,7 @@ def calibration_text(summary: dict[str, Any]) -> str:
 
 
 def write_page(
-    folder: pathlib.Path,
+    folder: epath.Path,
     trained: Trained,
     data: Data,
     quality: Quality,

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,23 +57,23 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
         raise UserError("--folds=1: expected 0 (none) or at least 2")
     if options.fold_method:
         check_choice("--fold_method", options.fold_method, methods.REGISTRY)
-    workdir = os.path.expanduser(workdir)
+    workdir = str(epath.Path(workdir).expanduser())
     trained = inference.load(workdir, options.checkpoint)
-    folder = pathlib.Path(out).expanduser()
-    if not (pathlib.Path(workdir) / "data.json").exists():
+    folder = epath.Path(out).expanduser()
+    if not (epath.Path(workdir) / "data.json").exists():
         raise UserError(f"{workdir} has no data.json: an audit needs the work folder of a run, not exported weights")
     data = load_data(trained.config)
     _check_data(workdir, data)
     if options.retrain and data.train.is_features and data.features is None:
         raise UserError("--retrain is for images; of features an audit trains a final classifier as it is")
     begun = {
-        "workdir": os.path.abspath(workdir),
+        "workdir": _absolute(workdir),
         "step": trained.step,
         "options": {name: value for name, value in dataclasses.asdict(options).items() if name not in LATER},
         "data": data.fingerprint(),
         "evidence": sample.fingerprint(data.held_out, options.marks),
         "base": _base(trained.config.data),
-        "arrays": os.path.abspath(trained.config.data.train) if _is_arrays(trained.config.data) else "",
+        "arrays": _absolute(trained.config.data.train) if _is_arrays(trained.config.data) else "",
         "class_names": splits.distinct(trained.class_names),
     }
     finished = _begin(folder, begun)
@@ -86,7 +85,7 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
             summary["retrained"] = _retrain(folder, workdir, trained, data)
             files.write_json(folder / SUMMARY, summary)
         return summary
-    except OSError as error:
+    except files.storage_errors() as error:
         raise StorageError(f"{folder} cannot be written: {first_line(error)}") from error
 
 
@@ -95,7 +94,7 @@ def in_words(summary: dict[str, Any], out: str) -> str:
     low, high = summary["noise_interval"]
     lines = [
         f"{summary['examples']:,} labels, {summary['noise_rate']:.1%} of them wrong (95 %: {low:.1%} to {high:.1%}), "
-        f"by {summary['judged_by']}; open {pathlib.Path(out) / PAGE}",
+        f"by {summary['judged_by']}; open {epath.Path(out) / PAGE}",
         audit_page.calibration_text(summary),
     ]
     if "final" in summary:
@@ -110,7 +109,7 @@ def in_words(summary: dict[str, Any], out: str) -> str:
     return "\n".join(lines)
 
 
-def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data, options: Options) -> dict[str, Any]:
+def _write_all(folder: epath.Path, workdir: str, trained: Trained, data: Data, options: Options) -> dict[str, Any]:
     """Predicts, estimates and writes all files of the audit; returns the contents of summary.json."""
     networks = inference.over_training(workdir, trained) if options.checkpoint is None else [trained]
     predict = measures.mean_over(inference.predictor(trained), inference.predictor_of_all(networks))
@@ -158,7 +157,7 @@ def _write_all(folder: pathlib.Path, workdir: str, trained: Trained, data: Data,
     if options.force or not alarms:
         counts = cleaned.write(folder, folder / CLEANED, options.threshold, options.below)
         if _is_arrays(trained.config.data):
-            copy = (folder / CLEANED_DATA).with_suffix(pathlib.Path(trained.config.data.train).suffix.lower())
+            copy = (folder / CLEANED_DATA).with_suffix(epath.Path(trained.config.data.train).suffix.lower())
             cleaned.write(folder, copy, options.threshold, options.below)
     summary = _summary(trained, train, quality, alarms, options, counts) | {"judged_by": by}
     if found is not None:
@@ -212,7 +211,7 @@ def _alarm_trusted(data: Data, predict: Predict) -> list[str]:
 
 
 def _predict_training_set(
-    folder: pathlib.Path, predict: Predict, train: Split, views: int, num_classes: int
+    folder: epath.Path, predict: Predict, train: Split, views: int, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities `[N, K]` and disagreement `[N]` of the training set, part by part.
 
@@ -235,16 +234,15 @@ def _predict_training_set(
     return probabilities, disagreement
 
 
-def _read_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
+def _read_part(file: epath.Path) -> dict[str, np.ndarray] | None:
     """What was saved of a part; None where it is not finished."""
     if not file.exists():
         return None
-    with np.load(file, allow_pickle=False) as content:
-        return dict(content)
+    return files.read_arrays(file)
 
 
 def _out_of_fold(
-    folder: pathlib.Path, trained: Trained, data: Data, options: Options
+    folder: epath.Path, trained: Trained, data: Data, options: Options
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Trains one network for each fold, as the run was trained but without the examples of the fold.
 
@@ -289,7 +287,7 @@ def _other_run(config: ConfigDict, method: str) -> ConfigDict:
     return config
 
 
-def _retrain(folder: pathlib.Path, workdir: str, trained: Trained, data: Data) -> dict[str, Any]:
+def _retrain(folder: epath.Path, workdir: str, trained: Trained, data: Data) -> dict[str, Any]:
     """Trains the network anew, as `supervised`, on the labels as given and on the cleaned ones.
 
     Returns:
@@ -315,11 +313,11 @@ def _retrain(folder: pathlib.Path, workdir: str, trained: Trained, data: Data) -
 
 def _averages(workdir: str, ids: np.ndarray) -> dict[str, np.ndarray]:
     """The averages `weight` and `trust` `[N]` of these examples in examples.npz of the run; empty without that file."""
-    file = pathlib.Path(workdir) / "examples.npz"
+    file = epath.Path(workdir) / "examples.npz"
     if not file.exists():
         return {}
-    with np.load(file, allow_pickle=False) as content:
-        return {name: content[name][ids] for name in ("weight", "trust")}
+    content = files.read_arrays(file)
+    return {name: content[name][ids] for name in ("weight", "trust")}
 
 
 def _columns(
@@ -387,7 +385,7 @@ def _summary(
 
 def _check_data(workdir: str, data: Data) -> None:
     """Raises UserError unless the data are those that the run was trained on."""
-    then, now = json.loads((pathlib.Path(workdir) / "data.json").read_text()), data.fingerprint()
+    then, now = files.read_json(epath.Path(workdir) / "data.json"), data.fingerprint()
     changed = sorted(name for name in then.keys() & now.keys() if then[name] != now[name])
     if changed:
         raise UserError(
@@ -396,7 +394,7 @@ def _check_data(workdir: str, data: Data) -> None:
         )
 
 
-def _begin(folder: pathlib.Path, begun: dict[str, Any]) -> dict[str, Any] | None:
+def _begin(folder: epath.Path, begun: dict[str, Any]) -> dict[str, Any] | None:
     """Makes the folder, or checks that it holds the same audit; returns the summary where that is finished.
 
     Raises:
@@ -412,13 +410,18 @@ def _begin(folder: pathlib.Path, begun: dict[str, Any]) -> dict[str, Any] | None
                 f"threshold or with marks: python -m ieg_jax.clean --audit={folder}"
             )
         return json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).exists() else None
-    cli.check_new_folder("--out", epath.Path(folder))
+    cli.check_new_folder("--out", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / BEGUN, begun)
-    except (OSError, StorageError) as error:
+    except (*files.storage_errors(), StorageError) as error:
         raise UserError(f"--out={folder} cannot be written: {first_line(error)}") from None
     return None
+
+
+def _absolute(path: str) -> str:
+    """A path from wherever the command is given; a link in it stays one."""
+    return path if files.is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def _is_arrays(data: ConfigDict) -> bool:
@@ -427,7 +430,7 @@ def _is_arrays(data: ConfigDict) -> bool:
 
 def _base(data: ConfigDict) -> str:
     """The folder that the names of images are relative to; "" where they are no paths."""
-    return os.path.abspath(image_files.base_folder(data)) if data.name in ("image_csv", "image_folder") else ""
+    return _absolute(str(image_files.base_folder(data))) if data.name in ("image_csv", "image_folder") else ""
 
 
 def _normalised(probabilities: np.ndarray) -> np.ndarray:

@@ -8,11 +8,11 @@ estimated from anew. Marks that a person set while looking through the most susp
 
 import dataclasses
 import hashlib
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from ieg_jax.audit.files import read_exported
 from ieg_jax.audit.quality import NO_CLASS, Quality, clopper_pearson
@@ -118,7 +118,7 @@ def fingerprint(held_out: Split | None, marks: str) -> str:
     digest = hashlib.sha256()
     if held_out is not None:
         digest.update(held_out.given_labels.tobytes())
-    file = pathlib.Path(marks).expanduser()
+    file = epath.Path(marks).expanduser()
     if marks and file.is_file():
         digest.update(file.read_bytes())
     return digest.hexdigest() if held_out is not None or marks else ""

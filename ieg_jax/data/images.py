@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
+from etils import epath
 from PIL import Image, ImageOps
 from rich.progress import track
 
@@ -33,6 +34,7 @@ JPEG_QUALITY = 95
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 VERSION = 2  # of `check_image`; what other versions found is not used
 MOST_PIXELS = 100_000_000
+READS_IN_FLIGHT = 64  # from a bucket, where most of the time is latency
 CHECKED_AT_ONCE = 5000  # image files whose outcome is kept in one file of the cache
 ORIENTATION = 0x0112  # EXIF tag; 1 = upright
 # (height, width) int32 [2] -> (top, left, height, width) int32 [4]
@@ -260,7 +262,8 @@ def check(paths: np.ndarray) -> list[Checked]:
       `[n]`, in order.
     """
     parts = [paths[start : start + CHECKED_AT_ONCE] for start in range(0, len(paths), CHECKED_AT_ONCE)]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    remote = any(files.is_remote(path) for path in paths[:1])
+    with concurrent.futures.ThreadPoolExecutor(READS_IN_FLIGHT if remote else os.cpu_count()) as pool:
         shown = track(parts, "checking images", transient=True, disable=len(paths) < 1000)
         return [checked for part in shown for checked in _check_part(part, pool)]
 
@@ -280,14 +283,14 @@ def _check_part(paths: np.ndarray, pool: concurrent.futures.Executor) -> list[Ch
 
     def check_file(path: str) -> Checked:
         try:
-            if not os.path.isfile(path) and os.path.exists(path):
+            if not files.is_remote(path) and not os.path.isfile(path) and os.path.exists(path):
                 return Checked(error="no regular file")  # a pipe or a device would never end
-            return check_image(pathlib.Path(path).read_bytes())
+            return check_image(epath.Path(path).read_bytes())
         except (FileNotFoundError, ValueError):
             return Checked(error="no such file")
-        except OSError as error:
+        except files.storage_errors() as error:
             unread.append(path)
-            return Checked(error=f"cannot be read: {error.strerror}")
+            return Checked(error=f"cannot be read: {getattr(error, 'strerror', None) or error}")
 
     results = list(pool.map(check_file, paths))
     if not unread:
@@ -412,7 +415,10 @@ def _is_plain(image: Image.Image, content: bytes) -> bool:
 def stat(path: str) -> tuple[int, int]:
     """The bytes of a file and the time of its last change in nanoseconds; (-1, -1) where there is no such file."""
     try:
+        if files.is_remote(path):
+            remote = tf.io.gfile.stat(path)
+            return remote.length, remote.mtime_nsec
         found = os.stat(path)
-    except (OSError, ValueError):  # a path with a zero byte is a ValueError
+    except (*files.storage_errors(), ValueError):  # a path with a zero byte is a ValueError
         return (-1, -1)
     return found.st_size, found.st_mtime_ns

@@ -1,11 +1,12 @@
 """Plain classifiers of scikit-learn, as an audit trains them, in place of a network."""
 
-import pathlib
+import io
 from collections.abc import Callable
 from typing import Any
 
 import joblib
 import numpy as np
+from etils import epath
 
 from ieg_jax.data.splits import Split
 from ieg_jax.errors import UserError, first_line
@@ -43,9 +44,9 @@ def load(file: str, num_classes: int) -> tuple[str, Callable[[Split], np.ndarray
     Raises:
       UserError: for a file that cannot be read, or is of other classes.
     """
-    place = pathlib.Path(file).expanduser()
+    place = epath.Path(file).expanduser()
     try:
-        content = joblib.load(place)
+        content = joblib.load(io.BytesIO(place.read_bytes()))
         name, model, count = content["kind"], content["model"], content["num_classes"]
     except Exception as error:  # whatever unpickling raises
         raise UserError(

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import pathlib
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from etils import epath
 from ml_collections import ConfigDict
 from pyarrow import parquet
 from rich.progress import track
@@ -123,7 +123,7 @@ def predict(
     return f"{count:,} images in {table_path}{besides}; {by or f'{trained.config.model.name} of step {trained.step}'}"
 
 
-def find_inputs(places: Sequence[pathlib.Path], is_features: bool = False) -> list[Input]:
+def find_inputs(places: Sequence[epath.Path], is_features: bool = False) -> list[Input]:
     """Finds what there is to predict. Image files are listed but not opened; arrays are read and checked.
 
     Args:
@@ -173,9 +173,9 @@ def predictions(
             dataclasses.replace(one, images=read_features(trained.config.data, one.path).images) for one in inputs
         ]
     trained = _configured(trained, inputs)
-    files = [path for one in inputs for path in one.paths]
-    if files and unreadable == "refuse":
-        _refuse(files)
+    paths = [path for one in inputs for path in one.paths]
+    if paths and unreadable == "refuse":
+        _refuse(paths)
     predict = instead or predictor(trained)
     step = trained.config.eval_batch_size * max(1, AT_ONCE // trained.config.eval_batch_size)
     chunks = [(one, start) for one in inputs for start in range(0, len(one), step)]
@@ -281,7 +281,7 @@ class PredictionFile:
 
     def __init__(
         self,
-        out: pathlib.Path,
+        out: epath.Path,
         class_names: Sequence[str],
         inputs: Sequence[Input],
         probabilities: bool,
@@ -311,7 +311,7 @@ class PredictionFile:
             with contextlib.ExitStack() as resources:
                 self._write = self._open(resources, resources.enter_context(files.complete_or_absent(self._out)))
                 self._resources = resources.pop_all()
-        except (OSError, StorageError) as error:
+        except (*files.storage_errors(), StorageError) as error:
             raise UserError(f"--out={self._out} cannot be written: {first_line(error.__cause__ or error)}") from None
         return self
 
@@ -341,10 +341,10 @@ class PredictionFile:
                 columns[name] = [value if fine else None for value, fine in zip(values, good, strict=True)]
         try:
             self._write({name: columns[name] for name in self._columns})
-        except OSError as error:
+        except files.storage_errors() as error:
             raise StorageError(f"{self._out} cannot be written: {first_line(error)}") from error
 
-    def _open(self, resources: contextlib.ExitStack, place: pathlib.Path) -> Callable[[dict[str, list]], None]:
+    def _open(self, resources: contextlib.ExitStack, place: epath.Path) -> Callable[[dict[str, list]], None]:
         """Opens the file at `place`, and returns the function that writes to it: columns, by name."""
         if self._out.suffix.lower() == ".parquet":
             schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in self._columns.items()])
@@ -353,7 +353,9 @@ class PredictionFile:
             return lambda columns: writer.write_table(
                 pa.table({name: [_readable(cell) for cell in cells] for name, cells in columns.items()}, schema)
             )
-        file = resources.enter_context(place.open("w", encoding="utf-8", errors="surrogateescape", newline=""))
+        file = resources.enter_context(
+            open(place, "w", encoding="utf-8", errors="surrogateescape", newline="")  # noqa: SIM115
+        )
         plain = csv.writer(file, lineterminator="\n")
         # A cell with \r needs quotes, which Python 3.11 only writes where it is told to.
         quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
@@ -373,9 +375,9 @@ def _readable(cell: Any) -> Any:
     return cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(cell, str) else cell
 
 
-def _check_out(out: str) -> pathlib.Path:
+def _check_out(out: str) -> epath.Path:
     """Returns the path of the table; raises UserError where the file exists, or where its ending names no format."""
-    path = pathlib.Path(out).expanduser()
+    path = files.place(out)
     if path.suffix.lower() not in ENDINGS:
         raise UserError(f"--out={out}: expected a name that ends in {' or '.join(ENDINGS)}")
     if path.exists():
@@ -383,18 +385,18 @@ def _check_out(out: str) -> pathlib.Path:
     return path
 
 
-def existing(arguments: Sequence[str]) -> list[pathlib.Path]:
+def existing(arguments: Sequence[str]) -> list[epath.Path]:
     """Returns the paths that the command names; raises UserError where there is none, or where one does not exist."""
     if not arguments:
         raise UserError("nothing to predict; name image files, folders, lists (.csv, .parquet) or arrays (.npy, .npz)")
-    places = [pathlib.Path(argument).expanduser() for argument in arguments]
+    places = [files.place(argument) for argument in arguments]
     for place in places:
         if not place.exists():
             raise UserError(f"{place}: no such file or folder")
     return places
 
 
-def _list_folder(folder: pathlib.Path) -> list[str]:
+def _list_folder(folder: epath.Path) -> list[str]:
     """Returns the paths of the images in a folder and its subfolders."""
     paths = [str(path) for path in image_files.images_below(folder)]
     if not paths:
@@ -402,7 +404,7 @@ def _list_folder(folder: pathlib.Path) -> list[str]:
     return paths
 
 
-def _read_list(file: pathlib.Path) -> list[str]:
+def _read_list(file: epath.Path) -> list[str]:
     """Returns the paths in a list; the list has them relative to itself."""
     cells = [(row["path"] or "").strip() for _, row in lists.list_rows(file, ["path"])]
     paths = [str(file.parent / cell) for cell in cells if cell]
@@ -411,13 +413,13 @@ def _read_list(file: pathlib.Path) -> list[str]:
     return paths
 
 
-def _read_array(file: pathlib.Path) -> np.ndarray:
+def _read_array(file: epath.Path) -> np.ndarray:
     """Reads images `[n, H, W, C]`, C = 1 or 3, uint8 or floats in [0, 1], from an .npy or .npz file.
 
     Of an .npz file it takes the only array, or the array `images`.
     """
     try:
-        content = np.load(file, allow_pickle=False)
+        content = np.load(files.opened(file), allow_pickle=False)
         if isinstance(content, np.lib.npyio.NpzFile):
             with content:
                 name = "images" if len(content.files) != 1 else content.files[0]

@@ -28,7 +28,7 @@ from ieg_jax.methods.parts import optimizers
 from ieg_jax.models import own, pretrained
 from ieg_jax.runtime import mesh
 from ieg_jax.runtime.checkpoints import restore_weights
-from ieg_jax.runtime.workdir import BEST, NETWORK, best_step, check_network, class_name, reported_step
+from ieg_jax.runtime.workdir import BEST, NETWORK, best_step, check_network, class_name, reported_step, saved_steps
 
 SIGNATURE = "signature.json"  # the file of an exported folder that says how to call its function
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey, as in Pillow (ITU-R BT.601)
@@ -304,9 +304,7 @@ def over_training(workdir: epath.PathLike, newest: Trained, network: nn.Module |
       newest: from `load`.
       network: see `load`.
     """
-    steps = sorted(
-        int(path.name) for path in (epath.Path(workdir).expanduser() / "checkpoints").iterdir() if path.name.isdigit()
-    )
+    steps = saved_steps(epath.Path(workdir).expanduser() / "checkpoints")
     found = [newest]
     for step in reversed([step for step in steps if step < newest.step]):
         with contextlib.suppress(UserError):

@@ -17,10 +17,11 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from ieg_jax import config as config_lib
+from ieg_jax import files
 from ieg_jax.config import at_least, one_of
 from ieg_jax.errors import StorageError, UserError, first_line
 from ieg_jax.runtime import processes
-from ieg_jax.runtime.workdir import rank
+from ieg_jax.runtime.workdir import rank, saved_steps
 
 RETRY_SECONDS = (1.0, 3.0, 10.0)  # waited for a storage that fails
 PASSING = {getattr(errno, name) for name in ("EIO", "EAGAIN", "EINTR", "ESTALE", "ETIMEDOUT", "ENETDOWN", "ENETUNREACH",
@@ -55,7 +56,7 @@ class Checkpoints:
           checkpoint: the group `checkpoint` of the configuration.
           reported: a step whose checkpoint is kept whatever comes after it.
         """
-        self.folder = epath.Path(folder).resolve()
+        self.folder = files.absolute(folder)
         self._best = _Best(checkpoint.keep_best, checkpoint.best_metric, 1 if checkpoint.best_mode == "max" else -1)
         policies = [policy.LatestN(checkpoint.keep), self._best, policy.CustomSteps([reported or 0])]
         if checkpoint.keep_every_steps:
@@ -248,8 +249,8 @@ class Checkpoints:
     def newest(self) -> str:
         """Says in words from which checkpoint the run can go on; it lists the folder for this."""
         try:
-            last = max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=None)
-        except OSError as error:
+            last = max(saved_steps(self.folder), default=None)
+        except files.storage_errors() as error:
             return f"the checkpoints cannot be listed now ({first_line(error)})"
         return f"the last good checkpoint is {self.folder / str(last)}" if last else "there is no checkpoint yet"
 
@@ -314,8 +315,7 @@ class _Best(policy.PreservationPolicy):
 
 def checkpoints_exist(folder: epath.PathLike) -> bool:
     """Returns whether a run has saved anything in `folder`, the folder `checkpoints/` of its work folder."""
-    folder = epath.Path(folder)
-    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+    return bool(saved_steps(folder))
 
 
 def checksums(tree: Any) -> dict[str, jax.Array]:
@@ -369,7 +369,7 @@ def restore_weights(
     Raises:
       UserError: where there is no complete checkpoint, or not that of this step, or where it is damaged or all are.
     """
-    folder = epath.Path(folder).resolve()
+    folder = files.absolute(folder)
     if not folder.exists():
         raise UserError(f"{folder} does not exist, expected the checkpoints of a run; has it saved one yet?")
     handlers = {"tree": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}

@@ -66,7 +66,7 @@ class Claim:
             return  # nothing was taken
         self._end.set()
         self._beats.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*files.storage_errors()):
             if (self._read() or {}).get("run") == self._me["run"]:
                 self._file.unlink()
 
@@ -102,7 +102,8 @@ class Claim:
     def _beat(self) -> None:
         """Changes the file now and then, until the end or until it is another's."""
         while not self._end.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError, StorageError):  # a storage that fails is for those who need it to say
+            # A storage that fails is for those who need it to say.
+            with contextlib.suppress(*files.storage_errors(), StorageError):
                 holder = self._read()
                 if holder and holder.get("run") != self._me["run"]:
                     self._taken_by = _in_words(holder)

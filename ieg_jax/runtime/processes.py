@@ -21,8 +21,9 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ieg_jax import files
 from ieg_jax.cli import UNENDING
-from ieg_jax.errors import Interrupted, UserError
+from ieg_jax.errors import Interrupted, UserError, first_line
 
 VISIBLE_WITHIN = 10.0  # seconds until a file that one host has written must be seen on the others
 
@@ -141,8 +142,8 @@ def check_shared(folder: epath.Path, flag: str) -> None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 mark.write_text("seen by all processes of a run?")
-            except OSError as error:
-                raise UserError(f"work folder {folder} cannot be written: {error}") from None
+            except files.storage_errors() as error:
+                raise UserError(f"work folder {folder} cannot be written: {first_line(error)}") from None
     deadline = time.monotonic() + VISIBLE_WITHIN
     while not (seen := mark.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)

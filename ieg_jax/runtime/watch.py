@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
-from ieg_jax import hardware
+from ieg_jax import files, hardware
 from ieg_jax.config import at_least
+from ieg_jax.errors import first_line
 
 
 def validate(config: ConfigDict) -> None:
@@ -101,15 +103,17 @@ class Profiler:
     def look(self, step: int) -> None:
         """Looks for the file after `step`; where it is there, a trace begins with the next step."""
         request = self._folder / "PROFILE"
-        if self._acts and self._stop is None and request.exists():
-            request.unlink()
-            self._start = step + 1
+        with self._without_harm():
+            if self._acts and self._stop is None and request.exists():
+                request.unlink()
+                self._start = step + 1
 
     def before(self, step: int) -> None:
         """Starts a trace if it is to begin with `step`. Must be called before each step."""
         if self._acts and step == self._start and self._stop is None:
-            jax.profiler.start_trace(str(self._folder))
-            self._stop = step + self._num_steps - 1
+            with self._without_harm():
+                jax.profiler.start_trace(str(self._folder))
+                self._stop = step + self._num_steps - 1
 
     def after(self, step: int, result: Any) -> bool:
         """Ends a trace if `step` is its last. Must be called after each step.
@@ -124,14 +128,25 @@ class Profiler:
         if self._stop is None or step < self._stop:
             return False
         jax.block_until_ready(result)  # the device may still be computing the step
-        self.close()
-        return True
+        return self.close()
 
-    def close(self) -> None:
-        """Ends a trace if one is going on."""
-        if self._stop is not None:
+    def close(self) -> bool:
+        """Ends a trace if one is going on; returns whether it was written."""
+        if self._stop is None:
+            return False
+        self._stop = None
+        with self._without_harm():
             jax.profiler.stop_trace()
-            self._stop = None
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def _without_harm(self):
+        """A profile that cannot be written is a warning and no end of the run."""
+        try:
+            yield
+        except Exception as error:  # of the profiler's, of TensorFlow's or of the system's kinds
+            logging.warning("no profile is written to %s: %s", self._folder, first_line(error))
 
 
 class Watchdog:
@@ -181,7 +196,7 @@ class Watchdog:
             f"{idle / 60:.1f} minutes\n{_stacks()}"
         )
         print(f"{text}(also in {path})", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):  # the run may be waiting because its storage is gone
+        with contextlib.suppress(*files.storage_errors()):  # the run may be waiting because its storage is gone
             path.write_text(text)
 
 

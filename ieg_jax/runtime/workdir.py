@@ -14,6 +14,7 @@ import flax.linen as nn
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from orbax.checkpoint.utils import is_checkpoint_finalized
 
 from ieg_jax import config as config_lib
 from ieg_jax import files
@@ -51,8 +52,8 @@ class WorkFolder:
             self.write("writable.json", {})
             if self._writes:
                 (self.path / "writable.json").unlink()
-        except (OSError, StorageError) as error:
-            raise UserError(f"work folder {self.path} cannot be written: {error}") from None
+        except (*files.storage_errors(), StorageError) as error:
+            raise UserError(f"work folder {self.path} cannot be written: {first_line(error)}") from None
         old = self._read("config.json")
         if old is None:
             if any((self.path / name).exists() for name in ("metrics.jsonl", "result.json", "checkpoints")):
@@ -158,7 +159,7 @@ class WorkFolder:
             try:
                 with (self.path / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
-            except OSError as error:
+            except files.storage_errors() as error:
                 raise StorageError(f"{self.path / 'metrics.jsonl'} cannot be written: {first_line(error)}") from error
 
     def _read_text(self, name: str) -> str | None:
@@ -240,13 +241,23 @@ def rank(row: dict[str, Any], metric: str, sign: int = 1) -> tuple[float, float,
     return sign * row[metric], -row.get(RATE, 0.0), row["step"]
 
 
+def saved_steps(folder: epath.PathLike) -> list[int]:
+    """The steps of the complete checkpoints in `folder`, `checkpoints/` of a work folder, in order.
+
+    On a bucket a checkpoint has its name before it is complete, so Orbax is asked.
+    """
+    folder = epath.Path(folder)
+    paths = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    return sorted(int(path.name) for path in paths if is_checkpoint_finalized(path))
+
+
 def reported_step(folder: epath.PathLike) -> int | None:
     """Returns the step whose accuracy result.json reports, where its checkpoint is there; else None."""
     folder = epath.Path(folder)
     if not (folder / "result.json").exists():
         return None
     step = files.read_json(folder / "result.json").get("reported", {}).get("step")
-    return step if step and (folder / "checkpoints" / str(step)).exists() else None
+    return step if step in saved_steps(folder / "checkpoints") else None
 
 
 def best_step(folder: epath.PathLike) -> int:
@@ -261,9 +272,7 @@ def best_step(folder: epath.PathLike) -> int:
     folder = epath.Path(folder)
     keys = files.read_json(folder / "config.json")["checkpoint"]
     metric, sign = keys["best_metric"], 1 if keys["best_mode"] == "max" else -1
-    checkpoints = folder / "checkpoints"
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
-    kept = sorted(int(name) for name in names if name.isdigit())
+    kept = saved_steps(folder / "checkpoints")
     rows = WorkFolder(folder, writes=False).rows()
     candidates = [rank(row, metric, sign) for row in rows if metric in row and row["step"] in kept]
     if not candidates:

@@ -141,6 +141,15 @@ def start(
     return Progress(start, state, window, rows, began, seconds_before, writer)
 
 
+def noise_in_words(config: ConfigDict, report: dict[str, Any]) -> str:
+    """The share of the labels that was to be wrong or, of labels in a file, that is wrong; and the kind of noise."""
+    if config.noise.kind == "none":
+        return ""
+    rate = report["rate_effective"] if report["rate"] is None else report["rate"]
+    share = "" if rate is None else f"{rate:.0%} "
+    return f", {share}{config.noise.kind} noise" + (f" ({config.noise.label_set})" if config.noise.label_set else "")
+
+
 def _check_best_metric(config: ConfigDict, run: program.Program, evaluations: Iterable[str]) -> None:
     kinds = [f"{metric}{suffix}" for metric in evaluation.METRICS for suffix in ("", "_raw")]
     known = [f"{name}/{kind}" for name in evaluations for kind in kinds] + sorted(run.window.averages)

@@ -23,7 +23,7 @@ from ieg_jax import config as config_lib
 from ieg_jax.config import at_least, number, within
 from ieg_jax.errors import UserError
 
-UNORDERED = ("densenet100", "inception_resnet_v2", "resnet29_v2")
+UNORDERED = ("densenet100", "inception_resnet_v2", "resnet29_v2", "resnet50_v2")
 HEAD, TOP = "head", ("head", "norm", "final", "pool", "attention_pool", "attn_pool", "fc_norm")
 CHECKS = {
     "body_rate": within(0, 1),

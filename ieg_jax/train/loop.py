@@ -23,6 +23,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
+from ieg_jax import files
 from ieg_jax.errors import Interrupted, NonFiniteError, StorageError, first_line
 from ieg_jax.lazy import asynclib
 from ieg_jax.models import pretrained
@@ -103,7 +104,7 @@ def _run(
     begin.write_down(run, network)
 
     # ---- Where it starts, the steps, the result.
-    title = f"{config.method.name} on {run.data.name}{_noise_in_words(config, run.data.noise_report)}"
+    title = f"{config.method.name} on {run.data.name}{begin.noise_in_words(config, run.data.noise_report)}"
     reporter = Reporter(title, run.steps.num_steps, visible=jax.process_index() == 0 and not quiet)
     for notice in run.data.notices:
         reporter.say(f"note: {notice}")
@@ -255,21 +256,12 @@ def _result(run: Run, progress: Progress, network: nn.Module | None) -> dict[str
     }
 
 
-def _noise_in_words(config: ConfigDict, report: dict[str, Any]) -> str:
-    """The share of the labels that was to be wrong or, of labels in a file, that is wrong; and the kind of noise."""
-    if config.noise.kind == "none":
-        return ""
-    rate = report["rate_effective"] if report["rate"] is None else report["rate"]
-    share = "" if rate is None else f"{rate:.0%} "
-    return f", {share}{config.noise.kind} noise" + (f" ({config.noise.label_set})" if config.noise.label_set else "")
-
-
 @contextlib.contextmanager
 def _storage_errors(checkpoints: Checkpoints):
     """What the writers of files raise, as StorageError."""
     try:
         yield
-    except (OSError, asynclib.AsyncError) as error:
+    except (*files.storage_errors(), asynclib.AsyncError) as error:
         raise StorageError(f"the work folder cannot be written: {first_line(error)}; {checkpoints.newest()}") from error
 
 

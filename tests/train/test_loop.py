@@ -25,7 +25,7 @@ from ieg_jax.errors import Interrupted, NonFiniteError, UserError
 from ieg_jax.methods import supervised
 from ieg_jax.runtime import processes
 from ieg_jax.runtime.checkpoints import Checkpoints
-from ieg_jax.train import begin, evaluation, loop, metrics
+from ieg_jax.train import begin, evaluation, metrics
 from ieg_jax.train.loop import train_and_evaluate
 from ieg_jax.train.program import Program
 
@@ -420,4 +420,4 @@ def test_the_noise_in_words(tiny_config, noise, report, words):
     config = tiny_config
     config.noise.rate = 0.0
     config.noise.update(noise)
-    assert loop._noise_in_words(config, report) == words
+    assert begin.noise_in_words(config, report) == words

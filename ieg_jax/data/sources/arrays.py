@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
-import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
+from ieg_jax import files
 from ieg_jax.data.sources import feature_tables, lists
 from ieg_jax.data.splits import UNKNOWN, Source, Split, check_images_and_labels, check_labels, make_split
 from ieg_jax.errors import UserError
@@ -73,7 +74,7 @@ def features(data: ConfigDict) -> Source:
         check_labels(labels, len(values), f"{where}: their labels", 0, lowest=0)
         return check(values, where)
 
-    if pathlib.Path(data.train).suffix.lower() in feature_tables.ENDINGS:
+    if epath.Path(data.train).suffix.lower() in feature_tables.ENDINGS:
         source, values = feature_tables.read(data)
         whole = {
             split: dataclasses.replace(getattr(source, split), images=check(values[split], f"{data.train}: {split}"))
@@ -106,12 +107,12 @@ def read_features(data: ConfigDict, file: str) -> Split:
       UserError: for either file, where it is missing or damaged or its arrays do not fit.
     """
     labels = None
-    if pathlib.Path(data.train).suffix.lower() in feature_tables.ENDINGS:
+    if epath.Path(data.train).suffix.lower() in feature_tables.ENDINGS:
         trained = feature_tables.read(data)[1]["train"]
     else:
         trained = _read_npz(data.train, ("features",), data.name)["features"]
-    if pathlib.Path(file).suffix.lower() in feature_tables.ENDINGS:
-        values = feature_tables.vectors(pathlib.Path(file).expanduser())
+    if epath.Path(file).suffix.lower() in feature_tables.ENDINGS:
+        values = feature_tables.vectors(files.place(file))
     else:
         content = _read_npz(file, ("features",), data.name)
         values, labels = content["features"], content.get("labels")
@@ -172,12 +173,11 @@ def _check_features(values: np.ndarray, where: str) -> None:
 def _read_npz(file: str, needed: tuple[str, ...], name: str) -> dict[str, np.ndarray]:
     if not file:
         raise UserError(f"data.name={name} needs data.train, the path of an .npz file with {' and '.join(needed)}")
-    path = pathlib.Path(file).expanduser()
+    path = files.place(file)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            content = dict(archive)
+        content = files.read_arrays(path)
     except (
-        OSError,
+        *files.storage_errors(),
         ValueError,
         EOFError,
         MemoryError,
@@ -206,7 +206,7 @@ def _own_arrays(
       what: `images` or `features`.
       check: (examples, labels, where for messages) -> the examples as a split has them; the training set comes first.
     """
-    path = pathlib.Path(data.train).expanduser()
+    path = files.place(data.train)
 
     def read(prefix: str) -> Split | None:
         examples, labels = content.get(f"{prefix}{what}"), content.get(f"{prefix}labels")

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 import pyarrow
+from etils import epath
 from ml_collections import ConfigDict
 from pyarrow import compute, parquet
 
@@ -42,7 +43,7 @@ def read(data: ConfigDict) -> tuple[Source, dict[str, np.ndarray]]:
     listed, values, notices = [], {}, []
     for role in SPLITS:
         if where := getattr(data, role):
-            file = pathlib.Path(where).expanduser()
+            file = files.place(where)
             features, found = vectors(file), _rows(file, role)
             if len(found) != len(features):
                 raise UserError(
@@ -59,13 +60,13 @@ def read(data: ConfigDict) -> tuple[Source, dict[str, np.ndarray]]:
         raise UserError(f"data.train={data.train!r}: no row with split 'train'")
     classes, numbers = lists.number_classes(listed, data.num_classes)
     parts = {split: _to_split([one for one in listed if one.split == split], numbers) for split in values}
-    name = pathlib.Path(data.train).stem
+    name = epath.Path(data.train).stem
     source = Source(name, len(classes), parts["train"], parts.get("test"), parts.get("trusted"), classes)
     listed_at = lists.first_of_class(listed, numbers)
     return dataclasses.replace(source, listed_at=listed_at, notices=tuple(notices)), values
 
 
-def vectors(file: pathlib.Path) -> np.ndarray:
+def vectors(file: epath.Path) -> np.ndarray:
     """The features in a file, `[n,D]` floats.
 
     Raises:
@@ -73,13 +74,13 @@ def vectors(file: pathlib.Path) -> np.ndarray:
     """
     try:
         if file.suffix.lower() == ARRAY:
-            return np.load(file, allow_pickle=False)
-        with file.open("rb") as content:
+            return _array(file)
+        with files.opened(file) as content:
             if VECTORS not in parquet.read_schema(content).names:
                 raise UserError(f"{file}: no column {VECTORS!r}, expected one with a list of numbers in each row")
             content.seek(0)
             column = parquet.read_table(content, columns=[VECTORS]).column(VECTORS).combine_chunks()
-    except (OSError, ValueError, EOFError, MemoryError, pyarrow.ArrowException) as error:
+    except (*files.storage_errors(), ValueError, EOFError, MemoryError, pyarrow.ArrowException) as error:
         raise UserError(f"{file}: cannot be read as {file.suffix} ({first_line(error)})") from None
     kind = column.type
     is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
@@ -94,7 +95,12 @@ def vectors(file: pathlib.Path) -> np.ndarray:
     return values.to_numpy().reshape(len(column), -1)
 
 
-def rewrite(file: pathlib.Path, out: pathlib.Path, labels: Mapping[int, str], dropped: Collection[int]) -> None:
+def _array(file: epath.Path) -> np.ndarray:
+    with files.opened(file) as content:
+        return np.load(content, allow_pickle=False)
+
+
+def rewrite(file: epath.Path, out: epath.Path, labels: Mapping[int, str], dropped: Collection[int]) -> None:
     """Writes a copy of a table with other labels and without some rows, to be trained on like the table itself.
 
     Args:
@@ -112,7 +118,7 @@ def rewrite(file: pathlib.Path, out: pathlib.Path, labels: Mapping[int, str], dr
     kept = np.setdiff1d(np.arange(len(vectors(file))), sorted(dropped))
     try:
         if place.suffix.lower() in PARQUET:
-            with place.open("rb") as content:
+            with files.opened(place) as content:
                 table = parquet.read_table(content)
             columns = {
                 name: table.column(name).to_pylist() for name in ("label", "given_label") if name in table.column_names
@@ -148,11 +154,11 @@ def rewrite(file: pathlib.Path, out: pathlib.Path, labels: Mapping[int, str], dr
         writer.writerows([columns[name][row] or "" for name in columns] for row in kept)
         files.write(out.with_suffix(place.suffix), text.getvalue())
     if file.suffix.lower() == ARRAY:
-        np.save(buffer := io.BytesIO(), np.load(file, allow_pickle=False)[kept])
+        np.save(buffer := io.BytesIO(), vectors(file)[kept])
         files.write(out, buffer.getvalue())
 
 
-def _list_of(file: pathlib.Path) -> pathlib.Path:
+def _list_of(file: epath.Path) -> epath.Path:
     """The file with the labels of a file of features."""
     if file.suffix.lower() != ARRAY:
         return file
@@ -164,7 +170,7 @@ def _list_of(file: pathlib.Path) -> pathlib.Path:
     return found[0]
 
 
-def _rows(file: pathlib.Path, split: str) -> list[Listed]:
+def _rows(file: epath.Path, split: str) -> list[Listed]:
     """The rows of a file of features that are not empty."""
     place, found, seen = _list_of(file), [], set()
     for number, (where, row) in enumerate(lists.list_rows(place, ("label",), lists.OF_FEATURES)):

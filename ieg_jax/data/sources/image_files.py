@@ -2,13 +2,15 @@
 
 import collections
 import os
-import pathlib
 import unicodedata
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
+from ieg_jax import files
 from ieg_jax.data.images import FileImages
 from ieg_jax.data.sources.lists import (
     SPLITS,
@@ -23,6 +25,7 @@ from ieg_jax.data.sources.lists import (
 )
 from ieg_jax.data.splits import Source, Split, make_split
 from ieg_jax.errors import UserError
+from ieg_jax.lazy import tf
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm",
@@ -45,7 +48,7 @@ def image_folder(data: ConfigDict) -> Source:
       ListError: for everything that is wrong with what is listed, at once.
       UserError: for folders and lists that are missing or empty.
     """
-    if not data.train or not pathlib.Path(data.train).expanduser().is_dir():
+    if not data.train or not files.place(data.train).is_dir():
         raise UserError(f"data.train={data.train!r}: no such folder; data.name=image_folder expects class/x.jpg there")
     return _load(data)
 
@@ -66,7 +69,7 @@ def image_csv(data: ConfigDict) -> Source:
       ListError: for everything that is wrong with what is listed, at once.
       UserError: for folders and lists that are missing, damaged or empty.
     """
-    if not data.train or not pathlib.Path(data.train).expanduser().is_file():
+    if not data.train or not files.place(data.train).is_file():
         raise UserError(
             f"data.train={data.train!r}: no such file; data.name=image_csv expects a CSV or Parquet file there"
         )
@@ -78,7 +81,7 @@ def _load(data: ConfigDict) -> Source:
     base, listed, notices = base_folder(data), [], []
     for role in SPLITS:
         if data[role]:
-            where = pathlib.Path(data[role]).expanduser()
+            where = files.place(data[role])
             found, told = of_role(list_images(where, base, role, bool(data.dir)), role, data)
             listed += found
             notices += told
@@ -99,13 +102,13 @@ def _load(data: ConfigDict) -> Source:
     )
 
 
-def base_folder(data: ConfigDict) -> pathlib.Path:
+def base_folder(data: ConfigDict) -> epath.Path:
     """The folder that names of images are relative to: `data.dir`, or where `data.train` is."""
-    base = pathlib.Path(data.dir or data.train).expanduser()
+    base = files.place(data.dir or data.train)
     return base if base.is_dir() else base.parent
 
 
-def list_images(where: pathlib.Path, base: pathlib.Path, split: str, relative_to_base: bool) -> list[Listed]:
+def list_images(where: epath.Path, base: epath.Path, split: str, relative_to_base: bool) -> list[Listed]:
     """The images of a folder with a folder for each class, or of a list.
 
     Args:
@@ -125,8 +128,8 @@ def list_images(where: pathlib.Path, base: pathlib.Path, split: str, relative_to
     raise UserError(f"data.{split}={str(where)!r}: no such folder or list")
 
 
-def _list_folder(folder: pathlib.Path, base: pathlib.Path, split: str) -> list[Listed]:
-    classes = [pathlib.Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
+def _list_folder(folder: epath.Path, base: epath.Path, split: str) -> list[Listed]:
+    classes = [folder / entry.name for entry in _entries(folder) if entry.is_folder]
     if not classes:
         raise UserError(f"data.{split}={str(folder)!r}: no folders in it; expected one for each class, with its images")
     if all(place.name.lower() in SPLIT_NAMES and not _images_in(place) for place in classes):
@@ -148,44 +151,56 @@ def _list_folder(folder: pathlib.Path, base: pathlib.Path, split: str) -> list[L
     return listed
 
 
-def images_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def images_below(folder: epath.Path) -> Iterator[epath.Path]:
     """The image files of a folder and of those in it. Each folder is searched once, however many links lead there."""
     return (file for file in _files_below(folder) if file.suffix.lower() in SUFFIXES)
 
 
-def _files_below(folder: pathlib.Path, seen: set[str] | None = None) -> Iterator[pathlib.Path]:
-    seen, real = set() if seen is None else seen, os.path.realpath(folder)
+def _files_below(folder: epath.Path, seen: set[str] | None = None) -> Iterator[epath.Path]:
+    seen, real = set() if seen is None else seen, str(folder) if files.is_remote(folder) else os.path.realpath(folder)
     if real in seen:
         return
     seen.add(real)
     for entry in _entries(folder):
-        if entry.is_dir():
-            yield from _files_below(pathlib.Path(entry.path), seen)
-        elif entry.is_file():  # and no pipe or device, which would never end
-            yield pathlib.Path(entry.path)
+        if entry.is_folder:
+            yield from _files_below(folder / entry.name, seen)
+        elif entry.is_file:
+            yield folder / entry.name
 
 
-def _entries(folder: pathlib.Path) -> list[os.DirEntry]:
+class _Entry(NamedTuple):
+    """What is in a folder; neither folder nor file is a pipe or a device, which would never end."""
+
+    name: str
+    is_folder: bool
+    is_file: bool
+
+
+def _entries(folder: epath.Path) -> list[_Entry]:
     """What is in a folder, sorted by name, without what is nobody's: FOREIGN_FOLDERS, FOREIGN_FILES, `.name`."""
     foreign = FOREIGN_FOLDERS | FOREIGN_FILES
     try:
-        with os.scandir(folder) as entries:
-            found = [one for one in entries if not one.name.startswith(".") and one.name.lower() not in foreign]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
-    return sorted(found, key=lambda entry: entry.name)
+        if files.is_remote(folder):  # of a bucket one request says it all: names of folders end in /
+            names = tf.io.gfile.listdir(str(folder))
+            found = [_Entry(name.rstrip("/"), name.endswith("/"), not name.endswith("/")) for name in names]
+        else:
+            with os.scandir(folder) as entries:
+                found = [_Entry(entry.name, entry.is_dir(), entry.is_file()) for entry in entries]
+    except files.storage_errors() as error:
+        raise UserError(f"{folder}: cannot be listed ({getattr(error, 'strerror', None) or error})") from None
+    return sorted(one for one in found if not one.name.startswith(".") and one.name.lower() not in foreign)
 
 
-def _images_in(folder: pathlib.Path) -> bool:
-    return any(os.path.splitext(one.name)[1].lower() in SUFFIXES and one.is_file() for one in _entries(folder))
+def _images_in(folder: epath.Path) -> bool:
+    return any(os.path.splitext(one.name)[1].lower() in SUFFIXES and one.is_file for one in _entries(folder))
 
 
-def _passed_over(folder: pathlib.Path) -> list[str]:
+def _passed_over(folder: epath.Path) -> list[str]:
     """Notices on the folder of a split: files in it that are no images, and folders within those of classes."""
     endings = collections.Counter(file.suffix.lower() for file in _files_below(folder))
     others = {ending: count for ending, count in endings.items() if ending not in SUFFIXES}
-    nested = [f"{entry.name}/{below.name}" for entry in _entries(folder) if entry.is_dir()
-              for below in _entries(pathlib.Path(entry.path)) if below.is_dir()]  # fmt: skip
+    nested = [f"{entry.name}/{below.name}" for entry in _entries(folder) if entry.is_folder
+              for below in _entries(folder / entry.name) if below.is_folder]  # fmt: skip
     notices = []
     if others:
         of_each = ", ".join(f"{count:,} {ending or 'without an ending'}" for ending, count in sorted(others.items()))
@@ -199,7 +214,7 @@ def _passed_over(folder: pathlib.Path) -> list[str]:
     return notices
 
 
-def _read_list(file: pathlib.Path, base: pathlib.Path, split: str, relative_to_base: bool) -> list[Listed]:
+def _read_list(file: epath.Path, base: epath.Path, split: str, relative_to_base: bool) -> list[Listed]:
     root, listed, errors = str(base if relative_to_base else file.parent), [], []
     for where, row in list_rows(file):
         try:
@@ -230,15 +245,16 @@ def _listed(row: dict, where: str, root: str, base: str, split: str) -> Listed |
 
 def _on_disk(path: str) -> str:
     """The path as the disk has it, where an umlaut in it is composed (é) in the list and not there, or the reverse."""
-    if path.isascii() or os.path.exists(path):
+    if path.isascii() or files.is_remote(path) or os.path.exists(path):
         return path
     others = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
     return next((other for other in others if os.path.exists(other)), path)
 
 
 def _name(path: str, base: str) -> str:
-    path, base = os.path.abspath(path), os.path.abspath(base)
-    return path.removeprefix(base + os.sep)
+    if not files.is_remote(path):
+        path, base = os.path.abspath(path), os.path.abspath(base)
+    return path.removeprefix(base.rstrip("/") + "/")
 
 
 def _without_repeats(listed: list[Listed]) -> tuple[list[Listed], list[str]]:

@@ -4,16 +4,17 @@ import csv
 import dataclasses
 import io
 import itertools
-import pathlib
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow
+from etils import epath
 from ml_collections import ConfigDict
 from pyarrow import parquet
 
+from ieg_jax import files
 from ieg_jax.data.splits import UNKNOWN, in_lines
 from ieg_jax.errors import UserError, first_line
 
@@ -63,7 +64,7 @@ class ListError(UserError):
 
 
 def list_rows(
-    file: pathlib.Path, needed: Sequence[str] = ("path", "label"), columns: Sequence[str] = COLUMNS
+    file: epath.Path, needed: Sequence[str] = ("path", "label"), columns: Sequence[str] = COLUMNS
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Reads the rows of a list: as Parquet where its name ends in one of PARQUET, else as CSV.
 
@@ -81,12 +82,12 @@ def list_rows(
     return _parquet_rows(file, needed, columns) if file.suffix.lower() in PARQUET else _csv_rows(file, needed)
 
 
-def _csv_rows(file: pathlib.Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _csv_rows(file: epath.Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     try:
-        text = file.read_text("utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
+    except files.storage_errors() as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
     lines = text.splitlines(keepends=True)
     before = sum(1 for _ in itertools.takewhile(lambda line: not line.strip(), lines))
@@ -106,7 +107,7 @@ def _csv_rows(file: pathlib.Path, needed: Sequence[str]) -> Iterator[tuple[str, 
         raise UserError(f"{file}, line {before + reader.line_num}: {error}; is a quotation mark left open?") from None
 
 
-def _check_columns(columns: Sequence[str], needed: Sequence[str], file: pathlib.Path, expected: str) -> None:
+def _check_columns(columns: Sequence[str], needed: Sequence[str], file: epath.Path, expected: str) -> None:
     if not set(needed) <= set(columns):
         raise UserError(f"{file}: columns {list(columns)}, expected {expected}")
     for name in OF_FEATURES:
@@ -115,15 +116,16 @@ def _check_columns(columns: Sequence[str], needed: Sequence[str], file: pathlib.
 
 
 def _parquet_rows(
-    file: pathlib.Path, needed: Sequence[str], columns: Sequence[str]
+    file: epath.Path, needed: Sequence[str], columns: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     try:
-        present = parquet.read_schema(file).names
-        _check_columns(present, needed, file, f"{' and '.join(needed)} among them")
-        # The path as a file object: pyarrow would take folders named a=b for columns.
-        with file.open("rb") as content:
+        # As a file object: pyarrow would take folders named a=b for columns.
+        with files.opened(file) as content:
+            present = parquet.read_schema(content).names
+            _check_columns(present, needed, file, f"{' and '.join(needed)} among them")
+            content.seek(0)
             table = parquet.read_table(content, columns=[name for name in columns if name in present])
-    except (OSError, pyarrow.ArrowException) as error:
+    except (*files.storage_errors(), pyarrow.ArrowException) as error:
         raise UserError(f"{file}: cannot be read as Parquet ({first_line(error)})") from None
     found = {name: _as_text(table.column(name), f"{file}: column {name!r}") for name in table.column_names}
     for number, values in enumerate(zip(*found.values(), strict=True)):

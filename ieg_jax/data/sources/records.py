@@ -21,6 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.progress import track
 
+from ieg_jax import files
 from ieg_jax.data import images
 from ieg_jax.data.splits import UNKNOWN, Source, Split
 from ieg_jax.errors import StorageError, UserError
@@ -206,7 +207,7 @@ def load_index(folder: epath.Path, split: str, files: tuple[str, ...], expected:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_arrays(path, table | {"stamp": stamp})
             break
-        except (OSError, StorageError):  # a folder that we may only read
+        except (*files.storage_errors(), StorageError):  # a folder that we may only read
             continue
     return table
 
@@ -216,7 +217,7 @@ def read_table(path: epath.Path) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             return dict(archive)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except (*files.storage_errors(), ValueError, EOFError, zipfile.BadZipFile):
         return {}
 
 
