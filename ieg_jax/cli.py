@@ -158,7 +158,7 @@ def _parse(argv: list[str], positional: int | None) -> list[str]:
         raise UserError(str(error)) from None
     _check_overrides(argv)
     if any("gs://" in argument for argument in argv):
-        buckets.prepare()
+        buckets.prepare(argv)
     if positional is not None and len(arguments) > 1 + positional:
         raise UserError(f"unexpected arguments {arguments[1 + positional :]}; options begin with --")
     return arguments

@@ -101,6 +101,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # of a process that was killed
+            super().handle()
+
     def answer(self, status: int, content: bytes | dict = b"", **headers: str) -> None:
         if isinstance(content, dict):
             content, headers = json.dumps(content).encode(), {"Content-Type": "application/json"} | headers

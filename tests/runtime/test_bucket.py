@@ -48,7 +48,7 @@ def environment(bucket):
 def call(environment, module, *arguments, status=0):
     """Runs a command; returns what it printed."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -134,19 +134,25 @@ def test_audit_and_predictions_there(bucket, environment, killed_and_resumed):
     ]
 
 
-@pytest.mark.parametrize("place, failures, message", [
-    ("gs://bucket/forbidden", [("upload/", 403, 10**6)], "work folder gs://bucket/forbidden cannot be written: .*403"),
-    ("gs://nowhere/run", [], "work folder gs://nowhere/run cannot be written: "),
-])  # fmt: skip
-def test_what_a_bucket_refuses_is_one_line(bucket, environment, place, failures, message):
-    bucket.failures = failures
+REFUSED = {
+    "gs://bucket/forbidden": ([("upload/", 403, 10**6)], "work folder gs://bucket/forbidden cannot be written: .*403"),
+    "gs://nowhere/run": ([], "gs://nowhere: there is no such bucket"),
+    "gs://bucket/hidden": (
+        [("GET /storage/v1/b/bucket?", 403, 10**6)],
+        "gs://bucket: not allowed .*legacyBucketReader",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", REFUSED)
+def test_what_a_bucket_refuses_is_one_line(bucket, environment, place):
+    bucket.failures, message = REFUSED[place]
     told = call(environment, "ieg_jax.main", *train(place)[2:], status=1)
-    assert "Traceback" not in told
     bucket.failures = []
-    assert re.fullmatch(f"error: {message}.*", told.strip().splitlines()[-1]), told
+    assert re.match(f"error: {message}", told.strip().splitlines()[-1]), told
 
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"google-cloud-storage.*pip install 'ieg_jax\[gcs\]'"):
-        preparation.prepare()
+        preparation.prepare([])
