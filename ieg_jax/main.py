@@ -24,6 +24,13 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes there are.")
     flags.DEFINE_integer("process_id", -1, "With --coordinator: the number of this process, from 0.")
+    flags.DEFINE_enum(
+        "distributed",
+        "auto",
+        ["auto", "on", "off"],
+        "Whether processes are joined: auto = where jax finds several; on = an error if it finds none; off = this "
+        "process is alone.",
+    )
     flags.DEFINE_string(
         "compilation_cache",
         "~/.cache/ieg_jax/xla",
@@ -43,7 +50,7 @@ def main(argv: list[str]) -> None:
     from ieg_jax.train.loop import train_and_evaluate
 
     watch.enable_compilation_cache(values.compilation_cache)
-    processes.initialize(values.coordinator, values.num_processes, values.process_id)
+    processes.initialize(values.coordinator, values.num_processes, values.process_id, values.distributed)
     try:
         result = train_and_evaluate(values.config, values.workdir)
     except Interrupted:

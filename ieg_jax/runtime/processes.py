@@ -12,7 +12,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,25 +23,31 @@ from jax.experimental import multihost_utils
 
 from ieg_jax import files
 from ieg_jax.cli import UNENDING
-from ieg_jax.errors import Interrupted, UserError, first_line
+from ieg_jax.errors import Interrupted, UserError, check_choice, first_line
 
 VISIBLE_WITHIN = 10.0  # seconds until a file that one host has written must be seen on the others
 
 
-def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
+def initialize(coordinator: str, num_processes: int, process_id: int, distributed: str = "auto") -> None:
     """Joins the processes. This must come before anything that asks jax for devices.
 
     Where no argument is given, jax finds out by itself: on Cloud TPU, GKE, Slurm and Open MPI, and from the environment
-    variable JAX_COORDINATOR_ADDRESS. If it finds nothing, this process runs alone.
+    variable JAX_COORDINATOR_ADDRESS. If it finds nothing, or one host alone is listed, this process runs alone.
 
     Args:
       coordinator: `host:port` at which process 0 will listen; "" = not given.
       num_processes: how many processes there are; 0 = not given.
       process_id: the number of this process, from 0; -1 = not given.
+      distributed: auto; on = it is an error if nothing is found; off = this process runs alone whatever is found.
 
     Raises:
       UserError: for arguments that do not fit together, and where the other processes cannot be reached.
     """
+    check_choice("--distributed", distributed, ("auto", "on", "off"))
+    if distributed == "off":
+        if coordinator:
+            raise UserError(f"--distributed=off and --coordinator={coordinator} contradict each other; drop one")
+        return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # jax reads this only where it uses processors
     given = (bool(coordinator), num_processes > 0, process_id >= 0)
     if any(given):
@@ -49,24 +55,46 @@ def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
         if num_processes == 1:
             return
         arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
-    elif os.environ.get("SLURM_NTASKS") == "1":
-        return  # otherwise jax would use only one of the devices that Slurm gave to the task
+    elif distributed == "auto" and _is_listed_alone(os.environ):
+        return
     else:
         arguments = {}
     try:
         jax.distributed.initialize(**arguments)
-    except ValueError as error:
-        # jax asks for the coordinator's address where nothing describes a cluster. Any other error is a mistake in the
-        # description.
-        if arguments or "coordinator_address" not in str(error):
-            raise UserError(
-                f"the processes cannot be joined: {error} Give --coordinator, --num_processes and --process_id"
-            ) from None
-        logging.info("no cluster found (%s): a process by itself", error)
-    except RuntimeError as error:
+    except Exception as error:  # of the description of a cluster, and of whatever asks a cloud for it
+        # jax asks for the coordinator's address where nothing describes a cluster. Another ValueError is a mistake in
+        # the description; all else is of asking for one, which fails in many ways where there is none.
+        is_value = isinstance(error, ValueError)
+        nothing = "coordinator_address" in str(error) if is_value else not _is_described(os.environ)
+        if not arguments and distributed == "auto" and nothing:
+            logging.info("no cluster found (%s): a process by itself", error)
+            return
         raise UserError(
-            f"the processes cannot be joined (coordinator {coordinator or 'as detected'}): {error}"
+            f"the processes cannot be joined (coordinator {coordinator or 'as detected'}): {first_line(error)}; give "
+            f"--coordinator, --num_processes and --process_id, or --distributed=off for a process by itself"
         ) from None
+
+
+def _is_listed_alone(variables: Mapping[str, str]) -> bool:
+    """Whether the environment lists one host, as in a container with a TPU of its own (Colab, Kaggle), or one task.
+
+    jax would look for other hosts of a TPU there, and use only one of the devices that Slurm gave to a task.
+    """
+    hosts = [variables.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")]
+    listed = [host for host in hosts if host]
+    one_host = bool(listed) and all("," not in host for host in listed) and "MEGASCALE_NUM_SLICES" not in variables
+    return one_host or variables.get("SLURM_NTASKS") == "1"
+
+
+def _is_described(variables: Mapping[str, str]) -> bool:
+    """Whether the environment says that there are several processes."""
+    several = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+    sizes = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "MEGASCALE_NUM_SLICES")
+    return (
+        any(variables.get(name) for name in several)
+        or any(variables.get(name, "1") not in ("", "1") for name in sizes)
+        or "," in variables.get("TPU_WORKER_HOSTNAMES", "")
+    )
 
 
 def exchange(text: str) -> list[str]:

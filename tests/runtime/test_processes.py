@@ -119,8 +119,63 @@ def test_a_process_by_itself_needs_nothing(monkeypatch):
 
 def test_a_cluster_that_is_described_in_part_is_no_process_by_itself(monkeypatch):
     refuse_with(monkeypatch, "Number of processes must be defined.")
-    with pytest.raises(UserError, match="cannot be joined: Number of processes must be defined. Give --coordinator"):
+    with pytest.raises(UserError, match="cannot be joined .*Number of processes must be defined.*give --coordinator"):
         processes.initialize("", 0, -1)
+
+
+ALONE = {
+    "Kaggle": {"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "localhost"},
+    "one host": {"TPU_WORKER_HOSTNAMES": "10.0.0.2"},
+    "one task": {"SLURM_NTASKS": "1"},
+}
+SEVERAL = {
+    "two hosts": {"TPU_WORKER_HOSTNAMES": "10.0.0.2,10.0.0.3"},
+    "tasks": {"SLURM_NTASKS": "4"},
+    "slices": {"TPU_WORKER_HOSTNAMES": "10.0.0.2", "MEGASCALE_NUM_SLICES": "2"},
+    "named": {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:1"},
+}
+
+
+def broken(monkeypatch, variables):
+    """A detection that fails as it does where a metadata server is asked for and is not there."""
+    for name in {name for each in (*ALONE.values(), *SEVERAL.values()) for name in each}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+
+    def initialize(**arguments):
+        asked.append(arguments)
+        raise OSError("metadata server")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    return asked
+
+
+@pytest.mark.parametrize("where", ALONE)
+def test_one_listed_host_is_one_process(monkeypatch, where):
+    asked = broken(monkeypatch, ALONE[where])
+    processes.initialize("", 0, -1)
+    assert not asked, "nobody is looked for"
+    with pytest.raises(UserError, match="metadata server; give --coordinator"):
+        processes.initialize("", 0, -1, "on")
+
+
+def test_a_detection_that_fails_is_no_cluster_where_none_is_described(monkeypatch):
+    asked = broken(monkeypatch, {})
+    processes.initialize("", 0, -1)
+    assert asked == [{}]
+
+
+@pytest.mark.parametrize("where", SEVERAL)
+def test_a_detection_that_fails_is_an_error_where_several_are_described(monkeypatch, where):
+    asked = broken(monkeypatch, SEVERAL[where])
+    with pytest.raises(UserError, match="metadata server.*--distributed=off"):
+        processes.initialize("", 0, -1)
+    processes.initialize("", 0, -1, "off")
+    assert len(asked) == 1
+    with pytest.raises(UserError, match="contradict"):
+        processes.initialize("a:1", 2, 0, "off")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
