@@ -24,6 +24,7 @@ CONFIG_HELP = (
 )
 
 
+STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
 UNENDING = "unending"  # the name of a thread that would keep a program from ending
 
 
@@ -37,8 +38,8 @@ def define_config_flag() -> flags.FlagHolder:
 def run(main: Callable[[list[str]], None], interrupted: str = "", positional: int | None = 0) -> None:
     """Parses the flags and calls `main`.
 
-    A UserError, a NonFiniteError, a StorageError, Interrupted, Ctrl-C and any mistake in the flags end the program with
-    one message and status 1. --help and similar flags end it with status 0. Libraries show warnings and errors of their
+    A UserError, a NonFiniteError, a StorageError, Ctrl-C and any mistake in the flags end the program with one message
+    and status 1, Interrupted with STOPPED_AND_SAVED. --help and similar flags end it with status 0. Libraries show warnings and errors of their
     logs, unless --verbosity says otherwise.
 
     Args:
@@ -67,17 +68,18 @@ def run(main: Callable[[list[str]], None], interrupted: str = "", positional: in
         raise
     except (Interrupted, KeyboardInterrupt) as error:
         message = str(error) or "stopped"
-        _leave(f"{message}; {interrupted}" if interrupted else message)
+        status = STOPPED_AND_SAVED if isinstance(error, Interrupted) else 1
+        _leave(f"{message}; {interrupted}" if interrupted else message, status)
 
 
-def _leave(message: str) -> NoReturn:
-    """Ends the program with a message and status 1, at once where a thread would keep it from ending."""
+def _leave(message: str, status: int) -> NoReturn:
+    """Ends the program with a message and a status, at once where a thread would keep it from ending."""
+    print(message, file=sys.stderr)
     if any(thread.name == UNENDING for thread in threading.enumerate()):
-        print(message, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
-    sys.exit(message)
+        os._exit(status)
+    sys.exit(status)
 
 
 def end_at_once(error: Exception) -> NoReturn:

@@ -9,7 +9,7 @@ from runs import ROOT
 
 import ieg_jax
 from ieg_jax import cli
-from ieg_jax.errors import UserError
+from ieg_jax.errors import Interrupted, UserError
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,16 @@ def test_commands_can_be_imported_together():
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):
-    def main(argv):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main([]))
-    for keys, message in (({}, "stopped"), ({"interrupted": "it goes on"}, "stopped; it goes on")):
-        with pytest.raises(SystemExit, match=f"^{message}$"):
-            cli.run(main, **keys)
+    for error, status in ((KeyboardInterrupt(), 1), (Interrupted("stopped"), 75)):
+
+        def main(argv, error=error):
+            raise error
+
+        for keys, message in (({}, "stopped\n"), ({"interrupted": "it goes on"}, "stopped; it goes on\n")):
+            with pytest.raises(SystemExit) as end:
+                cli.run(main, **keys)
+            assert (end.value.code, capsys.readouterr().err) == (status, message)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Checkpoints and the events for TensorBoard, which are in it too, are written els
 import json
 import pathlib
 import subprocess
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -22,6 +23,7 @@ from ieg_jax.errors import StorageError, UserError, first_line
 
 NETWORK = "network.json"  # the class of a network that is not in the registry, and the shape of the images
 BEST = "best"  # stands for the step of the best checkpoint, see `best_step`
+SECONDS_BETWEEN_WRITES = 60.0  # of metrics.jsonl on a bucket
 RATE = "evaluation/learning_rate"  # of the update before an evaluation
 
 
@@ -37,6 +39,9 @@ class WorkFolder:
         """
         self.path = epath.Path(path).expanduser()
         self._writes = writes
+        # Of metrics.jsonl on a bucket, where nothing can be added to a file: all of it, and since when it waits.
+        self._lines: list[str] | None = None
+        self._written = time.monotonic()
 
     def check(self, config: ConfigDict) -> dict[str, Any] | None:
         """Makes the folder where it is missing, and checks that a run with this configuration may go on in it.
@@ -146,21 +151,39 @@ class WorkFolder:
         rows = self.rows()
         kept = [row for row in rows if row["step"] <= step]
         if self._writes:
-            files.write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+            lines = [json.dumps(row) + "\n" for row in kept]
+            files.write(self.path / "metrics.jsonl", "".join(lines))
+            self._lines = lines if files.is_remote(self.path) else None
         return kept
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row to metrics.jsonl; its first key is `step`.
 
+        On a bucket the file is written anew, once a minute at most and where `flush` asks for it.
+
         Raises:
           StorageError: where it cannot be written.
         """
-        if self._writes:
+        if self._lines is not None:
+            self._lines.append(json.dumps(row) + "\n")
+            if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
+                self.flush()
+        elif self._writes:
             try:
                 with (self.path / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
             except files.storage_errors() as error:
                 raise StorageError(f"{self.path / 'metrics.jsonl'} cannot be written: {first_line(error)}") from error
+
+    def flush(self) -> None:
+        """Writes the rows that wait. A checkpoint covers the rows before it, so this comes before each.
+
+        Raises:
+          StorageError: where they cannot be written.
+        """
+        if self._lines is not None:
+            files.write(self.path / "metrics.jsonl", "".join(self._lines))
+            self._written = time.monotonic()
 
     def _read_text(self, name: str) -> str | None:
         """Returns the text of a file; None where it does not exist."""

@@ -180,6 +180,7 @@ def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Rep
                 # After the row: whatever a checkpoint covers has been written down, a kill in between only
                 # makes the run compute it again.
                 with clock("checkpoint"):
+                    folder.flush()
                     checkpoints.save(step, (progress.state, progress.window), step * config.batch_size)
             if stopping and step < steps.num_steps:
                 checkpoints.wait()

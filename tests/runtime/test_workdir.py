@@ -56,3 +56,22 @@ def test_other_data_than_the_run_began_with(tmp_path):
     folder.begin(default.get_config(), {"train": "abc", "test": "d"})
     with pytest.raises(UserError, match="begun with other data: its test and validation examples"):
         folder.begin(default.get_config(), {"train": "abc", "validation": "d"})
+
+
+def test_rows_of_a_bucket_wait_for_a_checkpoint_or_a_minute(tmp_path, monkeypatch):
+    monkeypatch.setattr("ieg_jax.files.is_remote", lambda path: True)
+    folder, file = WorkFolder(tmp_path), tmp_path / "metrics.jsonl"
+    folder.append({"step": 0})
+    assert folder.rewind(0) == [{"step": 0}]
+    for step in (1, 2):
+        folder.append({"step": step})
+    assert file.read_text() == '{"step": 0}\n'
+    folder.flush()
+    assert [row["step"] for row in folder.rows()] == [0, 1, 2]
+    folder._written -= 61
+    folder.append({"step": 3})
+    assert [row["step"] for row in folder.rows()] == [0, 1, 2, 3]
+    assert folder.rewind(1) == [{"step": 0}, {"step": 1}]
+    folder.append({"step": 2})
+    folder.flush()
+    assert [row["step"] for row in WorkFolder(tmp_path).rows()] == [0, 1, 2], "what came after was forgotten"

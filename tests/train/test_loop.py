@@ -382,7 +382,7 @@ def test_the_command(tmp_path, tiny_config):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     output, error = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 75
     assert "stopped at step" in error.splitlines()[-1] and "goes on from there" in error.splitlines()[-1]
     assert "Traceback" not in error
     assert "step 20/200000" in output and "ETA" in output
