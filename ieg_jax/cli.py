@@ -39,8 +39,8 @@ def run(main: Callable[[list[str]], None], interrupted: str = "", positional: in
     """Parses the flags and calls `main`.
 
     A UserError, a NonFiniteError, a StorageError, Ctrl-C and any mistake in the flags end the program with one message
-    and status 1, Interrupted with STOPPED_AND_SAVED. --help and similar flags end it with status 0. Libraries show warnings and errors of their
-    logs, unless --verbosity says otherwise.
+    and status 1, Interrupted with STOPPED_AND_SAVED. --help and similar flags end it with status 0. Libraries show
+    warnings and errors of their logs, unless --verbosity says otherwise.
 
     Args:
       main: the command; it gets the command line without the flags.

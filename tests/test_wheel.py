@@ -9,7 +9,12 @@ import sys
 import pytest
 from runs import CACHE, ROOT
 
-PACKED = ("ieg_jax", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+
+def packed():
+    """What launch/Dockerfile copies before it installs: from these files alone the package has to build."""
+    before, _, _ = (ROOT / "launch" / "Dockerfile").read_text().partition("pip install")
+    copies = (line.split()[1:-1] for line in before.splitlines() if line.startswith("COPY "))
+    return [name for names in copies for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +22,11 @@ def site(tmp_path_factory):
     """What a wheel has in it, in a folder of its own."""
     folder = tmp_path_factory.mktemp("wheel")
     names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", *PACKED], cwd=ROOT, check=True, capture_output=True, text=True
+        ["git", "ls-files", "-co", "--exclude-standard", *packed()],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.split()
     for name in names:
         if (ROOT / name).exists():

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax.data import augment
-from ieg_jax.data.images import Encoded, reason, to_float
+from ieg_jax.data.images import READS_IN_FLIGHT, Encoded, reason, to_float
 from ieg_jax.data.load import Data
 from ieg_jax.data.splits import Split
 from ieg_jax.errors import UserError
@@ -69,7 +69,7 @@ def train_batches(
         if chosen is not None and not len(chosen):
             raise UserError(f"step {start_step}: the method has chosen no row for its stream {name}")
         part = _Stream(config, name, number, stream, source, chosen, epoch_start)
-        parts.append(_batched(part.example, batch_size_of(config, stream), start_step, num_steps))
+        parts.append(_batched(part.example, batch_size_of(config, stream), start_step, num_steps, source.is_remote))
     merged = tf.data.Dataset.zip(tuple(parts)).map(lambda *batches: {k: v for b in batches for k, v in b.items()})
     _check_shape(merged, "augment.standard")
     for batch in _read(merged.prefetch(4)):
@@ -181,7 +181,7 @@ class EvalBatches:
             return {"image": image, "label": labels["label"], "mask": mask}
 
         num_batches = -(-len(split) // config.eval_batch_size)
-        batches = _batched(example, config.eval_batch_size, 0, num_batches)
+        batches = _batched(example, config.eval_batch_size, 0, num_batches, split.is_remote)
         _check_shape(batches, f"augment.{names[0]}")
         self._batches, self._sharding = batches.prefetch(2), sharding
 
@@ -225,7 +225,11 @@ def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> 
 
 
 def _batched(
-    example: Callable[[tf.Tensor], dict[str, tf.Tensor]], batch_size: int, start_step: int, num_steps: int
+    example: Callable[[tf.Tensor], dict[str, tf.Tensor]],
+    batch_size: int,
+    start_step: int,
+    num_steps: int,
+    is_remote: bool,
 ) -> tf.data.Dataset:
     """The part of each batch that this process reads; `example` maps a position to what stands there."""
     local = batch_size // jax.process_count()
@@ -237,8 +241,14 @@ def _batched(
     positions = tf.data.Dataset.range(start_step * local, num_steps * local)
     # There is nothing to convert, and a UserError would become an error of another type.
     at = tf.autograph.experimental.do_not_convert(at)
-    examples = positions.map(at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return examples.batch(local, drop_remainder=True)
+    # From a bucket most of the time is latency, so many are read at once, each in a thread that waits.
+    calls = READS_IN_FLIGHT if is_remote else tf.data.AUTOTUNE
+    examples = positions.map(at, num_parallel_calls=calls, deterministic=True).batch(local, drop_remainder=True)
+    if is_remote:
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = READS_IN_FLIGHT
+        examples = examples.with_options(options)
+    return examples
 
 
 def _shuffled_rows(config: ConfigDict, stream: int, size: int, labels: np.ndarray) -> RowOf:

@@ -34,7 +34,7 @@ JPEG_QUALITY = 95
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 VERSION = 2  # of `check_image`; what other versions found is not used
 MOST_PIXELS = 100_000_000
-READS_IN_FLIGHT = 64  # from a bucket, where most of the time is latency
+READS_IN_FLIGHT = 16 * (os.cpu_count() or 1)  # from a bucket, where most of the time is latency
 CHECKED_AT_ONCE = 5000  # image files whose outcome is kept in one file of the cache
 ORIENTATION = 0x0112  # EXIF tag; 1 = upright
 # (height, width) int32 [2] -> (top, left, height, width) int32 [4]
@@ -92,6 +92,11 @@ class StoredImages:
         """Makes a function row -> Encoded. It copies tables into tensors, so call it once and not for each image."""
         raise NotImplementedError
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading one takes a request to a bucket."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class FileImages(StoredImages):
@@ -118,6 +123,11 @@ class FileImages(StoredImages):
         """A function row -> Encoded."""
         paths, plain = tf.constant(self.paths.tolist(), tf.string), tf.constant(self.plain, tf.bool)
         return lambda row: Encoded(tf.io.read_file(paths[row]), plain[row])
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the first is on a bucket, and so all."""
+        return any(map(files.is_remote, self.paths[:1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +169,11 @@ class JoinedImages(StoredImages):
             return Encoded(*tf.switch_case(tf.cast(part, tf.int32), branches))
 
         return read
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether some are on a bucket."""
+        return any(part.is_remote for part in self.parts)
 
 
 @dataclasses.dataclass(frozen=True)

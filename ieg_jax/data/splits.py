@@ -62,6 +62,11 @@ class Split:
         return self.in_memory and self.images.shape[1:3] == (1, 1)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether reading an image takes a request to a bucket."""
+        return not self.in_memory and self.images.is_remote
+
+    @property
     def is_visible(self) -> bool:
         """Whether there are images that can be looked at."""
         return self.pictures is not None or not self.is_features

@@ -21,11 +21,10 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.progress import track
 
-from ieg_jax import files
 from ieg_jax.data import images
 from ieg_jax.data.splits import UNKNOWN, Source, Split
 from ieg_jax.errors import StorageError, UserError
-from ieg_jax.files import write_arrays
+from ieg_jax.files import is_remote, storage_errors, write_arrays
 from ieg_jax.lazy import tf
 
 _FRAME = struct.Struct("<QI")  # length of the record and its checksum; the data and their checksum follow
@@ -50,6 +49,11 @@ class RecordImages(images.StoredImages):
 
     def __getitem__(self, rows: np.ndarray) -> RecordImages:
         return RecordImages(self.files, self.shards[rows], self.offsets[rows])
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards are on a bucket."""
+        return any(map(is_remote, self.files[:1]))
 
     def reader(self) -> Callable[[tf.Tensor], images.Encoded]:
         """A function row -> Encoded."""
@@ -207,7 +211,7 @@ def load_index(folder: epath.Path, split: str, files: tuple[str, ...], expected:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_arrays(path, table | {"stamp": stamp})
             break
-        except (*files.storage_errors(), StorageError):  # a folder that we may only read
+        except (*storage_errors(), StorageError):  # a folder that we may only read
             continue
     return table
 
@@ -217,7 +221,7 @@ def read_table(path: epath.Path) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             return dict(archive)
-    except (*files.storage_errors(), ValueError, EOFError, zipfile.BadZipFile):
+    except (*storage_errors(), ValueError, EOFError, zipfile.BadZipFile):
         return {}
 
 
