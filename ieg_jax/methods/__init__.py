@@ -6,7 +6,23 @@ from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax.config import Key, one_of
-from ieg_jax.methods import co_teaching, eg, elr, gce, ieg, l2r, mixmatch, supervised, trusted_only
+from ieg_jax.methods import (
+    co_teaching,
+    eg,
+    elr,
+    forward_correction,
+    gce,
+    gold_loss_correction,
+    ieg,
+    l2b,
+    l2r,
+    mentornet,
+    meta_weight_net,
+    mixmatch,
+    sop,
+    supervised,
+    trusted_only,
+)
 from ieg_jax.methods.base import ALL_VIEWS, USUAL_VIEWS, Method, read
 
 # name -> module
@@ -14,10 +30,16 @@ REGISTRY = {
     "co_teaching": co_teaching,
     "eg": eg,
     "elr": elr,
+    "forward_correction": forward_correction,
     "gce": gce,
+    "gold_loss_correction": gold_loss_correction,
     "ieg": ieg,
+    "l2b": l2b,
     "l2r": l2r,
+    "mentornet": mentornet,
+    "meta_weight_net": meta_weight_net,
     "mixmatch": mixmatch,
+    "sop": sop,
     "supervised": supervised,
     "trusted_only": trusted_only,
 }

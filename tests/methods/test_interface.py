@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from runs import ROOT, assert_same_run, variables
-from small_step import make, make_batch
+from small_step import CLASSES, make, make_batch
 
 from configs import default
 from ieg_jax import methods
@@ -132,7 +132,9 @@ def test_only_the_loss_is_required():
 
 def test_who_needs_trusted_images():
     without = {name for name in methods.REGISTRY if not methods.get(name).needs_trusted}
-    assert without == {"supervised", "gce", "elr", "co_teaching"}
+    assert without == {
+        "supervised", "gce", "elr", "co_teaching", "forward_correction", "mentornet", "sop",
+    }  # fmt: skip
 
 
 def test_a_key_is_one_key_for_all(monkeypatch):
@@ -168,6 +170,15 @@ def test_each_method_reads_the_keys_that_it_has(name):
     jax.eval_shape(
         lambda: method.loss(state.params, state, make_batch(), method.supervise(state, make_batch(), KEY), KEY)
     )
+    jax.eval_shape(lambda: method.init(KEY, 50))
+    if method.on_epoch:
+        seen_of_all = np.random.default_rng(0).dirichlet(np.ones(CLASSES), (method.networks, 50))
+        look = types.SimpleNamespace(
+            epoch=1000, is_last=False, seed=0, labels=np.arange(50) % CLASSES, probabilities=lambda: seen_of_all,
+            features=lambda: seen_of_all, memory=lambda: jax.tree.map(lambda leaf: np.array(leaf[:50]) if leaf.ndim and
+                len(leaf) >= 50 else np.array(leaf), state.method),
+        )  # fmt: skip
+        method.on_epoch(state, look)
     assert {key for key in seen if key.startswith(("method.", "meta."))} == set(described.keys)
 
 
@@ -175,7 +186,7 @@ def test_each_method_reads_the_keys_that_it_has(name):
     "method, key, value, readers",
     [
         ("supervised", "method.temperature", 0.7, "eg, ieg, mixmatch"),
-        ("supervised", "meta.learning_rate", 0.2, "ieg, l2r"),
+        ("supervised", "meta.learning_rate", 0.2, "ieg, l2b, l2r, meta_weight_net"),
         ("l2r", "meta.momentum", False, None),
         ("l2r", "meta.pseudo_label_gradient", True, None),
         ("gce", "method.forget_rate", 0.5, "co_teaching"),

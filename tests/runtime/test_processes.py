@@ -45,7 +45,10 @@ def test_processes_agree_and_fail_together(tmp_path):
     [
         (2, "ieg"),
         pytest.param(4, "ieg", marks=pytest.mark.slow),
-        *(pytest.param(2, method, marks=pytest.mark.slow) for method in ("gce", "elr", "co_teaching")),
+        *(
+            pytest.param(2, method, marks=pytest.mark.slow)
+            for method in ("gce", "elr", "co_teaching", "sop", "meta_weight_net")
+        ),
     ],
 )
 def test_several_processes_do_what_one_does(tmp_path, monkeypatch, count, method):

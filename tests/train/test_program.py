@@ -62,6 +62,10 @@ def plain():
         pytest.param("l2r", {"microbatches": 2}, marks=pytest.mark.slow),
         pytest.param("gce", {"mesh.data": 8}, marks=pytest.mark.slow),
         ("elr", {"mesh.data": 8}),
+        *(
+            pytest.param(name, {"mesh.data": 8}, marks=pytest.mark.slow)
+            for name in ("forward_correction", "gold_loss_correction", "l2b", "mentornet", "meta_weight_net", "sop")
+        ),
         ("co_teaching", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}),
         pytest.param("ieg", {"model.remat": True}, marks=pytest.mark.slow),
         ("ieg", {"mesh.data": 2, "mesh.fsdp": 4}),
