@@ -133,7 +133,8 @@ def test_only_the_loss_is_required():
 def test_who_needs_trusted_images():
     without = {name for name in methods.REGISTRY if not methods.get(name).needs_trusted}
     assert without == {
-        "supervised", "gce", "elr", "co_teaching", "forward_correction", "mentornet", "sop",
+        "supervised", "gce", "elr", "co_teaching", "forward_correction", "m_correction", "mentornet", "sop",
+        "ssr",
     }  # fmt: skip
 
 

@@ -35,6 +35,8 @@ def counted(name, **keys):
         ("gold_loss_correction", {}, 6),
         ("mentornet", {}, 3),
         ("sop", {}, 3),
+        ("m_correction", {}, 4),
+        ("ssr", {}, 3),
         ("forward_correction", {}, 3),
         ("ieg", {"method.consistency_weight": 0.0}, 20),
         ("ieg", {"method.mixup": False}, 13),

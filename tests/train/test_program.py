@@ -64,7 +64,16 @@ def plain():
         ("elr", {"mesh.data": 8}),
         *(
             pytest.param(name, {"mesh.data": 8}, marks=pytest.mark.slow)
-            for name in ("forward_correction", "gold_loss_correction", "l2b", "mentornet", "meta_weight_net", "sop")
+            for name in (
+                "forward_correction",
+                "gold_loss_correction",
+                "l2b",
+                "m_correction",
+                "mentornet",
+                "meta_weight_net",
+                "sop",
+                "ssr",
+            )
         ),
         ("co_teaching", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}),
         pytest.param("ieg", {"model.remat": True}, marks=pytest.mark.slow),

@@ -100,3 +100,25 @@ def split(pool: jax.Array, groups: int, blocks: int) -> list[jax.Array]:
     """Takes `[blocks · B, ...]` apart into `blocks` arrays `[B, ...]`: the inverse of the layout of `mix`."""
     parts = pool.reshape(groups, blocks, -1, *pool.shape[1:])
     return [parts[:, block].reshape(-1, *pool.shape[1:]) for block in range(blocks)]
+
+
+class Pairs(NamedTuple):
+    """The random choices of an ordinary mixup of a batch with itself (Zhang et al. 2018)."""
+
+    partner: jax.Array  # [G, n] int32: a permutation of each group
+    share: jax.Array  # scalar: of the element itself, one for the whole batch
+
+
+def draw_pairs(rng: jax.Array, groups: int, size: int, alpha: float) -> Pairs:
+    """Draws partners inside each of `groups` groups of a batch of `size`, and the share from Beta(α, α)."""
+    partner_rng, share_rng = jax.random.split(rng)
+    keys = jax.random.split(partner_rng, groups)
+    partner = jax.vmap(lambda key: jax.random.permutation(key, size // groups))(keys)
+    return Pairs(partner, jax.random.beta(share_rng, alpha, alpha))
+
+
+def mix_pairs(pairs: Pairs, array: jax.Array) -> jax.Array:
+    """Each element of a batch `[B, ...]` mixed with its partner."""
+    grouped = array.reshape(*pairs.partner.shape, *array.shape[1:])
+    partner = jax.vmap(lambda part, place: part[place])(grouped, pairs.partner).reshape(array.shape)
+    return pairs.share * array + (1 - pairs.share) * partner

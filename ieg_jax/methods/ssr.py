@@ -1,0 +1,95 @@
+"""SSR: sample selection and relabelling (Feng et al. 2022, arXiv 2111.11288), without feature consistency (not SSR+).
+
+At the end of each epoch the network sees the whole training set once:
+
+    relabelling: y_i ← argmax Φ(x_i) where the largest probability is above θ_r, else the given label
+    selection: of the k nearest neighbours of x_i (by the cosine of the features) a vote is made, its label counting as
+        each class's frequency has it; x_i is learned from where its label is the one that most are of: c_i(y_i) ≥ θ_s
+
+with c_i the vote divided by its largest, so that θ_s = 1 asks for the winner, as published. Training is with mixup of
+pairs, δ ~ Beta(α, α), on the selected examples alone. For the first `warmup_epochs` all are learned from as given. In
+the published code the selected examples are drawn class by class alike; here `class_weight=balanced` does that. With k
+= N the vote is that of all examples: the most frequent label wins everywhere.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ieg_jax.config import Key, above, at_least, within
+from ieg_jax.methods.base import MAIN, Aux, Context, Supervision, total
+from ieg_jax.methods.parts import losses, mixup
+
+TITLE = "SSR"
+KEYS = {
+    "relabel_threshold": Key(0.9, within(0, 1), "θ_r: surer predictions replace labels; 1 = none."),
+    "select_threshold": Key(1.0, within(0, 1), "θ_s: share of the winner's votes that an example's label needs."),
+    "neighbours": Key(200, at_least(1), "k, nearest neighbours that vote."),
+    "pair_alpha": Key(4.0, above(0), "α of the mixing of pairs."),
+    "warmup_epochs": Key(1.0, at_least(0), "Epochs on all examples with the labels as given."),
+}
+AT_ONCE = 1024
+
+
+def init(ctx: Context, rng, num_rows: int) -> dict[str, jax.Array]:
+    """The label of each example that was relabelled, −1 = as given: `[num_rows]` int32."""
+    del ctx, rng
+    return {"label": jnp.full(num_rows, -1, jnp.int32)}
+
+
+def supervise(ctx: Context, state, batch, rng) -> Supervision:
+    """Labels `[B, K]`, partners and shares of the mixture."""
+    changed = state.method["label"][batch["row"]]
+    label = ctx.one_hot(jnp.where(changed < 0, batch["label"], changed))
+    pairs = mixup.draw_pairs(rng, ctx.config.batch_groups, len(label), ctx.config.method.pair_alpha)
+    return Supervision(prepared=(label, pairs), observed={"train/relabelled": jnp.mean(changed >= 0)})
+
+
+def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
+    """Mean CE of the mixture + weight decay."""
+    del rng
+    label, pairs = supervision.prepared
+    logits, batch_stats = ctx.forward(params, state.batch_stats, mixup.mix_pairs(pairs, batch["image"]))
+    terms = {
+        "mixed": jnp.mean(losses.cross_entropy(logits, mixup.mix_pairs(pairs, label))),
+        "weight_decay": ctx.weight_decay(params),
+    }
+    return total(terms), Aux(terms, logits, batch_stats)
+
+
+def on_epoch(ctx: Context, state, look):
+    """The labels from here on, and the rows that are learned from."""
+    method = ctx.config.method
+    if look.epoch < method.warmup_epochs:
+        return state, None
+    p = look.probabilities()[0]
+    sure = p.max(1) > method.relabel_threshold
+    label = np.where(sure, p.argmax(1), look.labels)
+    vote = votes(look.features()[0], label, ctx.num_classes, method.neighbours)
+    chosen = np.flatnonzero(vote[np.arange(len(label)), label] >= method.select_threshold)
+    changed = np.where(sure & (label != look.labels), label, -1).astype(np.int32)
+    # Where nothing is selected, all go on: a batch has to be made of something.
+    return state.replace(method={"label": changed}), {MAIN: chosen if len(chosen) else np.arange(len(label))}
+
+
+def votes(features: np.ndarray, label: np.ndarray, num_classes: int, neighbours: int) -> np.ndarray:
+    """Votes of the nearest neighbours, divided by the winner's: `[N, K]` in [0, 1].
+
+    Args:
+      features: `[N, D]`.
+      label: `[N]`.
+      num_classes: K.
+      neighbours: k; more than N − 1 are all others and the example itself.
+    """
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    count = min(neighbours, len(unit))
+    weight = 1 / np.maximum(np.bincount(label, minlength=num_classes), 1)
+    # With all neighbours the frequencies themselves decide.
+    weight = np.ones_like(weight) if count == len(unit) else weight
+    found = np.empty((len(unit), num_classes))
+    for start in range(0, len(unit), AT_ONCE):
+        alike = unit[start : start + AT_ONCE] @ unit.T
+        nearest = np.argpartition(-alike, count - 1, axis=1)[:, :count]
+        for row, each in enumerate(label[nearest], start=start):
+            found[row] = np.bincount(each, minlength=num_classes) * weight
+    return found / found.max(1, keepdims=True)

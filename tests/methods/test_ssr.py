@@ -1,0 +1,53 @@
+"""SSR: votes by hand and of all, relabelling and selection at the end of an epoch."""
+
+import types
+
+import jax
+import numpy as np
+from small_step import CLASSES, make, make_batch
+
+from ieg_jax.methods import ssr
+
+
+def test_all_neighbours_vote_for_the_majority():
+    rng = np.random.default_rng(0)
+    label = np.array([0] * 12 + [1] * 20 + [2] * 8)
+    found = ssr.votes(rng.standard_normal((40, 5)), label, 3, 40)
+    np.testing.assert_allclose(found, np.tile([12 / 20, 1, 8 / 20], (40, 1)))
+
+
+def test_votes_by_hand():
+    """On a line of directions: the two nearest of each are itself and its twin; rare classes count for more."""
+    angles = np.array([0.0, 0.01, 1.0, 1.01, 2.0, 2.01])
+    features = 3 * np.stack([np.cos(angles), np.sin(angles)], 1)
+    label = np.array([0, 0, 0, 1, 1, 1])
+    found = ssr.votes(features, label, 2, 2)
+    np.testing.assert_allclose(found, [[1, 0], [1, 0], [1, 1], [1, 1], [0, 1], [0, 1]])
+    skewed = np.array([0, 0, 0, 1, 0, 0])  # five of 0, one of 1: at the pair in the middle 1/5 against 1
+    np.testing.assert_allclose(ssr.votes(features, skewed, 2, 2)[2], [1 / 5, 1])
+
+
+def test_the_end_of_an_epoch():
+    _, method, state, _ = make("ssr", **{"method.neighbours": 3, "method.relabel_threshold": 0.8})
+    labels = np.array([0, 0, 0, 1, 1, 1, 1, 0])
+    features = np.eye(2)[np.array([0, 0, 0, 0, 1, 1, 1, 1])] + 0.01 * np.arange(8)[:, None] * [[1, -1]]
+    p = np.full((8, CLASSES), 0.1)
+    p[np.arange(8), labels] = 0.7  # nobody is sure
+    p[3] = np.eye(CLASSES)[0] * 0.9 + 0.025  # but of the fourth, of class 0
+    look = types.SimpleNamespace(epoch=0, labels=labels, probabilities=lambda: p[None], features=lambda: features[None])
+    assert method.on_epoch(state, look) == (state, None), "the first epoch is plain"
+    look.epoch = 1
+    changed, rows = method.on_epoch(state, look)
+    assert changed.method["label"].tolist() == [-1, -1, -1, 0, -1, -1, -1, -1]
+    assert rows["main"].tolist() == [0, 1, 2, 3, 4, 5, 6], "the last one's neighbours are of the other class"
+
+
+def test_a_changed_label_is_learned():
+    _, method, state, _ = make("ssr")
+    batch = make_batch()
+    changed = np.full(1024, -1, np.int32)
+    changed[batch["row"][4]] = 2
+    supervision = method.supervise(state.replace(method={"label": changed}), batch, jax.random.key(0))
+    wanted = np.eye(CLASSES)[batch["label"]]
+    wanted[4] = np.eye(CLASSES)[2]
+    np.testing.assert_array_equal(supervision.prepared[0], wanted)
