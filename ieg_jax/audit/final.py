@@ -15,9 +15,9 @@ are better evidence on their labels. So the two take turns:
    or has learnt wrong labels by heart, has less say in these. The network's own predictions take part as a third,
    unless it has: it then agrees with the given labels more often than it is right on held-out trusted examples.
 4. The best classifier is trained on all cleaned examples. That is the final one, unless the network is better on the
-   held-out trusted examples by more than a standard error; of images, on whose pixels a plain classifier knows little,
-   and of the features of a backbone, on several views of which the network was trained, it has to be better than the
-   network by as much.
+   held-out trusted examples by more than two standard errors, for these are few; of images, on whose pixels a plain
+   classifier knows little, and of the features of a backbone, on several views of which the network was trained, it has
+   to be better than the network, by more than one.
 
 The classifiers are scikit-learn's, which are well tested and fast. Where classes of unequal size are to count alike
 (`class_weight=balanced`), those of 2 and 4 are weighted by the labels that they are trained on, and the expected
@@ -239,7 +239,7 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
         if images:
             final = best if clearly_better(hits[1], hits[0]) else NETWORK
         else:
-            final = NETWORK if clearly_better(*hits) else best
+            final = NETWORK if clearly_better(*hits, errors=2.0) else best
     model = model if components is None else make_pipeline(components, model)
     return Final(final, best, model, task.num_classes, quality, by_cleaned[0], tuple(lines))
 
@@ -269,17 +269,18 @@ def compared(
     return Compared(name, labels, expected, share, clopper_pearson(share, len(found)))
 
 
-def clearly_better(hits: np.ndarray, others: np.ndarray) -> bool:
-    """Whether a classifier is right more often than another by more than a standard error, were both as good.
+def clearly_better(hits: np.ndarray, others: np.ndarray, errors: float = 1.0) -> bool:
+    """Whether a classifier is right more often than another by more than so many standard errors, were both as good.
 
     One example does not decide.
 
     Args:
       hits: `[M]` bool, where it is right.
       others: `[M]` bool, where the other one is.
+      errors: standard errors.
     """
     gain = hits.astype(float) - others.astype(float)
-    return bool(gain.sum() > np.sqrt(np.square(gain).sum()))
+    return bool(gain.sum() > errors * np.sqrt(np.square(gain).sum()))
 
 
 def cleaned(quality: Quality, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from ieg_jax import config as config_lib
 from ieg_jax.config import Key, one_of
 from ieg_jax.methods import (
     co_teaching,
+    dividemix,
     eg,
     elr,
     forward_correction,
@@ -30,6 +31,7 @@ from ieg_jax.methods.base import ALL_VIEWS, USUAL_VIEWS, Method, read
 # name -> module
 REGISTRY = {
     "co_teaching": co_teaching,
+    "dividemix": dividemix,
     "eg": eg,
     "elr": elr,
     "forward_correction": forward_correction,

@@ -37,6 +37,7 @@ def counted(name, **keys):
         ("sop", {}, 3),
         ("m_correction", {}, 4),
         ("ssr", {}, 3),
+        ("dividemix", {}, 16),
         ("forward_correction", {}, 3),
         ("ieg", {"method.consistency_weight": 0.0}, 20),
         ("ieg", {"method.mixup": False}, 13),

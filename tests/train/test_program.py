@@ -65,6 +65,7 @@ def plain():
         *(
             pytest.param(name, {"mesh.data": 8}, marks=pytest.mark.slow)
             for name in (
+                "dividemix",
                 "forward_correction",
                 "gold_loss_correction",
                 "l2b",
