@@ -301,7 +301,7 @@ def _fashion_table() -> Table:
 # Photographs with labels that people got wrong, on features of a pretrained backbone (configs/cifar10n.py).
 CIFAR10N_LABELS = ("aggre", "random1", "worse")
 CIFAR10N_NOISE = (("uniform", 0.4), ("uniform", 0.8), ("asymmetric", 0.4))
-CIFAR10N_METHODS = ("supervised", "gce", "elr", "l2r", "ieg")
+CIFAR10N_METHODS = ("supervised", "gce", "elr", "l2r", "dividemix", "ieg")
 
 
 def cifar10n(method: str, labels: str = "none", noise: str = "none", rate: float = 0.0) -> Experiment:

@@ -23,7 +23,10 @@ matplotlib.use("Agg")
 COLORS = {
     "ieg": "tab:green", "supervised": "tab:gray", "l2r": "tab:blue", "eg": "tab:purple", "trusted_only": "tab:orange",
 }  # fmt: skip
-OTHER_COLORS = ("tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+OTHER_COLORS = (
+    "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:red", "navy", "gold", "teal", "indigo", "coral", "black",
+    "crimson", "skyblue", "peru", "darkgreen", "plum",
+)  # fmt: skip
 
 
 def color(method: str) -> str:

@@ -12,7 +12,7 @@ from ieg_jax.train import check
 
 PLACES = {"noise.file": "labels.npy"}
 # Methods of the paper's tables that are not implemented here.
-ELSEWHERE = {"mentornet", "mentornet_dd", "rog", "m_correction", "forward_correction", "chen2019"}
+ELSEWHERE = {"mentornet_dd", "rog", "chen2019"}
 
 
 @pytest.fixture(autouse=True)
