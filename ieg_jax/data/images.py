@@ -298,9 +298,11 @@ def _check_part(paths: np.ndarray, pool: concurrent.futures.Executor) -> list[Ch
 
     def check_file(path: str) -> Checked:
         try:
-            if not files.is_remote(path) and not os.path.isfile(path) and os.path.exists(path):
+            if files.is_remote(path):
+                return check_image(epath.Path(path).read_bytes())
+            if not os.path.isfile(path) and os.path.exists(path):
                 return Checked(error="no regular file")  # a pipe or a device would never end
-            return check_image(epath.Path(path).read_bytes())
+            return check_image(pathlib.Path(path).read_bytes())
         except (FileNotFoundError, ValueError):
             return Checked(error="no such file")
         except files.storage_errors() as error:
