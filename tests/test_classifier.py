@@ -408,7 +408,7 @@ NAN = np.full((12, 4, 4), np.nan)
         ({}, (IMAGES, LABELS, None, None, [12]), "trusted: shape .*row numbers from 0 to 11"),
         ({}, (IMAGES, LABELS, None, None, np.ones(12, bool)), "all rows of X are trusted"),
         ({}, (IMAGES, LABELS, None, None, [0, 1]), "no trusted example of 2"),
-        ({"method": "IEG"}, (IMAGES, LABELS), "method: got 'IEG', expected one of co_teaching, eg"),
+        ({"method": "IEG"}, (IMAGES, LABELS), "method: got 'IEG', expected one of co_teaching, dividemix, eg"),
         ({"augment": "photo"}, (), "augment: got 'photo', expected one of auto, photos, grey.*Did you mean 'photos'"),
         ({"augment": ("crop(pad=1)",)}, (), "augment: got .*a pair of policies"),
         ({"augment": ("crop(pad=1)", "blurr(1)")}, (), "augment.strong"),
