@@ -25,8 +25,7 @@ def prepare(arguments: Iterable[str]) -> None:
             "paths that begin with gs:// need the package google-cloud-storage, with which Orbax writes checkpoints "
             "there: pip install 'ieg_jax[gcs]' (it comes with [tpu] too)"
         )
-    names = (re.match(r"--(?:workdir|out)=gs://([^/]+)", argument) for argument in arguments)
-    for name in dict.fromkeys(found[1] for found in names if found):
+    for name in dict.fromkeys(re.findall(r"--?(?:workdir|out)[= ]gs://([^/ ]+)", " ".join(arguments))):
         _check(name)
     _ = tf.io  # loads it
 

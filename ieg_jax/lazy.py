@@ -22,6 +22,8 @@ _LOG_LINE = re.compile(rb"[IWE]\d{4} \d|WARNING: All log messages before absl")
 # What TensorFlow reads from a bucket at once; it looks at these when it opens the first file there. Else it fetches
 # 64 MB for each record that is read by its place, and keeps up to 1 GB of blocks.
 OF_BUCKETS = {"GCS_READAHEAD_BUFFER_SIZE_BYTES": str(64 * 1024), "GCS_READ_CACHE_MAX_SIZE_MB": "0"}
+for _variable, _value in OF_BUCKETS.items():
+    os.environ.setdefault(_variable, _value)
 
 _LOCK = threading.RLock()  # of the thread that loads
 
@@ -37,8 +39,6 @@ class _Lazy(types.ModuleType):
 def _imported(name: str) -> types.ModuleType:
     with _LOCK:  # two threads that redirect standard error at once would leave it redirected
         if "tensorflow" not in sys.modules:
-            for variable, value in OF_BUCKETS.items():
-                os.environ.setdefault(variable, value)
             with _without_log():
                 import tensorflow
 

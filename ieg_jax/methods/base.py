@@ -242,6 +242,14 @@ def trusted_loss(ctx: Context, params: Any, state: Any, batch: dict[str, jax.Arr
     return loss + ctx.meta_weight_decay(params)
 
 
+def weighted_loss(ctx: Context, params: Any, state: Any, batch: dict[str, jax.Array], weights: jax.Array):
+    """Σ_i w_i CE(y_i, Φ(x_i)) + weight decay, of weights `[B]`: what `loss` returns."""
+    logits, batch_stats = ctx.forward(params, state.batch_stats, batch["image"])
+    cross_entropy = losses.cross_entropy(logits, ctx.one_hot(batch["label"]))
+    terms = {"weighted": jnp.sum(weights * cross_entropy), "weight_decay": ctx.weight_decay(params)}
+    return total(terms), Aux(terms, logits, batch_stats)
+
+
 def total(terms: dict[str, jax.Array]) -> jax.Array:
     """The sum of the terms of a loss."""
     return sum(terms.values())

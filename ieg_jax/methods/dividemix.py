@@ -23,14 +23,13 @@ from ieg_jax.config import Key, at_least, within
 from ieg_jax.methods.base import MAIN, Aux, Context, Stream, Supervision, total
 from ieg_jax.methods.parts import losses, mixup
 from ieg_jax.methods.parts.pseudo_labels import TEMPERATURE
-from ieg_jax.methods.ssr import KEYS as OF_PAIRS
 
 TITLE = "DivideMix"
 NETWORKS = 2
 STREAMS = {MAIN: Stream(views=2)}
 KEYS = {
     "temperature": TEMPERATURE,
-    "pair_alpha": OF_PAIRS["pair_alpha"],
+    "pair_alpha": mixup.PAIR_ALPHA,
     "divide_epochs": Key(10.0, at_least(0), "Epochs on the labels as given, before the first division."),
     "clean_threshold": Key(0.5, within(0, 1), "An example whose w is larger keeps its label."),
     "unlabelled_strength": Key(25.0, at_least(0), "λ_u in the end, of examples without a label."),

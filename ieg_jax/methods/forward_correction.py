@@ -1,13 +1,13 @@
 """Forward correction (Patrini et al. 2017, arXiv 1609.03683): the loss of what the labels would be after the noise.
 
 T holds how labels go wrong, T_ij = P(given = j | true = i). The network's probabilities go through it before they are
-compared with the given label, so that Φ itself is drawn to the true one (equation 8 there):
+compared with the given label, so that Φ itself is drawn to the true one:
 
     L = mean_i −log Σ_k Φ_k(x_i) T_{k y_i} + weight decay
 
 T is estimated from anchors: after E epochs of plain training, T_ij = Φ_j(x^i) with x^i the training example that the
-network takes for class i more surely than the share `anchor_quantile` of all (equation 12; there the surest one, in the
-published code, and here, the 97th percentile). Until then T is the identity, with which this is the cross-entropy. The
+network takes for class i more surely than the share `anchor_quantile` of all (the surest one in the paper, the 97th
+percentile in the published code and here). Until then T is the identity, with which this is the cross-entropy. The
 published runs estimate T with a network of its own and train another from the beginning; here one network goes on.
 """
 
@@ -17,13 +17,13 @@ import numpy as np
 
 from ieg_jax.config import Key, above, within
 from ieg_jax.methods.base import Aux, Context, Supervision, total
+from ieg_jax.methods.parts import losses
 
 TITLE = "Forward correction"
 KEYS = {
     "transition_epochs": Key(10.0, above(0), "E, epochs of plain training before T is estimated."),
     "anchor_quantile": Key(0.97, within(0, 1), "Which of the examples, by the probability of a class, is its anchor."),
 }
-NEVER = -1e4  # in place of log 0: what T excludes costs so much, and has a gradient
 
 
 def init(ctx: Context, rng, num_rows: int) -> dict[str, jax.Array]:
@@ -36,25 +36,12 @@ def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> t
     """Mean cross-entropy of Φ T + weight decay."""
     del supervision, rng
     logits, batch_stats = ctx.forward(params, state.batch_stats, batch["image"])
+    corrected = losses.corrected(logits, ctx.one_hot(batch["label"]), state.method["transition"])
     terms = {
-        "corrected_cross_entropy": jnp.mean(corrected(logits, ctx.one_hot(batch["label"]), state.method["transition"])),
+        "corrected_cross_entropy": jnp.mean(corrected),
         "weight_decay": ctx.weight_decay(params),
     }
     return total(terms), Aux(terms, logits, batch_stats)
-
-
-def corrected(logits: jax.Array, label: jax.Array, transition: jax.Array) -> jax.Array:
-    """−log Σ_k Φ_k T_{k y}, `[B]`.
-
-    Args:
-      logits: `[B, K]`.
-      label: `[B, K]`, one-hot.
-      transition: `[K, K]`, rows that sum to 1.
-    """
-    # In logarithms, so that it is the cross-entropy where T is the identity, whatever the logits.
-    chance = label @ transition.T
-    towards = jnp.where(chance > 0, jnp.log(jnp.where(chance > 0, chance, 1)), NEVER)
-    return -jax.nn.logsumexp(jax.nn.log_softmax(logits) + towards, axis=-1)
 
 
 def on_epoch(ctx: Context, state, look):

@@ -1,7 +1,7 @@
 """Gold loss correction, GLC (Hendrycks et al. 2018, arXiv 1802.05300): T from the trusted set, then both sets.
 
 For E epochs the network learns the given labels. What it then says of trusted examples of class i is how labels of that
-class are given (equation 1 there):
+class are given:
 
     C_ij = mean over trusted x of class i of Φ_j(x)
 
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from ieg_jax.config import Key, above
 from ieg_jax.methods.base import MAIN, PROBE, Aux, Context, Stream, Supervision, total
-from ieg_jax.methods.forward_correction import corrected
 from ieg_jax.methods.parts import losses
 
 TITLE = "GLC"
@@ -67,7 +66,7 @@ def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> t
     trusted, _ = ctx.forward(params, state.batch_stats, batch["probe_image"])
     label = ctx.one_hot(batch["label"])
     plain = losses.cross_entropy(logits, label)
-    noisy = begun * corrected(logits, label, correction) + (1 - begun) * plain
+    noisy = begun * losses.corrected(logits, label, correction) + (1 - begun) * plain
     gold = begun * losses.cross_entropy(trusted, ctx.one_hot(batch["probe_label"]))
     size = label.shape[0] + begun * gold.shape[0]
     terms = {

@@ -7,7 +7,7 @@ no λ, no pseudo labels, and Σ_i ω*_i CE(y_i, Φ(x_i)) on the given labels as 
 import jax
 import jax.numpy as jnp
 
-from ieg_jax.methods.base import PROBE, Aux, Context, Stream, Supervision, total, trusted_loss
+from ieg_jax.methods.base import PROBE, Aux, Context, Stream, Supervision, trusted_loss, weighted_loss
 from ieg_jax.methods.parts import lookahead, losses
 
 TITLE = "L2R"
@@ -48,10 +48,4 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
 def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
     """Σ_i ω*_i CE(y_i, Φ(x_i)) + weight decay."""
     del rng
-    logits, batch_stats = ctx.forward(params, state.batch_stats, batch["image"])
-    cross_entropy = losses.cross_entropy(logits, ctx.one_hot(batch["label"]))
-    terms = {
-        "weighted": jnp.sum(supervision.example_weights * cross_entropy),
-        "weight_decay": ctx.weight_decay(params),
-    }
-    return total(terms), Aux(terms, logits, batch_stats)
+    return weighted_loss(ctx, params, state, batch, supervision.example_weights)

@@ -3,13 +3,13 @@
 At the end of each epoch two beta distributions are fitted to the losses of all training examples
 (`parts.mixtures.beta_mixture`); w_i is the probability that example i is of the one with large losses, a wrong label.
 Images are mixed in pairs, x = δ x_a + (1 − δ) x_b with δ ~ Beta(α, α), and each side has the label as given or, with
-w, the class that the network predicts (dynamic hard bootstrapping with mixup, "M-DYR-H", equations 9 and 12 there):
+w, the class that the network predicts (dynamic hard bootstrapping with mixup, "M-DYR-H"):
 
     L = mean δ [(1 − w_a) CE(y_a, x) + w_a CE(z_a, x)] + (1 − δ) [(1 − w_b) CE(y_b, x) + w_b CE(z_b, x)]
         + strength Σ_c π_c log(π_c / mean Φ_c) + weight decay
 
 z is the argmax of this step's prediction for the unmixed image, π is uniform: the last term keeps the network from one
-class (equation 13, weight 1). For the first `bootstrap_epochs` w is 0, which is mixup. α = 32 there.
+class (weight 1 there). For the first `bootstrap_epochs` w is 0, which is mixup. α = 32 there.
 """
 
 import jax

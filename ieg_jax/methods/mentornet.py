@@ -1,6 +1,6 @@
 """MentorNet with a predefined curriculum (Jiang et al. 2018, arXiv 1712.05055): self-paced learning of small losses.
 
-The predefined MentorNet computes the weights of linear self-paced learning (equation 5 there, λ₂ ≠ 0), so these are
+The predefined MentorNet computes the weights of linear self-paced learning (λ₂ ≠ 0), so these are
 used as they are:
 
     v_i = min(max(1 − (CE_i − λ₁) / λ₂, 0), 1),   L = Σ_i v_i CE_i / Σ_i v_i + weight decay
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ieg_jax.config import Key, above, at_least, within
-from ieg_jax.methods.base import Aux, Context, Supervision, total
+from ieg_jax.methods.base import Aux, Context, Supervision, weighted_loss
 from ieg_jax.methods.parts import losses
 
 TITLE = "MentorNet PD"
@@ -51,10 +51,4 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
 def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
     """Σ v CE / Σ v + weight decay."""
     del rng
-    logits, batch_stats = ctx.forward(params, state.batch_stats, batch["image"])
-    cross_entropy = losses.cross_entropy(logits, ctx.one_hot(batch["label"]))
-    terms = {
-        "weighted": jnp.sum(supervision.example_weights * cross_entropy),
-        "weight_decay": ctx.weight_decay(params),
-    }
-    return total(terms), Aux(terms, logits, batch_stats)
+    return weighted_loss(ctx, params, state, batch, supervision.example_weights)

@@ -7,7 +7,7 @@ become large, for a network learns the right ones sooner than these grow:
     L = mean_i CE(y_i, q_i) over Θ and u,   + ‖onehot(argmax Φ(x_i)) + s_i − y_i‖² over u and v
 
 Θ moves by the optimiser of the run, u and v by plain gradients with rates of their own, cut to [0, 1] where they enter
-(equations 5 to 7 there, in the form of the published code, which adds the squared error for u too). They begin near 0:
+(in the form of the published code, which adds the squared error for u too). They begin near 0:
 with u = v = 0 this is the cross-entropy. The published rates for CIFAR-10 are 10 for u and for v.
 """
 

@@ -3,8 +3,8 @@
 At the end of each epoch the network sees the whole training set once:
 
     relabelling: y_i ← argmax Φ(x_i) where the largest probability is above θ_r, else the given label
-    selection: of the k nearest neighbours of x_i (by the cosine of the features) a vote is made, its label counting as
-        each class's frequency has it; x_i is learned from where its label is the one that most are of: c_i(y_i) ≥ θ_s
+    selection: of the k nearest neighbours of x_i (by the cosine of the features) a vote is made, each counting
+        1 / the number of labels of its class; x_i is learned from where its own label has enough: c_i(y_i) ≥ θ_s
 
 with c_i the vote divided by its largest, so that θ_s = 1 asks for the winner, as published. Training is with mixup of
 pairs, δ ~ Beta(α, α), on the selected examples alone. For the first `warmup_epochs` all are learned from as given. In
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ieg_jax.config import Key, above, at_least, within
+from ieg_jax.config import Key, at_least, within
 from ieg_jax.methods.base import MAIN, Aux, Context, Supervision, total
 from ieg_jax.methods.parts import losses, mixup
 
@@ -25,7 +25,7 @@ KEYS = {
     "relabel_threshold": Key(0.9, within(0, 1), "θ_r: surer predictions replace labels; 1 = none."),
     "select_threshold": Key(1.0, within(0, 1), "θ_s: share of the winner's votes that an example's label needs."),
     "neighbours": Key(200, at_least(1), "k, nearest neighbours that vote."),
-    "pair_alpha": Key(4.0, above(0), "α of the mixing of pairs."),
+    "pair_alpha": mixup.PAIR_ALPHA,
     "warmup_epochs": Key(1.0, at_least(0), "Epochs on all examples with the labels as given."),
 }
 AT_ONCE = 1024

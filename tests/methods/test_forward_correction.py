@@ -9,8 +9,9 @@ import pytest
 from small_step import CLASSES, make, make_batch
 
 from ieg_jax.methods import gold_loss_correction
-from ieg_jax.methods.forward_correction import anchored, corrected
+from ieg_jax.methods.forward_correction import anchored
 from ieg_jax.methods.parts import losses
+from ieg_jax.methods.parts.losses import corrected
 
 LOGITS = jnp.array([[2.0, -1.0, 0.5, 0.0], [0.0, 3.0, 1.0, -2.0]])
 

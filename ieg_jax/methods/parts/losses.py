@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+NEVER = -1e4  # in place of log 0: what T excludes costs so much, and has a gradient
+
 
 def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
     """Cross-entropy of soft targets: −Σ_j target_j log softmax(logits)_j.
@@ -30,6 +32,20 @@ def squared_error(logits: jax.Array, target: jax.Array) -> jax.Array:
       `[B]`.
     """
     return jnp.mean(jnp.square(target - jax.nn.softmax(logits)), axis=-1)
+
+
+def corrected(logits: jax.Array, label: jax.Array, transition: jax.Array) -> jax.Array:
+    """Cross-entropy of what the labels would be after the noise: −log Σ_k Φ_k T_{k y}, `[B]` (Patrini et al. 2017).
+
+    Args:
+      logits: `[B, K]`.
+      label: `[B, K]`, one-hot.
+      transition: `[K, K]`, rows that sum to 1.
+    """
+    # In logarithms, so that it is the cross-entropy where T is the identity, whatever the logits.
+    chance = label @ transition.T
+    towards = jnp.where(chance > 0, jnp.log(jnp.where(chance > 0, chance, 1)), NEVER)
+    return -jax.nn.logsumexp(jax.nn.log_softmax(logits) + towards, axis=-1)
 
 
 def consistency(logits: jax.Array, view_logits: jax.Array) -> jax.Array:

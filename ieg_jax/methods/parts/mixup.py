@@ -102,6 +102,9 @@ def split(pool: jax.Array, groups: int, blocks: int) -> list[jax.Array]:
     return [parts[:, block].reshape(-1, *pool.shape[1:]) for block in range(blocks)]
 
 
+PAIR_ALPHA = Key(4.0, above(0), "α of the mixing of pairs.")
+
+
 class Pairs(NamedTuple):
     """The random choices of an ordinary mixup of a batch with itself (Zhang et al. 2018)."""
 
