@@ -12,13 +12,16 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from etils import epath
 
 from ieg_jax.errors import StorageError, UserError, first_line
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Path = epath.Path | pathlib.Path
 
@@ -87,6 +90,26 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def opened(path: Path) -> BinaryIO:
     """A file, to be read in any order; of a bucket it is read whole at once, for libraries want many small parts."""
     return io.BytesIO(path.read_bytes()) if is_remote(path) else path.open("rb")
+
+
+def read_parquet(content: bytes | BinaryIO, columns: Sequence[str] | None = None) -> "pyarrow.Table":
+    """The table in a Parquet file, read in this thread alone.
+
+    `parquet.read_table` reads by threads of its own. Where one of them still holds an object of Python when Python
+    ends, as a file object or bytes, the process is aborted after its work is done.
+
+    Args:
+      content: of the file. A name is not taken: pyarrow would make columns of folders named a=b.
+      columns: the names of those to read; None = all.
+
+    Raises:
+      pyarrow.ArrowException: where it is no such file.
+    """
+    from pyarrow import parquet
+
+    source = io.BytesIO(content) if isinstance(content, bytes) else content
+    with parquet.ParquetFile(source, pre_buffer=False) as file:
+        return file.read(columns=None if columns is None else list(columns), use_threads=False)
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:

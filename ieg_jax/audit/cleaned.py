@@ -7,7 +7,6 @@ import os
 
 import numpy as np
 from etils import epath
-from pyarrow import parquet
 
 from ieg_jax import files
 from ieg_jax.audit.files import BEGUN, SUMMARY, TABLE, read_exported
@@ -44,7 +43,7 @@ def write(
     begun = json.loads((audit / BEGUN).read_text())
     base, names = begun["base"], set(begun["class_names"])
     columns = ["id", "path", "given_label", "suggested_label", "p_right"]
-    rows = parquet.read_table(io.BytesIO((audit / TABLE).read_bytes()), columns=columns).to_pylist()
+    rows = files.read_parquet((audit / TABLE).read_bytes(), columns).to_pylist()
     marked = read_marks(marks, {row["id"] for row in rows}, names) if marks else {}
     counts, kept = dict.fromkeys(ACTIONS, 0), []
     for row in rows:

@@ -79,7 +79,7 @@ def vectors(file: epath.Path) -> np.ndarray:
             if VECTORS not in parquet.read_schema(content).names:
                 raise UserError(f"{file}: no column {VECTORS!r}, expected one with a list of numbers in each row")
             content.seek(0)
-            column = parquet.read_table(content, columns=[VECTORS]).column(VECTORS).combine_chunks()
+            column = files.read_parquet(content, [VECTORS]).column(VECTORS).combine_chunks()
     except (*files.storage_errors(), ValueError, EOFError, MemoryError, pyarrow.ArrowException) as error:
         raise UserError(f"{file}: cannot be read as {file.suffix} ({first_line(error)})") from None
     kind = column.type
@@ -119,7 +119,7 @@ def rewrite(file: epath.Path, out: epath.Path, labels: Mapping[int, str], droppe
     try:
         if place.suffix.lower() in PARQUET:
             with files.opened(place) as content:
-                table = parquet.read_table(content)
+                table = files.read_parquet(content)
             columns = {
                 name: table.column(name).to_pylist() for name in ("label", "given_label") if name in table.column_names
             }

@@ -119,12 +119,11 @@ def _parquet_rows(
     file: epath.Path, needed: Sequence[str], columns: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     try:
-        # As a file object: pyarrow would take folders named a=b for columns.
         with files.opened(file) as content:
             present = parquet.read_schema(content).names
             _check_columns(present, needed, file, f"{' and '.join(needed)} among them")
             content.seek(0)
-            table = parquet.read_table(content, columns=[name for name in columns if name in present])
+            table = files.read_parquet(content, [name for name in columns if name in present])
     except (*files.storage_errors(), pyarrow.ArrowException) as error:
         raise UserError(f"{file}: cannot be read as Parquet ({first_line(error)})") from None
     found = {name: _as_text(table.column(name), f"{file}: column {name!r}") for name in table.column_names}
