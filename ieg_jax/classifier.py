@@ -9,7 +9,6 @@ attributes hold. So what it computes is what the commands compute from the same 
 
 import contextlib
 import dataclasses
-import numbers
 import pathlib
 import sys
 import tempfile
@@ -20,22 +19,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
-from ieg_jax import cli, inference, methods, models
+from ieg_jax import arguments, cli, inference, methods, models
 from ieg_jax import config as config_lib
-from ieg_jax.audit import final, measures
+from ieg_jax.audit import final, measures, retrained
 from ieg_jax.audit import quality as label_quality
 from ieg_jax.data import backbone
 from ieg_jax.data.load import Data, load_data
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.sources.arrays import feature_statistics, standardised
-from ieg_jax.data.splits import UNKNOWN, Split, check_images_and_labels, make_split, narrow_range
+from ieg_jax.data.splits import UNKNOWN, Split, make_split, narrow_range
 from ieg_jax.errors import Interrupted, UserError, check_choice
 from ieg_jax.inference import plain
 from ieg_jax.models import own
@@ -79,8 +76,9 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
       holdout: share of the trusted examples of each class that is kept out of training, rounded down: label quality is
         calibrated on them. In [0, 1).
       final: the classifier that predicts in the end. auto = the best of the plain ones of `audit.final`, trained on the
-        labels that the network's audit has cleaned, or the network where it is better; one of their names (logistic,
-        forest, kernel) = that one likewise; network = the network, and an audit by it alone.
+        labels that the network's audit has cleaned, or the network where it is better, or, of images without a
+        backbone, the network trained anew on cleaned labels (`audit.retrained`); one of their names (logistic, forest,
+        kernel) or retrained = that one likewise; network = the network, and an audit by it alone.
       class_weight: balanced = classes of unequal size count alike, in the training of the network by the labels as
         given, in that of the final classifier by the cleaned ones; None = every example counts alike.
       random_state: a whole number, a RandomState, or None for another one at each fit. One number, one result.
@@ -95,7 +93,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
       suggested_labels_: `[N]` the most probable other class of each; of rows that are `trusted` their label.
       quality_: `audit.quality.Quality` of the rows that are not `trusted`, classes as numbers.
       network_quality_: the same by the network alone, before the final classifier took part.
-      final_: what predicts, `network` or the name of a plain classifier.
+      final_: what predicts, `network`, `retrained`, or the name of a plain classifier.
       comparison_: `audit.final.Compared`, the accuracy of all that were compared on held-out trusted examples.
       noise_rate_: share of their labels that are wrong.
       noise_interval_: (low, high) around it, 95 %.
@@ -167,12 +165,12 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
           KeyboardInterrupt: after SIGINT or SIGTERM; with `workdir` the same call goes on from there.
         """
         check_choice("method", self.method, methods.REGISTRY)
-        check_choice("final", self.final, (AUTO, final.NETWORK, *final.CLASSIFIERS))
+        check_choice("final", self.final, (AUTO, final.NETWORK, retrained.NAME, *final.CLASSIFIERS))
         if self.class_weight not in (None, "balanced"):
             raise UserError(f"class_weight: got {self.class_weight!r}, expected None or 'balanced'")
         X, given = self._check_fit(X, y)
         examples = self._examples(X, "X")
-        in_x = _rows(trusted, len(given))
+        in_x = arguments.rows(trusted, len(given))
         if trusted is not None and not (X_trusted is None and y_trusted is None):
             raise UserError("trusted and X_trusted, y_trusted are both given, expected one of them")
         names, labels = np.unique(given, return_inverse=True)
@@ -188,7 +186,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             trusted_examples, y_trusted = examples[rows], given[rows]
         else:
             trusted_examples, y_trusted = self._check_trusted(X_trusted, y_trusted, examples)
-        trusted_labels = _as_numbers(y_trusted, names)
+        trusted_labels = arguments.as_numbers(y_trusted, names)
         noisy = ~in_x
         if not noisy.any():
             raise UserError("trusted: all rows of X are trusted, expected some that are not; use any classifier")
@@ -201,27 +199,26 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             "trusted_labels": trusted_labels,
         }
         if trusted_given is not None:
-            arrays["trusted_given_labels"] = _given_numbers(trusted_given, len(trusted_labels), names, trusted is None)
+            arrays["trusted_given_labels"] = arguments.given_numbers(
+                trusted_given, len(trusted_labels), names, trusted is None
+            )
         config = self._configure(what, len(names), 0.0 if stand_in else self.holdout)
         network = self.network if isinstance(self.network, nn.Module) else None
         with self._folder() as folder:
-            config.data.train = str(_save(folder, arrays))
-            try:
-                result = train_and_evaluate(config, str(folder), network, quiet=not self.verbose)
-            except Interrupted as error:
-                raise KeyboardInterrupt(str(error)) from error
-            trained = inference.load(folder, network=network)
+            trained, result = self._train(config, folder, arrays, network)
             earlier = inference.over_training(folder, trained, network)[1:]
             data = load_data(ConfigDict(trained.config.to_dict()), quiet=True)
             history = WorkFolder(folder, writes=False).rows()
+            self._predictor = inference.predictor(trained)
+            self._statistics = feature_statistics(arrays[what]) if what == "features" else None
+            quality = self._audit(data, names, inference.predictor_of_all([trained, *earlier]))
+            again = self._retrain(folder, trained, arrays, network, data, quality)
+        self._trained = _on_host(again or trained)
+        self._predictor = inference.predictor(self._trained)
         if self.workdir is None:
-            trained.config.data.train = ""  # it was in the temporary folder
-
-        params, batch_stats, memory = jax.device_get(trained.arrays)
-        trained = dataclasses.replace(trained, params=params, batch_stats=batch_stats, memory=memory)
-        self._predictor = inference.predictor(trained)
-        self._statistics = feature_statistics(arrays[what]) if what == "features" else None
-        quality = self._audit(data, names, inference.predictor_of_all([trained, *earlier]))
+            trained.config.data.train = self._trained.config.data.train = ""  # it was in the temporary folder
+        if self.verbose and self.comparison_:
+            print(final.table([dataclasses.asdict(one) for one in self.comparison_]))
         self.classes_ = names
         self.quality_ = quality
         self.noise_rate_, self.noise_interval_ = quality.noise_rate, quality.noise_interval
@@ -237,7 +234,6 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         hidden = ("trusted/", "trusted_") if stand_in else ()
         self.history_ = [{key: row[key] for key in row if not key.startswith(hidden)} for row in history]
         self.result_ = {key: value for key, value in result.items() if not key.startswith(hidden)}
-        self._trained = trained
         return self
 
     def predict_proba(self, X) -> np.ndarray:
@@ -319,15 +315,56 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         evidence = () if held_out is None else (predict(held_out), held_out.labels, held_out.given_labels)
         quality = label_quality.estimate(probabilities, data.train.labels, *evidence, class_names=names.astype(str))
         self.network_quality_, self._final, self.comparison_ = quality, None, ()
-        if self.final != final.NETWORK and final.possible(data.train):
+        if self.final not in (final.NETWORK, retrained.NAME) and final.possible(data.train):
             found = self._fit_final(data, names, probabilities, evidence, quality)
             self.comparison_ = found.comparison
             if found.name != final.NETWORK:
                 quality, self._final = found.quality, found
-            if self.verbose:
-                print(final.table(final.as_json(found)["comparison"]))
         self.final_ = final.NETWORK if self._final is None else self._final.name
         return quality
+
+    def _retrain(
+        self,
+        folder: pathlib.Path,
+        trained: inference.Trained,
+        arrays: Mapping[str, np.ndarray],
+        network: nn.Module | None,
+        data: Data,
+        quality: label_quality.Quality,
+    ) -> inference.Trained | None:
+        """The network trained anew on the cleaned labels, see `audit.retrained`; None where another one is final."""
+        wanted = self.final == retrained.NAME
+        possible = self.final == AUTO and not (data.train.is_features or quality.alarms)
+        if not (wanted or possible):
+            return None
+        labels, sure = final.cleaned(quality, data.train.labels)
+        what = "features" if "features" in arrays else "images"
+        kept = {what: arrays[what][sure], "labels": labels[sure]}
+        again, _ = self._train(retrained.plainly(trained.config), folder / retrained.NAME, {**arrays, **kept}, network)
+        predictor, held_out = inference.predictor(again), data.held_out
+        truth = None if held_out is None else held_out.labels
+        found = None if held_out is None else predictor(held_out).argmax(1)
+        if not self.comparison_:
+            before = None if held_out is None else self._predict(held_out).argmax(1)
+            self.comparison_ += (final.compared(final.NETWORK, self.method, None, before, truth),)
+        self.comparison_ += (final.compared(retrained.NAME, "cleaned", None, found, truth),)
+        if not wanted and held_out is not None:
+            before = self._predict(held_out).argmax(1)
+            if final.clearly_better(before == truth, found == truth):
+                return None
+        self.final_, self._final = retrained.NAME, None
+        return again
+
+    def _train(
+        self, config: ConfigDict, folder: pathlib.Path, arrays: Mapping[str, np.ndarray], network: nn.Module | None
+    ) -> tuple[inference.Trained, dict[str, Any]]:
+        """A run on these arrays in the folder, as it is afterwards, and its result.json."""
+        config.data.train = str(_save(folder, arrays))
+        try:
+            result = train_and_evaluate(config, str(folder), network, quiet=not self.verbose)
+        except Interrupted as error:
+            raise KeyboardInterrupt(str(error)) from error
+        return inference.load(folder, network=network), result
 
     def _fit_final(
         self, data: Data, names, probabilities, evidence: tuple, quality: label_quality.Quality
@@ -342,7 +379,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             trusted=final.Examples(plain.flat(data.trusted), data.trusted.labels, self._predictor(data.trusted)),
             held_out=held_out,
             held_out_given=given,
-            seed=_seed(self.random_state),
+            seed=arguments.seed(self.random_state),
             class_names=names.astype(str),
             balanced=self.class_weight is not None,
         )
@@ -366,8 +403,8 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             self.__dict__.pop(name, None)
         if y is None:
             raise UserError(f"{type(self).__name__} requires y to be passed, but the target y is None")
-        _check_kind(y)
-        if _is_images(X):
+        arguments.check_kind(y)
+        if arguments.is_images(X):
             X, y = np.asarray(X), column_or_1d(y, warn=True)
             if len(X) != len(y):
                 raise UserError(f"X has {len(X)} images and y {len(y)} labels, expected as many")
@@ -380,7 +417,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         """Features `[n, D]` as they are, images as `[n, H, W, C]` uint8 or float32 in [0, 1], checked."""
         if X.ndim == 2:
             return X
-        images = _pixels(X, where)
+        images = arguments.pixels(X, where)
         if where == "X":
             self.image_shape_ = images.shape[1:]
             if notice := narrow_range(images):
@@ -400,10 +437,10 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
                 f"fit needs {lacks}: method={self.method!r} learns from a few examples whose labels are right. Give "
                 f"X_trusted and y_trusted, or trusted=rows of X; {without} do without"
             )
-        if examples.ndim == 4 and not _is_images(X):
+        if examples.ndim == 4 and not arguments.is_images(X):
             raise UserError(f"X_trusted: shape {np.shape(X)}, expected [M, H, W] or [M, H, W, C], images as X")
         if examples.ndim == 2:
-            if _is_images(X):
+            if arguments.is_images(X):
                 raise UserError(f"X_trusted: shape {np.shape(X)}, expected [M, {examples.shape[1]}], features as X")
             X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
         X = self._examples(np.asarray(X), "X_trusted")
@@ -417,7 +454,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
         if self._statistics is not None:
             return validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
         wanted = self.image_shape_
-        images = _pixels(np.asarray(X), "X") if _is_images(X) else None
+        images = arguments.pixels(np.asarray(X), "X") if arguments.is_images(X) else None
         if images is None or images.shape[1:] != wanted:
             raise UserError(f"X: shape {np.shape(X)}, expected images [n, {', '.join(map(str, wanted))}] as in fit")
         return images
@@ -433,7 +470,7 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
     def _configure(self, what: str, num_classes: int, holdout: float) -> ConfigDict:
         """The configuration; `data.train` is missing still."""
         config, is_features = cli.load_config("configs/default.py"), what == "features"
-        config.seed = config.trusted.seed = _seed(self.random_state)
+        config.seed = config.trusted.seed = arguments.seed(self.random_state)
         config.method.name = self.method
         config.class_weight = self.class_weight or "none"
         config.data.name, config.data.num_classes = ("features" if is_features else "arrays"), num_classes
@@ -451,9 +488,9 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             config.batch_size = BATCH
         if not is_features:
             usual = 0 if on_features else config_lib.AUTO
-            config.data.image_size = _number("image_size", self.image_size, usual, int)
-        config.batch_size = _number("batch_size", self.batch_size, config.batch_size, int)
-        config.trusted.holdout = _number("holdout", holdout, None, float)
+            config.data.image_size = arguments.number("image_size", self.image_size, usual, int)
+        config.batch_size = arguments.number("batch_size", self.batch_size, config.batch_size, int)
+        config.trusted.holdout = arguments.number("holdout", holdout, None, float)
 
         if isinstance(self.network, nn.Module):
             config.model.depth = 1  # of no use
@@ -473,13 +510,13 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             raise UserError(f"epochs={self.epochs!r} and steps={self.steps!r}, expected one of them")
         for name, value, kind in (("epochs", self.epochs, float), ("steps", self.steps, int)):
             if value is not None:
-                if not _number(name, value, None, kind) > 0:
+                if not arguments.number(name, value, None, kind) > 0:
                     raise UserError(f"{name}: got {value!r}, expected None or more than 0")
-                _set(config, f"num_train_{name}", kind(value))
+                arguments.set_key(config, f"num_train_{name}", kind(value))
         for key, value in (self.config or {}).items():
             if str(key).startswith(FIXED):
                 raise UserError(f"config: {key!r} follows from the arguments of the classifier and of fit; omit it")
-            _set(config, key, value)
+            arguments.set_key(config, key, value)
         # Here already, so that nothing is written for a configuration that is refused; with these resolved.
         check.validate(config_lib.resolve(config))
         return config
@@ -516,127 +553,12 @@ class IEGClassifier(ClassifierMixin, BaseEstimator):
             yield pathlib.Path(folder)
 
 
-def _is_images(X) -> bool:
-    """Whether X has the dimensions of images; what is neither is left to scikit-learn's message about features."""
-    return (X if hasattr(X, "ndim") else np.asarray(X)).ndim in (3, 4)
+def _on_host(trained: inference.Trained) -> inference.Trained:
+    params, batch_stats, memory = jax.device_get(trained.arrays)
+    return dataclasses.replace(trained, params=params, batch_stats=batch_stats, memory=memory)
 
 
-def _check_kind(y) -> None:
-    """Raises UserError for labels of which some are missing, or some are text and others numbers."""
-    labels = np.asarray(y)
-    if labels.dtype != object or labels.ndim != 1:
-        return
-    missing = [row for row, label in enumerate(labels) if label is None or label != label]
-    if missing:
-        raise UserError(f"y: no label at place {missing[0]} ({labels[missing[0]]!r}); expected one for each example")
-    texts = np.array([isinstance(label, str) for label in labels])
-    if 0 < texts.sum() < len(texts):
-        text, other = labels[np.argmax(texts)], labels[np.argmin(texts)]
-        raise UserError(
-            f"y: the label {text!r} at place {np.argmax(texts)} is text and {other!r} at place {np.argmin(texts)} is "
-            f"not; expected all of one kind"
-        )
-
-
-def _pixels(X: np.ndarray, where: str) -> np.ndarray:
-    """Images `[n, H, W, C]`, uint8 or float32 in [0, 1]."""
-    images = X[..., None] if X.ndim == 3 else X
-    if images.dtype.kind in "iu" and images.dtype != np.uint8:
-        if images.size and not (images.min() >= 0 and images.max() <= 255):
-            raise UserError(f"{where}: integers from {images.min()} to {images.max()}, expected 0 to 255")
-        images = images.astype(np.uint8)
-    check_images_and_labels(images, np.zeros(len(images), np.int32), where, 2)
-    if images.shape[1:3] == (1, 1):
-        raise UserError(f"{where}: shape {X.shape}, images of one pixel; give features as [n, D]")
-    return images if images.dtype == np.uint8 else images.astype(np.float32)
-
-
-def _rows(trusted, length: int) -> np.ndarray:
-    """The argument `trusted` of `fit` as a mask `[N]`."""
-    mask = np.zeros(length, bool)
-    if trusted is None:
-        return mask
-    rows = np.asarray(trusted)
-    is_mask = rows.dtype == bool and rows.shape == (length,)
-    is_list = rows.dtype.kind in "iu" and rows.ndim == 1 and ((rows >= 0) & (rows < length)).all()
-    if not (is_mask or is_list):
-        raise UserError(
-            f"trusted: shape {rows.shape}, dtype {rows.dtype}, expected a mask of bool ({length},), or row numbers "
-            f"from 0 to {length - 1}"
-        )
-    mask[rows] = True
-    return mask
-
-
-def _as_numbers(y: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """Trusted labels as places in `names`, the classes of y."""
-    unknown = y[~np.isin(y, names)]
-    if len(unknown):
-        raise UserError(
-            f"y_trusted: label {unknown[0]!r} is none of y, whose classes are {_shown(names)}; write it as y does, or "
-            f"leave these examples out"
-        )
-    absent = names[~np.isin(names, y)]
-    if len(absent):
-        raise UserError(
-            f"no trusted example of {_shown(absent)}, expected at least one of each of the {len(names)} classes of y; "
-            f"check a few examples of these"
-        )
-    return np.searchsorted(names, y.astype(names.dtype))
-
-
-def _given_numbers(given, count: int, names: np.ndarray, separate: bool) -> np.ndarray:
-    """The argument `trusted_given` of `fit` as places in `names`."""
-    given = column_or_1d(given)
-    unknown = given[~np.isin(given, names)]
-    if not separate or len(given) != count or len(unknown):
-        got = f"label {unknown.tolist()[0]!r}" if len(unknown) else f"{len(given)} labels"
-        raise UserError(f"trusted_given: {got}, expected {count} of the labels of y, one for each row of X_trusted")
-    return np.searchsorted(names, given.astype(names.dtype))
-
-
-def _shown(names: np.ndarray) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(repr(name) for name in names[:10].tolist()) + more
-
-
-def _seed(random_state) -> int:
-    if isinstance(random_state, numbers.Integral) and random_state >= 0:
-        return int(random_state)
-    return int(check_random_state(random_state).randint(2**31 - 1))
-
-
-def _number(name: str, value: Any, default: Any, kind: type) -> Any:
-    if value is None and default is not None:
-        return default
-    wanted = numbers.Integral if kind is int else numbers.Real
-    if not isinstance(value, wanted) or isinstance(value, bool):
-        what = "a whole number" if kind is int else "a number"
-        raise UserError(f"{name}: got {value!r}, expected {what}{'' if default is None else ' or None'}")
-    return kind(value)
-
-
-def _set(config: ConfigDict, key: str, value: Any) -> None:
-    """Sets a key by its flat name; of a duration in steps and epochs the other one becomes 0."""
-    check_choice("config", key, flatten_dict(config.to_dict(), sep="."))
-    *groups, last = key.split(".")
-    group = config
-    for name in groups:
-        group = group[name]
-    old = group[last]
-    if isinstance(old, float) and isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        value = float(value)
-    try:
-        group[last] = value.item() if isinstance(value, np.generic) else value
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config: {key}={value!r}, expected {type(old).__name__} ({error})") from None
-    name, _, unit = key.rpartition("_")
-    if name in config_lib.DURATIONS and value:
-        other = f"{last.rpartition('_')[0]}_{'epochs' if unit == 'steps' else 'steps'}"
-        group[other] = type(group[other])(0)
-
-
-def _save(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> pathlib.Path:
+def _save(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> pathlib.Path:
     """Writes the data into the work folder, or sees that those of a run that has begun there are the same."""
     file = folder / DATA_FILE
     if (folder / "config.json").exists():

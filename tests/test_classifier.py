@@ -496,6 +496,32 @@ def test_the_final_classifier_of_features(digits, capsys):
         quick(final="trees").fit(flat["X"], digits.given)
 
 
+def test_images_are_trained_on_anew_where_their_labels_are_cleaned(digits, tmp_path, monkeypatch):
+    """As the supervised method on what the audit is sure of, and on the trusted examples; it predicts, also pickled."""
+    clf = quick(method="ieg", final="retrained", steps=60, batch_size=64, workdir=str(tmp_path / "run"))
+    data = (digits.X, digits.given, digits.X_trusted, digits.y_trusted)
+    clf.fit(*data)
+    labels, sure = final.cleaned(clf.quality_, np.searchsorted(clf.classes_, digits.given))
+    with np.load(tmp_path / "run" / "retrained" / "dataset.npz") as arrays:
+        np.testing.assert_array_equal(arrays["labels"], labels[sure])
+        np.testing.assert_array_equal(arrays["images"][..., 0], digits.X[sure])
+    plain = inference.load(tmp_path / "run" / "retrained")
+    assert (plain.config.method.name, plain.config.trusted.join) == ("supervised", True)
+    split = make_split(digits.X_test[..., None], np.zeros(400))
+    np.testing.assert_array_equal(clf.predict_proba(digits.X_test), inference.predict(plain, split))
+    again = pickle.loads(pickle.dumps(clf))
+    np.testing.assert_array_equal(again.predict_proba(digits.X_test), clf.predict_proba(digits.X_test))
+    assert clf.final_ == "retrained" and clf.config_.method.name == "ieg"
+    assert [(one.name, one.labels) for one in clf.comparison_] == [("network", "ieg"), ("retrained", "cleaned")]
+
+    # By itself it is final unless what was there before is clearly better. What is finished is not trained again.
+    monkeypatch.setattr(final, "possible", lambda split: False)
+    auto = clone(clf).set_params(final="auto").fit(*data)
+    assert auto.final_ == ("network" if auto.quality_.alarms else "retrained")
+    monkeypatch.setattr(final, "clearly_better", lambda *hits: True)
+    assert clone(auto).fit(*data).final_ == "network"
+
+
 def test_import_is_free_of_jax():
     heavy = {"jax", "tensorflow", "sklearn", "numpy"}
     code = f"import sys, ieg_jax; print({heavy} & set(sys.modules), ieg_jax.__version__)"

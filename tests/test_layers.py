@@ -13,7 +13,7 @@ FLOORS = [
     {"commands"},
     {"classifier", "model_selection"},
     {"audit", "plan", "reproduce"},
-    {"train", "inference"},
+    {"arguments", "train", "inference"},
     {"data"},
     {"runtime", "methods", "models"},
     {"cli"},

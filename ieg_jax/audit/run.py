@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from rich.progress import track
 from scipy.stats import binom
 
-from ieg_jax import cli, files, inference, methods, models
-from ieg_jax.audit import cleaned, final, measures, sample
+from ieg_jax import cli, files, inference, methods
+from ieg_jax.audit import cleaned, final, measures, retrained, sample
 from ieg_jax.audit import page as audit_page
 from ieg_jax.audit import quality as label_quality
 from ieg_jax.audit.files import BEGUN, CLASSIFIER, CLEANED, CLEANED_DATA, CLEANLAB, PAGE, SUMMARY, write_tables
@@ -29,7 +29,6 @@ from ieg_jax.train.loop import train_and_evaluate
 
 MEMORISED_GAP = 0.25  # between accuracies on trusted examples that were trained with and on those that were held out
 LATER = ("force", "retrain")  # options that do not make an audit another one
-RETRAINED = "supervised"  # the method of the networks that are trained anew
 AT_ONCE = 4096  # examples that are predicted before the predictions are saved
 
 Predict = Callable[..., np.ndarray]  # see `inference.predictor`
@@ -272,18 +271,8 @@ def _out_of_fold(
 
 def _fold_config(config: ConfigDict, options: Options, fold: int) -> ConfigDict:
     """The configuration, as a run has written it down, of the training without one fold."""
-    config = _other_run(config, options.fold_method or config.method.name)
+    config = retrained.other_run(config, options.fold_method or config.method.name)
     config.data.folds, config.data.fold = options.folds, fold
-    return config
-
-
-def _other_run(config: ConfigDict, method: str) -> ConfigDict:
-    """The configuration, as a run has written it down, of another training like it, by a method."""
-    config = ConfigDict(config.to_dict())
-    config.audit.epochs = 0.0
-    config.wandb = ConfigDict({"project": "", "name": "", "mode": ""})  # a part of the audit, and no run of its own
-    methods.choose(config, method)
-    models.forget_unread(config.model)
     return config
 
 
@@ -296,10 +285,10 @@ def _retrain(folder: epath.Path, workdir: str, trained: Trained, data: Data) -> 
     """
     places = {(trained.config.method.name, "given"): str(workdir)}
     for source in ("given", "cleaned"):
-        config, place = _other_run(trained.config, RETRAINED), str(folder / "retrained" / source)
+        config, place = retrained.other_run(trained.config, retrained.METHOD), str(folder / "retrained" / source)
         config.data.cleaned = str(folder / CLEANED) if source == "cleaned" else ""
         train_and_evaluate(config, place)
-        places[RETRAINED, source] = place
+        places[retrained.METHOD, source] = place
     networks = [trained, *(inference.load(place) for place in list(places.values())[1:])]
     labels, found = None, [None] * len(networks)
     if data.held_out is not None:
