@@ -3,14 +3,18 @@
     python -m benchmarks.bucket
 
 writes 600 JPEGs of 320 × 320 pixels and records of them to a bucket on loopback (`tests/bucket.py`), and reads batches
-as training does, decoded to 224 pixels, without latency and with 50 ms. Server and reader share the processors.
+as training does, decoded to 224 pixels, without latency and with 50 ms. Then a small network trains in a work folder on
+a disk and on the bucket, and logs every tenth step: what a step waits for the log and for checkpoints. Server and
+reader share the processors.
 """
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -47,6 +51,20 @@ print(f"{count / (time.monotonic() - start):.0f} images/s, {count} images")
 """
 
 
+def waits(environment: dict[str, str], workdir: str, rows: Callable[[], str | bytes]) -> str:
+    """Trains, and tells what a step waited for the log and for checkpoints, in all and at the most."""
+    keys = {"num_train_steps": 1000, "log_every_steps": 10, "checkpoint_every_steps": 250, "eval_every_steps": 1000}
+    flags = [f"--config.{key}={value}" for key, value in (keys | {"mesh.data": 1, "audit.epochs": 0.0}).items()]
+    command = [sys.executable, "-m", "ieg_jax.main", "--config=configs/quickstart.py:method=supervised", *flags]
+    subprocess.run([*command, f"--workdir={workdir}"], env=environment, check=True, capture_output=True)
+    logged = [json.loads(line) for line in rows().splitlines()]
+    told = []
+    for part in ("metrics", "checkpoint"):
+        seconds = [10 * row[f"time/{part}"] for row in logged if f"time/{part}" in row]
+        told.append(f"{part} {sum(seconds):.2f} s in {len(seconds)} rows, {max(seconds):.2f} s at the most")
+    return "; ".join(told)
+
+
 def main() -> None:
     """Prints a line for each latency."""
     rng = np.random.default_rng(0)
@@ -73,6 +91,13 @@ def main() -> None:
             )
             told = done.stdout.strip().splitlines()[-1]
             print(f"{bucket.latency * 1e3:.0f} ms: {told}, {dict(bucket.requests)}, {bucket.bytes_out / 1e6:.0f} MB")
+        place = pathlib.Path(folder, "run")
+        told = waits(environment, str(place), lambda: (place / "metrics.jsonl").read_text())
+        print(f"a work folder on a disk: {told}")
+        for bucket.latency in LATENCIES:
+            name = f"run-{bucket.latency}"
+            told = waits(environment, f"gs://bucket/{name}", lambda: bucket.objects[f"bucket/{name}/metrics.jsonl"])  # noqa: B023
+            print(f"on a bucket, {bucket.latency * 1e3:.0f} ms: {told}")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def storage_errors() -> tuple[type[Exception], ...]:
     To be called where the error is caught, `except storage_errors() as error`: by then TensorFlow is loaded, if its
     errors are among those that come.
     """
-    tensorflow = sys.modules.get("tensorflow")
-    return (OSError,) if tensorflow is None else (OSError, tensorflow.errors.OpError)
+    errors = getattr(sys.modules.get("tensorflow"), "errors", None)  # None too while another thread imports it
+    return (OSError,) if errors is None else (OSError, errors.OpError)
 
 
 def place(path: epath.PathLike) -> epath.Path:

@@ -1,9 +1,10 @@
 """Stops a run in every way there is, starts it again each time, and compares it with one that nothing happened to.
 
-    python tests/kill_matrix.py --kills=30 --seed=0
+    python tests/kill_matrix.py --kills=30 --bucket_kills=10 --seed=0
 
-The variables of the last checkpoint and metrics.jsonl must be equal bit for bit, with no step logged twice or missing.
-`test_kill_matrix.py` runs a short form.
+on a disk, on a full disk, as two processes, on other devices, and on a bucket (tests/bucket.py), whose answers are slow
+and fail now and then. The variables of the last checkpoint and metrics.jsonl must be equal bit for bit, with no step
+logged twice or missing. `test_kill_matrix.py` runs a short form.
 """
 
 import argparse
@@ -17,10 +18,13 @@ import sys
 import tempfile
 import time
 
+import bucket as buckets
 import numpy as np
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import runs  # imports jax
+
+from ieg_jax.cli import STOPPED_AND_SAVED
 
 STEPS = 4000
 KEYS = runs.SMALL | {
@@ -33,6 +37,7 @@ KEYS = runs.SMALL | {
 }
 CONFIG = "configs/quickstart.py"
 WAIT = 240  # seconds for anything to happen
+TWO = [runs.ROOT / "launch" / "local.sh", "--processes=2", "--devices=1", "--grace-seconds=5"]
 
 
 class Failed(AssertionError):
@@ -42,19 +47,20 @@ class Failed(AssertionError):
 class Run:
     """A work folder and the command that trains in it."""
 
-    def __init__(self, folder, keys=None, launcher=(), work=None):
+    def __init__(self, folder, keys=None, launcher=(), work=None, environment=None):
         """`keys` are added to KEYS; `launcher` stands before the command, as launch/local.sh does."""
         self.folder, self.work, self._launcher = folder, work or folder / "run", launcher
-        self._keys = KEYS | (keys or {})
+        self._keys, self._environment = KEYS | (keys or {}), environment or {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self):
         arguments = runs.main_arguments(CONFIG, self.work, self._keys)
         if not self._launcher:
-            return runs.start(arguments, log=self.folder)[0]
+            return runs.start(arguments, log=self.folder, environment=self._environment)[0]
         with open(self.folder / "0.txt", "a") as log:
             command = [*map(str, self._launcher), "--", *arguments[2:]]
             environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": runs.FAST_COMPILATION}
+            environment |= self._environment
             return subprocess.Popen(command, cwd=runs.ROOT, env=environment, stdout=log, stderr=log)
 
     def finish(self):
@@ -77,7 +83,43 @@ class Run:
         return process
 
     def half_written(self):
-        return list((self.work / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+        """Names of the checkpoints that are not complete."""
+        return [path.name for path in (self.work / "checkpoints").glob("*orbax-checkpoint-tmp*")]
+
+    def local(self):
+        """The work folder, or a copy of it, on this disk."""
+        return self.work
+
+
+class BucketRun(Run):
+    """A work folder on a bucket, that answers late, and fails now and then, from each start on."""
+
+    def __init__(self, folder, bucket, environment, rng, keys=None, launcher=()):
+        super().__init__(folder, keys, launcher, f"gs://bucket/{folder.name}", environment)
+        self._bucket, self._rng, self._prefix = bucket, rng, f"bucket/{folder.name}/"
+
+    def start(self):
+        self._bucket.latency = self._rng.choice([0.0, 0.05])
+        self._bucket.failures = [("upload/", 503, 2), ("GET /storage", 503, 1), ("checkpoints/", 429, 2)]
+        return super().start()
+
+    def objects(self):
+        """Names within the work folder, without those of folders, which are empty objects."""
+        names = [name for name in list(self._bucket.objects) if name.startswith(self._prefix) and name[-1] != "/"]
+        return [name.removeprefix(self._prefix) for name in names]
+
+    def saved(self):
+        return sorted(int(name.split("/")[1]) for name in self.objects() if name.endswith("/commit_success.txt"))
+
+    def half_written(self):
+        begun = {name.split("/")[1] for name in self.objects() if name.startswith("checkpoints/")}
+        return sorted((begun & set(filter(str.isdigit, begun))) - set(map(str, self.saved())))
+
+    def local(self):
+        for name in self.objects():
+            (self.folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / "copy" / name).write_bytes(self._bucket.objects[self._prefix + name])
+        return self.folder / "copy"
 
 
 def wait_for(condition, run, process):
@@ -110,16 +152,16 @@ def kill_in_a_checkpoint(run, rng):
         process.kill()
         process.wait()
         if run.half_written():
-            return f"SIGKILL with {run.half_written()[0].name} half written"
+            return f"SIGKILL with {run.half_written()[0]} half written"
     raise Failed("five times the checkpoint was complete before the kill")
 
 
 def terminate(run, rng):
-    """SIGTERM: it saves and exits with 1."""
+    """SIGTERM: it saves and exits with 75."""
     process = run.start_until_it_saves()
     time.sleep(rng.random())
     process.send_signal(signal.SIGTERM)
-    if process.wait(WAIT) != 1 or "goes on from there" not in run.log():
+    if process.wait(WAIT) != STOPPED_AND_SAVED or "goes on from there" not in run.log():
         raise Failed(run.log())
     return f"SIGTERM; checkpoints {run.saved()}"
 
@@ -188,8 +230,9 @@ def fill_the_disk(run, rng):
 
 def compare(run, undisturbed):
     """Raises AssertionError unless both runs left the same behind."""
-    runs.assert_same_run(run.work, undisturbed.work, runs.checkpoint_steps(undisturbed.work)[-1])
-    steps = [row["step"] for row in runs.rows(run.work)]
+    work = run.local()
+    runs.assert_same_run(work, undisturbed.work, runs.checkpoint_steps(undisturbed.work)[-1])
+    steps = [row["step"] for row in runs.rows(work)]
     assert steps == sorted(set(steps)), "no step twice"
 
 
@@ -220,7 +263,7 @@ def on_other_devices(folder, say=print):
             arguments = runs.main_arguments(CONFIG, folder / name / "run", keys)
             arguments[0:2] = [runs.ROOT / "tests" / "stop_at.py", str(stop)]
             (process,) = runs.start(arguments, devices=count, environment=environment, log=folder / name)
-            if process.wait(WAIT) != (0 if stop == 60 else 1):
+            if process.wait(WAIT) != (0 if stop == 60 else STOPPED_AND_SAVED):
                 raise Failed((folder / name / "0.txt").read_text()[-3000:])
     one, moved = (runs.variables(folder / name / "run", 60) for name in ("one", "moved"))
     for path in one:
@@ -228,9 +271,23 @@ def on_other_devices(folder, say=print):
     say("    8, 1, 4 devices: equal to one device throughout (1e-9, float64)")
 
 
+def on_bucket(folder, kills, rng, say=print):
+    """Killed on a bucket, alone and as one of two processes; compared with undisturbed runs on this disk."""
+    with buckets.Bucket() as bucket, buckets.environment(bucket) as variables:
+        keys = {"num_train_steps": 400, "checkpoint_every_steps": 10}
+        alone = Run(folder / "alone", keys).finish()
+        ways = [kill_in_a_checkpoint if number % 3 == 2 else kill_at_random for number in range(kills)]
+        disturb(BucketRun(folder / "killed", bucket, variables, rng, keys), ways, alone, rng, say)
+        two = Run(folder / "two", keys, TWO).finish()
+        ways = [kill_one_of_two] * max(1, kills // 5)
+        disturb(BucketRun(folder / "one-of-two", bucket, variables, rng, keys, TWO), ways, two, rng, say)
+        say(f"    on a bucket: {bucket.requests['failed']} answers failed")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="SIGKILLs in all, every third in a checkpoint")
+    parser.add_argument("--bucket_kills", type=int, default=10, help="SIGKILLs on a bucket")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -250,12 +307,12 @@ def main():
                 subprocess.run(["umount", "-l", str(folder / "full")], check=True)
         else:
             print("    disk full: not tried, this user may not mount a file system")
-        launcher = [runs.ROOT / "launch" / "local.sh", "--processes=2", "--devices=1", "--grace-seconds=5"]
         two = {"num_train_steps": 400, "checkpoint_every_steps": 10}
-        alone = Run(folder / "two undisturbed", two, launcher).finish()
+        alone = Run(folder / "two undisturbed", two, TWO).finish()
         hurt = [kill_one_of_two, kill_one_of_two, flip, kill_one_of_two, truncate]
-        disturb(Run(folder / "one of two killed", two, launcher), hurt, alone, rng)
+        disturb(Run(folder / "one of two killed", two, TWO), hurt, alone, rng)
         on_other_devices(folder / "devices")
+        on_bucket(folder / "bucket", arguments.bucket_kills, rng)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import pyarrow
 import pytest
 from pyarrow import parquet
+
+from ieg_jax import files
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
@@ -26,3 +29,9 @@ def test_parquet_is_read_without_threads(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "t.parquet"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
+
+
+def test_storage_errors_while_another_thread_imports_tensorflow(monkeypatch):
+    """The thread that says that a run lives asks for them then."""
+    monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))
+    assert files.storage_errors() == (OSError,)

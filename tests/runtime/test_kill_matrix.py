@@ -6,7 +6,6 @@ import subprocess
 
 import kill_matrix
 import pytest
-import runs
 
 STEPS = {"num_train_steps": 500}
 
@@ -42,13 +41,21 @@ def test_a_full_disk(tmp_path, undisturbed):
 
 @pytest.mark.slow
 def test_one_of_two_killed(tmp_path):
-    launcher = [runs.ROOT / "launch" / "local.sh", "--processes=2", "--devices=1", "--grace-seconds=5"]
     keys = {"num_train_steps": 100, "checkpoint_every_steps": 10}
-    alone = kill_matrix.Run(tmp_path / "alone", keys, launcher).finish()
-    killed = kill_matrix.Run(tmp_path / "killed", keys, launcher)
+    alone = kill_matrix.Run(tmp_path / "alone", keys, kill_matrix.TWO).finish()
+    killed = kill_matrix.Run(tmp_path / "killed", keys, kill_matrix.TWO)
     disturbances = [kill_matrix.kill_one_of_two] * 2 + [kill_matrix.flip]
     kill_matrix.disturb(killed, disturbances, alone, random.Random(3))
     assert list((tmp_path / "killed" / "run" / "damaged_checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_killed_on_a_bucket(tmp_path):
+    """Alone, and as one of two processes, while answers are late and fail."""
+    told = []
+    kill_matrix.on_bucket(tmp_path, 3, random.Random(4), told.append)
+    assert sum("SIGKILL" in line for line in told) == 4 and sum("equal to" in line for line in told) == 2
+    assert int(told[-1].split()[-3]) >= 5, "answers did fail"
 
 
 @pytest.mark.slow
