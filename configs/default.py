@@ -33,6 +33,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.eval_batch_size = 256  # test examples per forward pass, over all devices
     config.num_train_steps = 0
     config.num_train_epochs = 10.0  # this key and those marked with † may be -1: from the data (config.resolve)
+    # steps | forward_passes: what num_train counts. Of forward_passes it is the length of a plain training, and a
+    # method has as many steps as cost the same (docs/methods.md: ieg 3 of 22). Phases of methods keep their lengths.
+    config.budget = "steps"
     config.log_every_steps = 50  # training metrics are averages over this many steps
     config.log_every_epochs = 0.0
     config.eval_every_steps = 0

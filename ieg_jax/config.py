@@ -389,6 +389,7 @@ UNCOMPILED = (
 )  # fmt: skip
 # Keys that the work folders of older versions lack -> what these runs did.
 ADDED = {
+    "budget": "steps",
     "class_weight": "none",
     "backbone.name": "",
     "finetune.body_rate": 1.0,

@@ -15,6 +15,7 @@ from ieg_jax import config as config_lib
 from ieg_jax import methods, models
 from ieg_jax.data import backbone, published
 from ieg_jax.data.batches import image_shape
+from ieg_jax.train import durations
 
 UTILIZATION = 0.4  # the share of a chip's peak that estimates of the time assume
 
@@ -35,6 +36,7 @@ def training_flops(config: ConfigDict) -> float:
         shape = _image_shape(config.augment.standard, known.image)
     config = config_lib.resolve(config, config_lib.Facts(examples, 0, min(shape[:2])))
     steps = config.num_train_steps or config.num_train_epochs * examples / config.batch_size
+    steps *= durations.share_of_steps(config)
     model = json.dumps(config.model.to_dict(), sort_keys=True)
     passes = methods.get(config.method.name).passes(config)
     return passes * config.batch_size * steps * _forward_flops(model, shape, known.num_classes)

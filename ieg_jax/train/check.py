@@ -18,6 +18,7 @@ CHECKS = {
     "batch_groups": at_least(1),
     "microbatches": at_least(1),
     "class_weight": one_of("none", "balanced"),
+    "budget": one_of("steps", "forward_passes"),
     "eval_batch_size": at_least(1),
     "ema.decay": within(0, 1, open_end=True),
     "audit.epochs": at_least(0),

@@ -5,6 +5,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
+from ieg_jax import methods
 from ieg_jax.train import schedules
 
 
@@ -58,6 +59,13 @@ def validate(config: ConfigDict) -> None:
         config_lib.check_duration(config, name)
 
 
+def share_of_steps(config: ConfigDict) -> float:
+    """How many of the steps of `num_train` the method has: all, or as many as cost what these do in plain training."""
+    if config.budget == "steps":
+        return 1.0
+    return methods.get("supervised").passes(config) / methods.get(config.method.name).passes(config)
+
+
 def in_steps(config: ConfigDict, num_examples: int) -> Durations:
     """Turns the durations of the configuration into steps.
 
@@ -67,7 +75,8 @@ def in_steps(config: ConfigDict, num_examples: int) -> Durations:
     """
     steps_per_epoch = num_examples / config.batch_size
     in_steps = {name: config_lib.duration(config, name, steps_per_epoch) for name in config_lib.DURATIONS}
-    num_steps, first_cycle = in_steps["num_train"], in_steps["schedule.first_cycle"]
+    num_steps = max(1, round(in_steps["num_train"] * share_of_steps(config)))
+    first_cycle = in_steps["schedule.first_cycle"]
     log_every = in_steps["log_every"]
     ends = set()
     if config.schedule.name == "sgdr":
