@@ -14,7 +14,10 @@ import time
 
 import pytest
 import yaml
+from etils import epath
 from runs import ROOT
+
+from ieg_jax.runtime.claim import sign_of_life
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
@@ -931,9 +934,9 @@ esac
     )
     write_program(programs / "squeue", '#!/bin/sh\necho "$STATE"\n')
 
-    def start(task, state="RUNNING", restarts=0, preempted="None", **more):
+    def start(task, state="RUNNING", restarts=0, preempted="None", train=TRAIN, **more):
         return subprocess.Popen(
-            [LAUNCH / "slurm.sbatch", "--", *TRAIN],
+            [LAUNCH / "slurm.sbatch", "--", *train],
             env=environment(programs, tmp_path)
             | {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "SLURM_SUBMIT_DIR": str(ROOT)}
             | {"SLURM_NOTES": str(notes), "TASK": str(task), "STATE": state, "PYTHON": sys.executable}
@@ -974,6 +977,14 @@ def test_slurm_stopped_and_saved_does_not_count(slurm):
     _, errors = process.communicate(timeout=60)
     assert slurm.notes.read_text().splitlines() == ["scontrol requeue 7"]
     assert "stopped and saved; the job goes back into the queue" in errors
+
+
+@pytest.mark.parametrize("state, sign", [("RUNNING", "queued"), ("CANCELLED", "")])
+def test_slurm_says_in_the_work_folder_that_the_job_waits_again(slurm, tmp_path, state, sign):
+    folder = tmp_path / "run one"
+    folder.mkdir()
+    slurm(75, state, train=[CONFIG, f"--workdir={folder}"]).communicate(timeout=60)
+    assert sign_of_life(epath.Path(folder)) == sign
 
 
 @pytest.mark.parametrize(
