@@ -157,7 +157,7 @@ def run(
     elif dry_run:
         for cell in cells:
             console.print(shlex.join(cell.command), soft_wrap=True, highlight=False)
-    else:
+    elif pending:
         _run_here(pending, store, jobs, console)
 
 
@@ -179,7 +179,7 @@ def _run_here(pending: Sequence[tuple[Experiment, int]], store: results.Store, j
     # SIGTERM is treated like Ctrl-C. If it only ended this process, the runs would go on without it.
     signal.signal(signal.SIGTERM, _interrupt)
     failed = set()
-    processes = Processes(min(jobs, max(1, len(pending))))
+    processes = Processes(min(jobs, len(pending)))
     with concurrent.futures.ThreadPoolExecutor(processes.count) as pool:
         futures = {pool.submit(processes.run, command_line(e, s, store.work_folder(e, s))): (e, s) for e, s in pending}
         try:

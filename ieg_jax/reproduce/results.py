@@ -95,9 +95,10 @@ class Store:
             stage = self.stage(experiment, seed)
         except UserError:
             return "other settings"
-        if stage in ("done", "queued", "not run"):
-            return stage
         folder = self.work_folder(experiment, seed)
+        if stage in ("done", "queued", "not run"):
+            error = claim.last_error(folder) if stage == "queued" else ""
+            return f"queued again after {error}" if error else stage
         rows = WorkFolder(folder, writes=False).rows()
         step = f"step {rows[-1]['step'] if rows else 0}"
         if stage == "failed":

@@ -179,6 +179,7 @@ def test_the_second_submission_leaves_out_what_is_done_or_under_way(store, slurm
         assert "6 runs, 1 finished already, 4 to do, 1 running" in text
         assert submitted() == ["one/1", "two/1", "one/2", "two/2"]
         assert [store.state(ONE, seed) for seed in range(3)] == ["done", "queued", "queued"]
+        assert store.state(TWO, 1) == "queued again after NonFiniteError: the loss is nan"
         first = given(programs, "sbatch")
         text = run(store, slurm, seeds=3)
         assert "6 runs, 1 finished already, 0 to do, 1 running, 4 queued" in text and "--resubmit" in text
