@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A TPU slice on Google Kubernetes Engine, as a JobSet that kubectl hands to the cluster.
+# A TPU slice, or one node with GPUs, on Google Kubernetes Engine, as a JobSet that kubectl hands to the cluster.
 #
 #   launch/gke.sh render --name=ieg --image=IMAGE --slice=v5e:4x4 -- --config=configs/cifar100.py --workdir=gs://BUCKET/c
 #   launch/gke.sh apply  --name=ieg --image=IMAGE --slice=v5e:4x4 -- --config=configs/cifar100.py --workdir=gs://BUCKET/c
@@ -15,8 +15,10 @@
 #
 #   --name=NAME            of the JobSet; default ieg
 #   --namespace=NAME       default: default
-#   --image=IMAGE          required for render and apply: built from launch/Dockerfile with EXTRA=tpu, and pushed
-#   --slice=CHIP:TOPOLOGY  required for render and apply: v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:4x4, ... as the node pool
+#   --image=IMAGE          required for render and apply: built from launch/Dockerfile with EXTRA=tpu or gpu, and pushed
+#   --slice=CHIP:TOPOLOGY  for render and apply: v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:4x4, ... as the node pool
+#   --gpus=N               for render and apply, in place of --slice: so many NVIDIA GPUs of one node, in one process
+#   --queue=NAME           the LocalQueue of Kueue, in the namespace, that decides when it starts; default: it starts
 #   --chips-per-host=N     default 4, or 1 for a slice of one chip; 8 for nodes of ct5lp-hightpu-8t, ct6e-standard-8t
 #   --service-account=NAME of Kubernetes, that may write to the bucket (Workload Identity)
 #   --spot                 on nodes that may be taken away at any time
@@ -46,6 +48,8 @@ name=ieg
 namespace=default
 image=
 slice=
+gpus=
+queue=
 chips_per_host=
 service_account=
 spot=
@@ -57,7 +61,7 @@ worker=0
 lines=50
 follow=
 all_flags=("$@")
-parse_flags "name namespace image slice chips-per-host service-account max-restarts grace-seconds out worker lines" \
+parse_flags "name namespace image slice gpus queue chips-per-host service-account max-restarts grace-seconds out worker lines" \
   "spot run-as-root follow dry-run" "$@"
 
 # The names of pods and hosts are longer by -slice-0-N and a suffix, and may have 63 characters.
@@ -99,6 +103,14 @@ check_slice() { # sets accelerator, topology and hosts
   [ $((chips % chips_per_host)) -eq 0 ] ||
     die "got --slice=$slice with $chips chips and $chips_per_host on a host; expected a multiple of it"
   hosts=$((chips / chips_per_host))
+  resource=google.com/tpu platforms=tpu,cpu
+}
+
+check_gpus() { # sets what check_slice sets
+  check_count --gpus "$gpus" 1
+  [ -z "$chips_per_host" ] || die "got --chips-per-host=$chips_per_host with --gpus; it belongs to --slice"
+  accelerator='' topology='' hosts=1 chips_per_host=$gpus
+  resource=nvidia.com/gpu platforms=cuda,cpu
 }
 
 # A string of YAML in double quotes, so that nothing in it is read as anything but text.
@@ -106,11 +118,18 @@ check_slice() { # sets accelerator, topology and hosts
 yaml_string() { printf '"%s"' "$(sed 's/[\\"]/\\&/g' <<<"$1")"; }
 
 fill_in() {
-  local line argument
+  local line argument many=
+  [ "$hosts" -eq 1 ] || many=1
   sed -e '1,/^apiVersion/{/^#/d;}' \
     -e "${spot:+s/ # only with --spot\$//;}/ # only with --spot\$/d" \
     -e "${run_as_root:+s/ # only with --run-as-root\$//;}/ # only with --run-as-root\$/d" \
     -e "${service_account:+s/ # only with --service-account\$//;}/ # only with --service-account\$/d" \
+    -e "${queue:+s/ # only with --queue\$//;}/ # only with --queue\$/d" \
+    -e "${slice:+s/ # only with --slice\$//;}/ # only with --slice\$/d" \
+    -e "${slice:+s/ # only with --slice or --spot\$//;}${spot:+s/ # only with --slice or --spot\$//;}" \
+    -e "/ # only with --slice or --spot\$/d" \
+    -e "${many:+s/ # only with many hosts\$//;}/ # only with many hosts\$/d" \
+    -e "s|@QUEUE@|$queue|; s|@RESOURCE@|$resource|; s|@PLATFORMS@|$platforms|" \
     -e "s|@NAME@|$name|; s|@NAMESPACE@|$namespace|; s|@IMAGE@|$image|; s|@SERVICE_ACCOUNT@|$service_account|" \
     -e "s|@ACCELERATOR@|$accelerator|; s|@TOPOLOGY@|$topology|; s|@HOSTS@|$hosts|" \
     -e "s|@CHIPS_PER_HOST@|$chips_per_host|; s|@MAX_RESTARTS@|$max_restarts|; s|@GRACE_SECONDS@|$grace_seconds|" \
@@ -134,8 +153,12 @@ case $command in
       die "got --image=$image; expected something like us-docker.pkg.dev/PROJECT/REPOSITORY/ieg_jax:TAG"
     [[ $service_account =~ ^([a-z0-9][-a-z0-9.]*)?$ ]] ||
       die "got --service-account=$service_account; expected the name of a Kubernetes service account, not an address"
-    [ -n "$slice" ] || die "got no --slice; expected CHIP:TOPOLOGY of the node pool, such as --slice=v5e:4x4"
-    check_slice
+    [[ $queue =~ ^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$ ]] ||
+      die "got --queue=$queue; expected the name of a LocalQueue of Kueue: lower-case letters, digits, - and ."
+    [ -n "$slice$gpus" ] || die "got no --slice; expected CHIP:TOPOLOGY of the node pool, such as --slice=v5e:4x4, or" \
+      "--gpus=N"
+    [ -z "$slice" ] || [ -z "$gpus" ] || die "got --slice and --gpus; expected one of them"
+    if [ -n "$slice" ]; then check_slice; else check_gpus; fi
     check_training_args
     check_sent_config "$root"
     check_bucket_workdir

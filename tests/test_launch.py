@@ -14,7 +14,10 @@ import time
 
 import pytest
 import yaml
+from etils import epath
 from runs import ROOT
+
+from ieg_jax.runtime.claim import sign_of_life
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
@@ -193,6 +196,9 @@ def test_dry_run_prints_commands_and_runs_none(name, arguments, train, launch, t
         ("gke.sh", ["render", "--slice=v5e:4x4", "--", *TRAIN], "got no --image"),
         ("gke.sh", ["render", "--image=a b", "--slice=v5e:4x4", "--", *TRAIN], "got --image=a b; expected"),
         ("gke.sh", ["render", "--image=i", "--", *TRAIN], "got no --slice; expected CHIP:TOPOLOGY"),
+        ("gke.sh", ["render", *GKE, "--gpus=1", "--", *TRAIN], "got --slice and --gpus; expected one of them"),
+        ("gke.sh", ["render", "--image=i", "--gpus=0", "--", *TRAIN], "got --gpus=0; expected a whole number of at"),
+        ("gke.sh", ["render", *GKE, "--queue=Big", "--", *TRAIN], "got --queue=Big; expected the name of a LocalQueue"),
         ("gke.sh", ["render", "--image=i", "--slice=v9:4x4", "--", *TRAIN], "got --slice=v9:4x4; expected v4:AxBxC"),
         (
             "gke.sh",
@@ -639,8 +645,8 @@ def test_worker_keeps_the_exit_code(worker):
 # ---- gke.sh ----
 
 
-def render(launch, *arguments, train=TRAIN):
-    result = launch("gke.sh", "render", *GKE, *arguments, "--", *train)
+def render(launch, *arguments, train=TRAIN, machine=GKE):
+    result = launch("gke.sh", "render", *machine, *arguments, "--", *train)
     assert result.returncode == 0, result.stderr
     return yaml.safe_load(result.stdout)
 
@@ -726,15 +732,20 @@ JOBSET = object_of(
         ),
     }
 )
-VARIANTS = [[], ["--spot", "--run-as-root", "--service-account=trainer", "--namespace=team", "--name=big"]]
+VARIANTS = [
+    [],
+    ["--spot", "--run-as-root", "--service-account=trainer", "--namespace=team", "--name=big", "--queue=research"],
+]
+GPUS = ["--image=us-docker.pkg.dev/project/images/ieg_jax:1", "--gpus=2"]
 
 
+@pytest.mark.parametrize("machine", [GKE, GPUS], ids=["slice", "gpus"])
 @pytest.mark.parametrize("arguments", VARIANTS, ids=["plain", "all-flags"])
-def test_manifest_fits_the_schemas(launch, arguments):
+def test_manifest_fits_the_schemas(launch, arguments, machine):
     validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     import jsonschema
 
-    manifest = render(launch, *arguments)
+    manifest = render(launch, *arguments, machine=machine)
     jsonschema.validate(manifest, JOBSET)
     (job,) = manifest["spec"]["replicatedJobs"]
     template = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, **job["template"]}
@@ -764,6 +775,25 @@ def test_manifest_says_what_the_flags_say(launch):
     assert "tolerations" not in pod
     assert "serviceAccountName" not in pod
     assert "securityContext" not in container
+    assert "labels" not in manifest["metadata"], "it waits for no queue"
+    assert list(manifest["metadata"]["annotations"]) == ["alpha.jobset.sigs.k8s.io/exclusive-topology"]
+
+
+def test_manifest_with_gpus_asks_for_no_slice(launch):
+    manifest = render(launch, machine=GPUS)
+    assert "annotations" not in manifest["metadata"], "one pod does not need a node pool for itself"
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (job["parallelism"], job["completions"]) == (1, 1)
+    assert "nodeSelector" not in job["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == container["resources"]["requests"] == {"nvidia.com/gpu": 2}
+    assert container["env"] == [{"name": "JAX_PLATFORMS", "value": "cuda,cpu"}]
+    assert "ports" not in container
+    with_slice = render(launch)["spec"]
+    assert manifest["spec"]["failurePolicy"] == with_slice["failurePolicy"]
+    assert job["podFailurePolicy"] == with_slice["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]
+    pod = render(launch, "--spot", machine=GPUS)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
 
 
 def test_manifest_with_the_other_flags(launch):
@@ -778,6 +808,7 @@ def test_manifest_with_the_other_flags(launch):
     assert pod["terminationGracePeriodSeconds"] == 30
     assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 0
     assert manifest["metadata"]["namespace"] == "team"
+    assert manifest["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "research"}
 
 
 @pytest.mark.parametrize(
@@ -875,6 +906,7 @@ def test_slurm_refuses(launch, env, message):
 SRUN = """#!/usr/bin/env bash
 trap 'echo "step TERM" >> "$SLURM_NOTES"; exit 1' USR2
 echo $BASHPID > "$SLURM_NOTES.step"
+echo "${SRUN_CPUS_PER_TASK:-none}" > "$SLURM_NOTES.cpus"
 [ "$TASK" = wait ] || exit "$TASK"
 echo ready >> "$SLURM_NOTES"
 for _ in {1..400}; do sleep 0.05; done
@@ -902,13 +934,14 @@ esac
     )
     write_program(programs / "squeue", '#!/bin/sh\necho "$STATE"\n')
 
-    def start(task, state="RUNNING", restarts=0, preempted="None"):
+    def start(task, state="RUNNING", restarts=0, preempted="None", train=TRAIN, **more):
         return subprocess.Popen(
-            [LAUNCH / "slurm.sbatch", "--", *TRAIN],
+            [LAUNCH / "slurm.sbatch", "--", *train],
             env=environment(programs, tmp_path)
             | {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "SLURM_SUBMIT_DIR": str(ROOT)}
             | {"SLURM_NOTES": str(notes), "TASK": str(task), "STATE": state, "PYTHON": sys.executable}
-            | {"PREEMPTED": preempted},
+            | {"PREEMPTED": preempted}
+            | more,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -925,6 +958,33 @@ def test_slurm_requeues_before_the_time_limit(slurm, state, requeued):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
     assert slurm.notes.read_text().splitlines() == ["ready", "scancel --signal=TERM 7", "step TERM", *requeued]
+
+
+def test_slurm_leaves_the_other_tasks_of_an_array_alone(slurm):
+    """The last task of an array has the number of the array."""
+    process = slurm("wait", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3", SLURM_CPUS_PER_TASK="4")
+    wait_for(lambda: "ready" in slurm.notes.read_text())
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    notes = slurm.notes.read_text().splitlines()
+    assert notes == ["ready", "scancel --signal=TERM 7_3", "step TERM", "scontrol requeue 7_3"]
+    assert slurm.notes.with_name("slurm.cpus").read_text() == "4\n"
+
+
+def test_slurm_stopped_and_saved_does_not_count(slurm):
+    process = slurm(75, restarts=3)
+    _, errors = process.communicate(timeout=60)
+    assert slurm.notes.read_text().splitlines() == ["scontrol requeue 7"]
+    assert "stopped and saved; the job goes back into the queue" in errors
+
+
+@pytest.mark.parametrize("state, sign", [("RUNNING", "queued"), ("CANCELLED", "")])
+def test_slurm_says_in_the_work_folder_that_the_job_waits_again(slurm, tmp_path, state, sign):
+    folder = tmp_path / "run one"
+    folder.mkdir()
+    slurm(75, state, train=[CONFIG, f"--workdir={folder}"]).communicate(timeout=60)
+    assert sign_of_life(epath.Path(folder)) == sign
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ieg_jax import cli
 from ieg_jax.errors import UserError, check_choice
+from ieg_jax.reproduce import submit
 
 INTERRUPTED = "each run saved its state; the same command goes on from there"
 COMMANDS = ("list", "run", "table", "figure")
@@ -29,8 +30,11 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "scale", "full", ["full", "tiny"], "tiny: small networks, few steps, to see that all is in place; never kept."
     )
-    flags.DEFINE_integer("jobs", 1, "How many runs at a time; the processors are divided among them.", lower_bound=1)
-    flags.DEFINE_bool("dry-run", False, "Print the commands of the runs, and run nothing.")
+    flags.DEFINE_integer(
+        "jobs", 1, "How many runs at a time; here the processors are divided among them.", lower_bound=1
+    )
+    flags.DEFINE_bool("dry-run", False, "Print the commands of the runs, scripts or manifests; run nothing.")
+    submit.define_flags()
     flags.DEFINE_multi_string("set", [], "key=value for every run, such as data.dir=/data/cifar; repeatable.")
     flags.DEFINE_multi_string(
         "foreign", [], "name:folder, where the images of a source of open-set noise are; repeatable."
@@ -48,6 +52,7 @@ def main(argv: list[str]) -> None:
     """Does what the first argument says, for the table that the second names."""
     command, target = (*argv[1:], "", "")[:2]
     check_choice("the first argument", command, COMMANDS)
+    cluster = submit.cluster(flags.FLAGS) if command == "run" else None
     # These import jax, which takes seconds, so it happens only after the flags have been checked.
     from ieg_jax.reproduce import experiments, figures, jobs, listing, results, tables
 
@@ -72,7 +77,7 @@ def main(argv: list[str]) -> None:
     jobs.check_places(changes, named.values())
     if command == "run":
         wanted = map(changes.of, named.values())
-        jobs.run(wanted, store, values.seeds, values.jobs, values["dry-run"].value, console)
+        jobs.run(wanted, store, values.seeds, values.jobs, values["dry-run"].value, console, cluster)
     else:
         tables.show_table(table, store, values.seeds, changes, values.wide, values.format, console)
 

@@ -1,5 +1,6 @@
-"""Runs experiments as processes, several at a time."""
+"""Runs experiments as processes, several at a time, or submits them to a cluster."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import os
@@ -10,14 +11,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from etils import epath
 from rich.console import Console
 
 from ieg_jax import models
 from ieg_jax.errors import UserError
-from ieg_jax.reproduce import results
+from ieg_jax.reproduce import results, submit
 from ieg_jax.reproduce.experiments import Experiment
 
 # The keys that --scale=tiny sets. Networks whose size can be chosen become small.
@@ -103,11 +104,17 @@ def command_line(experiment: Experiment, seed: int, folder: epath.Path) -> list[
 
 
 def run(
-    wanted: Iterable[Experiment], store: results.Store, seeds: int, jobs: int, dry_run: bool, console: Console
+    wanted: Iterable[Experiment],
+    store: results.Store,
+    seeds: int,
+    jobs: int,
+    dry_run: bool,
+    console: Console,
+    cluster: submit.Cluster | None = None,
 ) -> None:
-    """Runs every experiment with every seed, several at a time, except for runs that are finished already.
+    """Runs every experiment with every seed, except for runs that are finished already or under way.
 
-    A run that fails does not stop the others; the last lines that it printed are shown.
+    A finished run of a work folder that is not kept yet, as one has that ran elsewhere, is kept.
 
     Args:
       wanted: the experiments, with the changes that the user asked for.
@@ -116,43 +123,75 @@ def run(
       jobs: how many runs there are at a time; the processors are divided among them.
       dry_run: whether the commands are only printed.
       console: where to print what happens.
+      cluster: where the runs are submitted to, and nothing waits for them; None = they take place here.
 
     Raises:
       UserError: before anything is run, for a configuration or a key that is wrong, and for a finished run with other
         settings; at the end, where runs failed.
     """
-    pending, finished = [], 0
+    pending, stages, unkept = [], collections.Counter(), []
     wanted = list(wanted)
+    # What waits in a queue may be run here: its job finds that all is done.
+    left_out = ("done", "running") if cluster is None or cluster.resubmit else ("done", "running", "queued")
     for seed in range(seeds):
         for experiment in wanted:
-            if store.find(experiment, seed) is None:
+            stage = store.stage(experiment, seed)
+            stages[stage if stage in left_out else "to do"] += 1
+            if stage not in left_out:
                 pending.append((experiment, seed))
-            else:
-                finished += 1
-    console.print(f"{finished + len(pending)} runs, {finished} finished already, {len(pending)} to do")
-    if dry_run:
-        for experiment, seed in pending:
-            line = shlex.join(command_line(experiment, seed, store.work_folder(experiment, seed)))
-            console.print(line, soft_wrap=True, highlight=False)
-        return
+            elif store.is_to_be_kept(experiment, seed):
+                unkept.append((experiment, seed))
+    others = "".join(f", {stages[stage]} {stage}" for stage in left_out[1:] if stages[stage])
+    comment = "# " if dry_run and cluster else ""  # above a script or manifests
+    console.print(f"{comment}{stages.total()} runs, {stages['done']} finished already, {len(pending)} to do{others}")
+    if stages["queued"]:
+        console.print(f"{comment}where the jobs of what is queued are gone, --resubmit submits it again")
+    if not dry_run:
+        for experiment, seed in unkept:
+            kept = store.keep(experiment, seed)
+            console.print(f"kept: {_in_words(experiment, seed, kept)}", highlight=False, markup=False)
+    cells = [_cell(experiment, seed, store) for experiment, seed in pending]
+    if cluster:
+        if cells:
+            submit.submit(cluster, cells, dry_run, console)
+    elif dry_run:
+        for cell in cells:
+            console.print(shlex.join(cell.command), soft_wrap=True, highlight=False)
+    elif pending:
+        _run_here(pending, store, jobs, console)
+
+
+def _cell(experiment: Experiment, seed: int, store: results.Store) -> submit.Cell:
+    folder = store.work_folder(experiment, seed)
+    return submit.Cell(experiment.name, seed, command_line(experiment, seed, folder), folder)
+
+
+def _in_words(experiment: Experiment, seed: int, finished: dict[str, Any]) -> str:
+    accuracy, seconds = results.spread([finished]), finished["result"]["wall_seconds"]
+    return f"{experiment.name}, seed {seed}: {accuracy} %, {seconds:.0f} s"
+
+
+def _run_here(pending: Sequence[tuple[Experiment, int]], store: results.Store, jobs: int, console: Console) -> None:
+    """Runs experiments, each with a seed, on this machine, several at a time; see `run`.
+
+    A run that fails does not stop the others; the last lines that it printed are shown.
+    """
     # SIGTERM is treated like Ctrl-C. If it only ended this process, the runs would go on without it.
     signal.signal(signal.SIGTERM, _interrupt)
     failed = set()
-    processes = Processes(min(jobs, max(1, len(pending))))
+    processes = Processes(min(jobs, len(pending)))
     with concurrent.futures.ThreadPoolExecutor(processes.count) as pool:
         futures = {pool.submit(processes.run, command_line(e, s, store.work_folder(e, s))): (e, s) for e, s in pending}
         try:
             for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
                 experiment, seed = futures[future]
                 code, tail = future.result()
-                what = f"[{number}/{len(pending)}] {experiment.name}, seed {seed}"
                 if code:
                     failed.add((experiment.name, seed))
-                    console.print(f"{what}: failed\n{tail}", highlight=False, markup=False)
-                    continue
-                kept = store.keep(experiment, seed)
-                accuracy, seconds = results.spread([kept]), kept["result"]["wall_seconds"]
-                console.print(f"{what}: {accuracy} %, {seconds:.0f} s", highlight=False, markup=False)
+                    what = f"{experiment.name}, seed {seed}: failed\n{tail}"
+                else:
+                    what = _in_words(experiment, seed, store.keep(experiment, seed))
+                console.print(f"[{number}/{len(pending)}] {what}", highlight=False, markup=False)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             processes.stop()

@@ -20,6 +20,7 @@ from ieg_jax import cli, files, methods, models
 from ieg_jax import config as config_lib
 from ieg_jax.errors import UserError
 from ieg_jax.reproduce.experiments import Experiment
+from ieg_jax.runtime import claim
 from ieg_jax.runtime.workdir import WorkFolder
 
 # Keys that say where the data are. The same data may be elsewhere the next time.
@@ -73,18 +74,36 @@ class Store:
             )
         return finished
 
+    def stage(self, experiment: Experiment, seed: int) -> str:
+        """Says by its files alone what a run is, wherever it takes place.
+
+        Returns:
+          `done`, `running`, `queued` (submitted to a cluster, and not begun), `failed`, `stopped` (also of a run that
+          died without a word), or `not run`.
+
+        Raises:
+          UserError: see `find`.
+        """
+        if self.find(experiment, seed) is not None:
+            return "done"
+        folder = self.work_folder(experiment, seed)
+        return claim.sign_of_life(folder) or ("stopped" if (folder / "config.json").exists() else "not run")
+
     def state(self, experiment: Experiment, seed: int) -> str:
-        """Says how far a run is: `done`, `step <last logged step>`, `not run`, or `other settings`."""
+        """Says for people how far a run is: its stage with the last logged step, or `other settings`."""
         try:
-            if self.find(experiment, seed) is not None:
-                return "done"
+            stage = self.stage(experiment, seed)
         except UserError:
             return "other settings"
         folder = self.work_folder(experiment, seed)
-        if not (folder / "config.json").exists():
-            return "not run"
+        if stage in ("done", "queued", "not run"):
+            error = claim.last_error(folder) if stage == "queued" else ""
+            return f"queued again after {error}" if error else stage
         rows = WorkFolder(folder, writes=False).rows()
-        return f"step {rows[-1]['step'] if rows else 0}"
+        step = f"step {rows[-1]['step'] if rows else 0}"
+        if stage == "failed":
+            return f"failed at {step} ({claim.last_error(folder)})"
+        return step if stage == "stopped" else f"{stage}, {step}"
 
     def keep(self, experiment: Experiment, seed: int) -> dict[str, Any]:
         """Writes the finished run in a work folder to where runs are kept, unless there is one, and returns it."""
@@ -94,6 +113,11 @@ class Store:
             file.parent.mkdir(parents=True, exist_ok=True)
             files.write(file, dumps(finished))
         return finished
+
+    def is_to_be_kept(self, experiment: Experiment, seed: int) -> bool:
+        """Whether a work folder has a finished run that is not kept yet, as one has that ran elsewhere."""
+        file = self.kept_file(experiment, seed)
+        return file is not None and not file.exists() and (self.work_folder(experiment, seed) / "result.json").exists()
 
 
 def load_config(experiment: Experiment, seed: int) -> ConfigDict:

@@ -6,6 +6,9 @@ machine that is gone), the next start takes the folder over: at once where the h
 which can be asked for, else after it has watched for a while that the beat stands still. This takes no more of a file
 system than that a file is read as it was last written, so it holds on network disks and on buckets. Should two starts
 take a free folder in the same moment, the later one has it; the other one notices at its next beat and stops.
+
+Two more files say of a folder that nobody holds what its run is: queued.json, which whoever submits a job for it writes
+and the job's start removes, and failed.json, which a run leaves that ends by an error. See `sign_of_life`.
 """
 
 import contextlib
@@ -22,9 +25,11 @@ from absl import logging
 from etils import epath
 
 from ieg_jax import files
-from ieg_jax.errors import StorageError, UserError
+from ieg_jax.errors import Interrupted, StorageError, UserError, first_line
 
 FILE = "running.json"
+QUEUED = "queued.json"
+FAILED = "failed.json"
 BEAT_SECONDS = 15.0
 WATCH_SECONDS = 45.0  # how long a beat must stand still before its run counts as dead
 OLD_SECONDS = 600.0  # a beat older than this by the clock needs no watching; no clocks differ by so much
@@ -56,18 +61,23 @@ class Claim:
                 f"other's files; wait for its end or stop it, or use another work folder"
             )
         self._write()
+        with contextlib.suppress(*files.storage_errors()):
+            for name in (QUEUED, FAILED):
+                (self._file.parent / name).unlink(missing_ok=True)
         self._beats.start()
 
     def __enter__(self) -> "Claim":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if not self._beats.ident:
             return  # nothing was taken
         self._end.set()
         self._beats.join()
-        with contextlib.suppress(*files.storage_errors()):
+        with contextlib.suppress(*files.storage_errors(), StorageError):
             if (self._read() or {}).get("run") == self._me["run"]:
+                if isinstance(error, Exception) and not isinstance(error, Interrupted):
+                    files.write_json(self._file.parent / FAILED, {"error": first_line(error), "time": time.time()})
                 self._file.unlink()
 
     def check(self) -> None:
@@ -78,13 +88,23 @@ class Claim:
                 f"stops here, and the other goes on"
             )
 
-    def _lives(self, holder: dict[str, Any]) -> bool:
-        """Whether a holder is alive; this may take `WATCH_SECONDS`."""
+    def may_be_held(self) -> bool:
+        """Whether a run holds the folder, without watching: one of another machine may have died `OLD_SECONDS` ago."""
+        holder = self._read()
+        return holder is not None and self._seems_alive(holder) is not False
+
+    def _seems_alive(self, holder: dict[str, Any]) -> bool | None:
+        """Whether a holder is alive; None where only watching it would tell."""
         if holder.get("machine") == self._me["machine"]:
             # A file of another place was copied together with the folder in which its run is at work.
             return holder["folder"] == self._me["folder"] and _is_running(holder["pid"], holder["started"])
-        if time.time() - holder.get("time", 0.0) > OLD_SECONDS:
-            return False
+        return False if time.time() - holder.get("time", 0.0) > OLD_SECONDS else None
+
+    def _lives(self, holder: dict[str, Any]) -> bool:
+        """Whether a holder is alive; this may take `WATCH_SECONDS`."""
+        alive = self._seems_alive(holder)
+        if alive is not None:
+            return alive
         logging.warning(
             "%s was running in %s a moment ago; watching for %.0f s whether it still is",
             _in_words(holder), self._file.parent, WATCH_SECONDS,
@@ -121,6 +141,24 @@ class Claim:
     def _write(self) -> None:
         """Writes the file with another beat."""
         files.write_json(self._file, self._me | {"beat": secrets.token_hex(4), "time": time.time()})
+
+
+def sign_of_life(folder: epath.Path) -> str:
+    """Says from the files of a work folder what its run is: `running`, `queued`, `failed`, or "" for none of these.
+
+    A run of another machine counts as running until its beat is `OLD_SECONDS` old.
+    """
+    if Claim(folder).may_be_held():
+        return "running"
+    return next((file.partition(".")[0] for file in (QUEUED, FAILED) if (folder / file).exists()), "")
+
+
+def last_error(folder: epath.Path) -> str:
+    """The error by which the run of a work folder ended, in one line; "" where its file does not say."""
+    try:
+        return str(files.read_json(folder / FAILED)["error"])
+    except (FileNotFoundError, KeyError, TypeError, UserError):
+        return ""
 
 
 def _this_process() -> dict[str, Any]:

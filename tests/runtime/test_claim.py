@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from ieg_jax import files
-from ieg_jax.errors import UserError
+from ieg_jax.errors import Interrupted, NonFiniteError, UserError
 from ieg_jax.runtime import claim
 from ieg_jax.runtime.claim import Claim
 
@@ -161,3 +161,41 @@ def test_the_beat_changes_and_outlives_a_removed_file(folder):
             if (folder / claim.FILE).exists():
                 break
         assert (folder / claim.FILE).exists()
+
+
+def test_signs_of_life(folder):
+    assert claim.sign_of_life(folder) == ""
+    (folder / claim.QUEUED).write_text("{}")
+    assert claim.sign_of_life(folder) == "queued"
+    with take(folder):
+        assert claim.sign_of_life(folder) == "running"
+        assert not (folder / claim.QUEUED).exists(), "it waits no more"
+    assert claim.sign_of_life(folder) == ""
+    left_behind(folder, pid=1 << 22, started=0.0)
+    assert claim.sign_of_life(folder) == "", "its process is gone"
+    left_behind(folder, machine="another", time=time.time() - 60)
+    began = time.monotonic()
+    assert claim.sign_of_life(folder) == "running", "for all that its file says"
+    assert time.monotonic() - began < claim.WATCH_SECONDS, "without watching"
+    edit(folder, time=time.time() - claim.OLD_SECONDS - 1)
+    assert claim.sign_of_life(folder) == ""
+
+
+def test_an_error_is_left_until_the_next_start(folder):
+    with pytest.raises(NonFiniteError), take(folder):
+        raise NonFiniteError("the loss is nan\nat step 7")
+    assert claim.sign_of_life(folder) == "failed"
+    assert claim.last_error(folder) == "NonFiniteError: the loss is nan"
+    assert [path.name for path in folder.iterdir()] == [claim.FAILED]
+    with pytest.raises(Interrupted), take(folder):
+        assert not (folder / claim.FAILED).exists()
+        raise Interrupted("stopped and saved")
+    assert list(folder.iterdir()) == [], "to be stopped is no failure"
+    (folder / claim.FAILED).write_text("damaged")
+    assert claim.sign_of_life(folder) == "failed" and claim.last_error(folder) == ""
+
+
+def test_who_is_refused_leaves_no_error(folder):
+    with take(folder), pytest.raises(UserError), Claim(folder) as second:
+        second.take()
+    assert list(folder.iterdir()) == []
