@@ -108,3 +108,12 @@ def odd_images(folder: pathlib.Path) -> dict[str, np.ndarray]:
         with Image.open(folder / name) as written:
             want[name] = np.rot90(np.asarray(written.convert("RGB")), turn)
     return want
+
+
+def assert_same_files(got: pathlib.Path, want: pathlib.Path) -> None:
+    """Asserts that two folders hold the same files, byte for byte."""
+    trees = [{str(f.relative_to(tree)): f for f in sorted(tree.rglob("*")) if f.is_file()} for tree in (got, want)]
+    assert list(trees[0]) == list(trees[1])
+    assert trees[1], "there are files"
+    for name, file in trees[1].items():
+        assert trees[0][name].read_bytes() == file.read_bytes(), name

@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ JPEG_QUALITY = 95
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 VERSION = 2  # of `check_image`; what other versions found is not used
 MOST_PIXELS = 100_000_000
+CANNOT_BE_READ = "cannot be read"
 READS_IN_FLIGHT = 16 * (os.cpu_count() or 1)  # from a bucket, where most of the time is latency
 CHECKED_AT_ONCE = 5000  # image files whose outcome is kept in one file of the cache
 ORIENTATION = 0x0112  # EXIF tag; 1 = upright
@@ -277,8 +278,7 @@ def check(paths: np.ndarray) -> list[Checked]:
       `[n]`, in order.
     """
     parts = [paths[start : start + CHECKED_AT_ONCE] for start in range(0, len(paths), CHECKED_AT_ONCE)]
-    remote = any(files.is_remote(path) for path in paths[:1])
-    with concurrent.futures.ThreadPoolExecutor(READS_IN_FLIGHT if remote else os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(reads_at_once(paths)) as pool:
         shown = track(parts, "checking images", transient=True, disable=len(paths) < 1000)
         return [checked for part in shown for checked in _check_part(part, pool)]
 
@@ -297,17 +297,10 @@ def _check_part(paths: np.ndarray, pool: concurrent.futures.Executor) -> list[Ch
     unread = []  # files that the system could not read; as that may be over at the next start, it is not remembered
 
     def check_file(path: str) -> Checked:
-        try:
-            if files.is_remote(path):
-                return check_image(epath.Path(path).read_bytes())
-            if not os.path.isfile(path) and os.path.exists(path):
-                return Checked(error="no regular file")  # a pipe or a device would never end
-            return check_image(pathlib.Path(path).read_bytes())
-        except (FileNotFoundError, ValueError):
-            return Checked(error="no such file")
-        except files.storage_errors() as error:
+        content, error = read(path)
+        if error.startswith(CANNOT_BE_READ):
             unread.append(path)
-            return Checked(error=f"cannot be read: {getattr(error, 'strerror', None) or error}")
+        return Checked(error=error) if error else check_image(content)
 
     results = list(pool.map(check_file, paths))
     if not unread:
@@ -315,6 +308,30 @@ def _check_part(paths: np.ndarray, pool: concurrent.futures.Executor) -> list[Ch
         cached.parent.mkdir(parents=True, exist_ok=True)
         files.write_arrays(cached, table)
     return results
+
+
+def reads_at_once(paths: Sequence[str]) -> int:
+    """How many files to read at the same time: many where they are on a bucket."""
+    return READS_IN_FLIGHT if any(map(files.is_remote, paths[:1])) else os.cpu_count() or 1
+
+
+def read(path: str) -> tuple[bytes, str]:
+    """Reads an image file, on a disk or on a bucket.
+
+    Returns:
+      The bytes, and what went wrong, "" = nothing. Where the system could not read the file, which may be over the next
+      time, this begins with CANNOT_BE_READ.
+    """
+    try:
+        if files.is_remote(path):
+            return epath.Path(path).read_bytes(), ""
+        if not os.path.isfile(path) and os.path.exists(path):
+            return b"", "no regular file"  # a pipe or a device would never end
+        return pathlib.Path(path).read_bytes(), ""
+    except (FileNotFoundError, ValueError):
+        return b"", "no such file"
+    except files.storage_errors() as error:
+        return b"", f"{CANNOT_BE_READ}: {getattr(error, 'strerror', None) or error}"
 
 
 def storable(content: bytes, resize: int = 0) -> tuple[bytes, str]:

@@ -8,9 +8,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import re
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from etils import epath
@@ -27,6 +27,8 @@ from ieg_jax.data.sources import records
 from ieg_jax.data.splits import Split, in_lines
 from ieg_jax.errors import UserError
 from ieg_jax.lazy import tf
+
+INCOMPLETE = ".incomplete"  # ends the name of a shard that is being written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,22 @@ class Shards:
         total = -(-len(self.splits[split]) // self.examples_per_shard)
         return f"{self.name}-{split}.tfrecord-{number:05d}-of-{total:05d}"
 
+    def task(self, split: str, number: int, rows: np.ndarray) -> Task:
+        """The work on one of the files."""
+        part = self.splits[split].take(rows)
+        return Task(
+            split,
+            number,
+            self.file_name(split, number),
+            self.resize,
+            paths=tuple(map(str, part.images.paths)),
+            names=tuple(map(str, part.names)),
+            labels=tuple(part.labels.tolist()),
+            clean_labels=tuple(part.clean_labels.tolist()),
+            given_labels=tuple(part.given_labels.tolist()),
+            ids=tuple(part.ids.tolist()),
+        )
+
     def fingerprint(self) -> dict:
         """What plan.json holds: by it a later run knows that it would write the same images with the same labels."""
         digest = hashlib.sha256()
@@ -75,10 +93,39 @@ class Shards:
             "sha256_of_lists": digest.hexdigest(),
         }
 
-    def state_of_files(self, split: str, rows: np.ndarray) -> str:
-        """A hash of the sizes and times of a shard's image files: by it a later run knows that none has changed."""
-        stats = [images.stat(path) for path in self.splits[split].images.paths[rows]]
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One shard that is to be written: texts and numbers, so that it can be sent to another machine as JSON.
+
+    Attributes:
+      split, number: which shard it is.
+      file_name: of the shard.
+      resize: see `Shards`.
+      paths, names: `[n]` texts, of the images.
+      labels, clean_labels, given_labels, ids: `[n]` whole numbers, see `Split`.
+    """
+
+    split: str
+    number: int
+    file_name: str
+    resize: int
+    paths: tuple[str, ...]
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    clean_labels: tuple[int, ...]
+    given_labels: tuple[int, ...]
+    ids: tuple[int, ...]
+
+    def state_of_files(self) -> str:
+        """A hash of the sizes and times of the image files: by it a later run knows that none has changed."""
+        with concurrent.futures.ThreadPoolExecutor(images.reads_at_once(self.paths)) as pool:
+            stats = list(pool.map(images.stat, self.paths))
         return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+# Settles (see `settle`) all tasks of the shards in a folder; it returns when that is done.
+Write = Callable[[Shards, epath.Path], None]
 
 
 def list_shards(config: ConfigDict, examples_per_shard: int, resize: int) -> Shards:
@@ -107,7 +154,9 @@ def list_shards(config: ConfigDict, examples_per_shard: int, resize: int) -> Sha
     return Shards(name, splits, classes, examples_per_shard, resize)
 
 
-def prepare(config: ConfigDict, out: epath.PathLike, examples_per_shard: int = 1024, resize: int = 0) -> dict:
+def prepare(
+    config: ConfigDict, out: epath.PathLike, examples_per_shard: int = 1024, resize: int = 0, write: Write | None = None
+) -> dict:
     """Writes the records that `config` names, or what is missing of them.
 
     Args:
@@ -116,6 +165,7 @@ def prepare(config: ConfigDict, out: epath.PathLike, examples_per_shard: int = 1
       out: folder, local or on a bucket.
       examples_per_shard: images in one file.
       resize: pixels; images whose shorter side is longer are made that small, 0 = none is.
+      write: settles all tasks, wherever it likes; None = `write_here`.
 
     Returns:
       `{"images": {split: written}, "num_listed": {split: n}, "left_out": {name: error}, "bytes": n}`.
@@ -127,24 +177,28 @@ def prepare(config: ConfigDict, out: epath.PathLike, examples_per_shard: int = 1
     check.validate(config)
     shards, out = list_shards(config, examples_per_shard, resize), epath.Path(out).expanduser()
     _claim(out, shards)
-    finished = (out / "dataset_info.json").exists()
-    left_out: dict[str, str] = {}
-    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*bar, console=Console(stderr=True)) as progress:
-        task = progress.add_task("writing records", total=sum(len(split) for split in shards.splits.values()))
+    if (out / "dataset_info.json").exists():
         for split, number, rows in shards.files():
-            state = shards.state_of_files(split, rows)
-            note = _read_note(out, split, number)
-            if finished and note.get("state_of_files") != state:
+            state = shards.task(split, number, rows).state_of_files()
+            if _read_note(out, split, number).get("state_of_files") != state:
                 raise UserError(f"{out} is finished, and image files have changed since; name another folder")
-            if note.get("state_of_files") != state:
-                note = _write_shard(shards, out, split, number, rows, state)
-            left_out |= note["left_out"]
-            progress.advance(task, len(rows))
-    if finished:
         return json.loads((out / "prepared.json").read_text())
+    (write or write_here)(shards, out)
+    left_out: dict[str, str] = {}
+    for split, number, _ in shards.files():
+        left_out |= _read_note(out, split, number)["left_out"]
     _check_left_out(config, shards, out, left_out)
     return _finish(shards, out, left_out)
+
+
+def write_here(shards: Shards, out: epath.Path) -> None:
+    """Settles all tasks in this process, one after the other."""
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*bar, console=Console(stderr=True)) as progress:
+        shown = progress.add_task("writing records", total=sum(map(len, shards.splits.values())))
+        for split, number, rows in shards.files():
+            settle(shards.task(split, number, rows), out)
+            progress.advance(shown, len(rows))
 
 
 def _claim(out: epath.Path, shards: Shards) -> None:
@@ -171,69 +225,92 @@ def _read_note(out: epath.Path, split: str, number: int) -> dict:
     return json.loads(note.read_text()) if note.exists() else {}
 
 
-def _write_shard(shards: Shards, out: epath.Path, split_name: str, number: int, rows: np.ndarray, state: str) -> dict:
-    """Writes a shard and what belongs to it, and returns the note about it. The note comes last: it says "finished"."""
-    split = shards.splits[split_name]
-    final = out / shards.file_name(split_name, number)
-    temporary = out / "parts" / f"{final.name}.incomplete"
+def settle(task: Task, out: epath.Path) -> None:
+    """Writes a shard, unless it is there, with all images that the system can read, and none has changed since.
+
+    It may be called for the same shard by several processes at once, and again after one was killed: each writes a file
+    of its own, which gets the name of the shard when it is complete and verified.
+
+    Args:
+      task: the shard.
+      out: folder that `prepare` has begun.
+
+    Raises:
+      UserError: where a shard reads back differently from what was written.
+    """
+    state, note = task.state_of_files(), _read_note(out, task.split, task.number)
+    unread = any(error.startswith(images.CANNOT_BE_READ) for error in note.get("left_out", {}).values())
+    if note.get("state_of_files") != state or unread:
+        _write_shard(task, out, state)
+
+
+def _write_shard(task: Task, out: epath.Path, state: str) -> None:
+    """Writes a shard and what belongs to it. The note about it comes last: it says "finished"."""
+    temporary = out / "parts" / f"{task.file_name}.{uuid.uuid4().hex}{INCOMPLETE}"
     hashes, left_out = [], {}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, tf.io.TFRecordWriter(str(temporary)) as writer:
-        for row, (content, error) in zip(rows, _in_order(pool, split.images.paths[rows], shards.resize), strict=True):
+    with tf.io.TFRecordWriter(str(temporary)) as writer:
+        for row, (content, error) in enumerate(_in_order(task)):
             if error:
-                left_out[split.names[row]] = error
+                left_out[task.names[row]] = error
                 continue
             hashes.append(hashlib.sha256(content).hexdigest())
-            writer.write(_example(split, row, content))
-    # Read back what was written: TensorFlow's reader checks the sums, and the hashes are of the bytes handed over.
-    parsed = tf.data.TFRecordDataset(str(temporary)).map(
+            writer.write(_example(task, row, content))
+    _verify(temporary, hashes)
+    index = records.index_shard(str(temporary), task.number)
+    files.write_arrays(_part(out, task.split, task.number, ".npz"), index)
+    temporary.replace(out / task.file_name)
+    note = {"left_out": left_out, "state_of_files": state}
+    files.write_json(_part(out, task.split, task.number, ".json"), note)
+
+
+def _verify(shard: epath.Path, hashes: list[str]) -> None:
+    """Reads back what was written: TensorFlow's reader checks the sums, and the hashes are of the bytes handed over.
+
+    Raises:
+      UserError: where something else is read.
+    """
+    parsed = tf.data.TFRecordDataset(str(shard)).map(
         lambda record: tf.io.parse_single_example(record, {"image": tf.io.FixedLenFeature([], tf.string)})["image"]
     )
     found = [hashlib.sha256(content).hexdigest() for content in parsed.as_numpy_iterator()]
     if found != hashes:
-        raise UserError(f"{temporary}: reads back differently from what was written; is the disk in order?")
-    files.write_arrays(_part(out, split_name, number, ".npz"), records.index_shard(str(temporary), number))
-    temporary.replace(final)
-    note = {"left_out": left_out, "state_of_files": state}
-    files.write_json(_part(out, split_name, number, ".json"), note)
-    return note
+        raise UserError(f"{shard}: reads back differently from what was written; is the disk in order?")
 
 
-def _in_order(pool: concurrent.futures.Executor, paths: np.ndarray, resize: int) -> Iterator[tuple[bytes, str]]:
+def _in_order(task: Task) -> Iterator[tuple[bytes, str]]:
     """Yields (bytes to store, error) for each file, in order; only a few at a time are in memory."""
-    waiting = collections.deque()
-    for path in paths:
-        waiting.append(pool.submit(_read, path, resize))
-        if len(waiting) > 4 * (os.cpu_count() or 1):
+    at_once, waiting = images.reads_at_once(task.paths), collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        for path in task.paths:
+            waiting.append(pool.submit(_read, path, task.resize))
+            if len(waiting) > max(at_once, 4 * (os.cpu_count() or 1)):
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _read(path: str, resize: int) -> tuple[bytes, str]:
-    try:
-        return images.storable(pathlib.Path(path).read_bytes(), resize)
-    except (FileNotFoundError, ValueError):
-        return b"", "no such file"
-    except OSError as error:
-        return b"", f"cannot be read: {error.strerror}"
+    content, error = images.read(path)
+    return (content, error) if error else images.storable(content, resize)
 
 
-def _example(split: Split, row: int, content: bytes) -> bytes:
+def _example(task: Task, row: int, content: bytes) -> bytes:
     def integer(value):
-        return tf.train.Feature(int64_list=tf.train.Int64List(value=[int(value)]))
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
 
     def text(value):
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
 
     features = {
         "image": text(content),
-        "label": integer(split.labels[row]),
-        "clean_label": integer(split.clean_labels[row]),
-        "given_label": integer(split.given_labels[row]),
-        "id": integer(split.ids[row]),
-        "name": text(str(split.names[row]).encode()),
+        "label": integer(task.labels[row]),
+        "clean_label": integer(task.clean_labels[row]),
+        "given_label": integer(task.given_labels[row]),
+        "id": integer(task.ids[row]),
+        "name": text(task.names[row].encode()),
     }
-    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+    example = tf.train.Example(features=tf.train.Features(feature=features))
+    return example.SerializeToString(deterministic=True)  # else the order of the features is another in each process
 
 
 def _check_left_out(config: ConfigDict, shards: Shards, out: epath.Path, left_out: dict[str, str]) -> None:
@@ -253,9 +330,14 @@ def _check_left_out(config: ConfigDict, shards: Shards, out: epath.Path, left_ou
 
 
 def _finish(shards: Shards, out: epath.Path, left_out: dict[str, str]) -> dict:
-    """Writes the indexes and TFDS's description, which makes the folder complete."""
+    """Writes the indexes and TFDS's description, which makes the folder complete.
+
+    Files that were being written by processes that were killed are removed.
+    """
     import tensorflow_datasets as tfds  # takes seconds, so only where it is used
 
+    for file in (out / "parts").glob(f"*{INCOMPLETE}"):
+        file.unlink(missing_ok=True)
     infos, result = [], {"images": {}, "num_listed": {}, "left_out": left_out, "bytes": 0}
     for name in shards.splits:
         numbers = [number for split, number, _ in shards.files() if split == name]

@@ -84,12 +84,12 @@ def test_an_interrupted_run_goes_on(photos, tmp_path, monkeypatch):
     calls = []
     write = shards._write_shard
 
-    def write_or_die(plan, folder, split, number, rows, state):
-        calls.append((split, number))
+    def write_or_die(task, folder, state):
+        calls.append((task.split, task.number))
         if len(calls) == 3:
             (folder / "parts" / "half.incomplete").write_text("half a shard")
             raise KeyboardInterrupt
-        return write(plan, folder, split, number, rows, state)
+        write(task, folder, state)
 
     monkeypatch.setattr(shards, "_write_shard", write_or_die)
     with pytest.raises(KeyboardInterrupt):
@@ -98,11 +98,40 @@ def test_an_interrupted_run_goes_on(photos, tmp_path, monkeypatch):
         sources.load(records_config(out).data)
     shards.prepare(config, out, examples_per_shard=7)
     assert calls[3:] == [("train", 2), ("train", 3), ("train", 4), ("test", 0), ("trusted", 0)]
-    for file in whole.glob("*.tfrecord*"):
-        assert (out / file.name).read_bytes() == file.read_bytes()
+    image_trees.assert_same_files(out, whole)
     calls.clear()
     shards.prepare(config, out, examples_per_shard=7)
     assert calls == [], "a finished folder is reported"
+
+
+def test_no_order_of_a_process_is_in_the_files(photos, tmp_path):
+    """Protobuf's maps have another order in each process, unless one asks for theirs by name."""
+    shards.prepare(photos[0], tmp_path / "records", examples_per_shard=7)
+    names = ["clean_label", "given_label", "id", "image", "label", "name"]
+    for file in (tmp_path / "records").glob("*.tfrecord*"):
+        for _, record in records.read_records(str(file)):
+            places = [record.index(b"\n" + bytes([len(name)]) + name.encode() + b"\x12") for name in names]
+            assert places == sorted(places)
+    index = np.load(tmp_path / "records" / "index-train.npz").files
+    assert index == ["shard", "offset", "clean_label", "given_label", "id", "label", "name", "stamp"]
+
+
+def test_an_image_that_the_system_could_not_read_is_tried_again(photos, tmp_path, monkeypatch):
+    config, _ = photos
+    whole, out = tmp_path / "whole", tmp_path / "records"
+    shards.prepare(config, whole, examples_per_shard=7)
+    read = shards.images.read
+
+    def read_or_fail(path):
+        return (b"", "cannot be read: Input/output error") if path.endswith("dog/plain.png") else read(path)
+
+    monkeypatch.setattr(shards.images, "read", read_or_fail)
+    with pytest.raises(UserError, match="dog/plain.png: cannot be read: Input/output error"):
+        shards.prepare(config, out, examples_per_shard=7)
+    monkeypatch.setattr(shards.images, "read", read)
+    (out / "left_out.json").unlink()
+    shards.prepare(config, out, examples_per_shard=7)
+    image_trees.assert_same_files(out, whole)
 
 
 def test_other_data_in_the_folder(photos, tmp_path):

@@ -10,6 +10,7 @@ import sys
 import time
 
 import bucket as buckets
+import image_trees
 import numpy as np
 import pytest
 import runs
@@ -132,6 +133,21 @@ def test_audit_and_predictions_there(bucket, environment, killed_and_resumed):
         "gs://bucket/images/a.png",
         "gs://bucket/images/b.png",
     ]
+
+
+def test_records_of_images_there_are_those_of_images_here(bucket, environment, tmp_path):
+    for number in range(6):
+        name = f"photos/{'ab'[number % 2]}/{number}.png"
+        image_trees.save(tmp_path / name, image_trees.picture(number))
+        bucket.put(f"bucket/{name}", (tmp_path / name).read_bytes())
+    flags = ["--config=configs/default.py", "--config.data.name=image_folder", "--examples_per_shard=4"]
+    for place in (str(tmp_path), "gs://bucket"):
+        images = f"--config.data.train={place}/photos"
+        call(environment, "ieg_jax.data.prepare", *flags, images, f"--out={place}/records")
+    here = {file.name: file.read_bytes() for file in (tmp_path / "records").iterdir() if file.is_file()}
+    assert len([name for name in here if ".tfrecord" in name]) == 2
+    for name, content in here.items():
+        assert bucket.objects[f"bucket/records/{name}"] == content, name
 
 
 REFUSED = {

@@ -282,7 +282,7 @@ def _features(record: bytes, file: str) -> dict:
     except Exception:  # protobuf's error, whose type depends on its implementation
         raise UserError(f"{file}: holds something else than tf.train.Example records") from None
     row = {}
-    for name, feature in example.features.feature.items():
+    for name, feature in sorted(example.features.feature.items()):  # they have no order
         if name == "image":
             continue
         if len(feature.int64_list.value) == 1:
