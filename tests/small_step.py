@@ -32,10 +32,12 @@ def make(method_name, groups=1, dtype=jnp.float32, network=None, **overrides):
         CLASSES,
         networks=described.networks,
         num_examples=50,
+        image_shape=(8, 8, 1),
+        schedule=optax.constant_schedule(0.1),
     )
     method = described.bind(context)
     state = jax.jit(lambda: create_state(context, method, jax.random.key(0), (8, 8, 1), 50))()
-    step = functools.partial(train_step, context=context, method=method, schedule=optax.constant_schedule(0.1))
+    step = functools.partial(train_step, context=context, method=method, schedule=context.schedule)
     return context, method, state, step
 
 
@@ -51,6 +53,8 @@ def make_batch(dtype=np.float32, seed=0):
         "row": (3 * np.arange(BATCH) % 50).astype(np.int32),
         "probe_image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(dtype),
         "probe_label": np.arange(BATCH, dtype=np.int32) % CLASSES,
+        "every_image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(dtype),
+        "every_views": rng.uniform(-1, 1, (BATCH, 1, 8, 8, 1)).astype(dtype),
     }
 
 

@@ -25,10 +25,11 @@ split over the devices, and they are part of the checkpoint. `num_rows` is the n
 so that it can be divided among devices; no `row` points behind the last example.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -94,12 +95,9 @@ class Aux(NamedTuple):
     batch_stats: Any  # new moving averages
 
 
-def inputs_of_head(network: nn.Module, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
-    """What goes into the layer `head` of a network in evaluation mode: `[n, H, W, C]` -> `[n, D]`.
-
-    Raises:
-      ValueError: for a network without a layer of this name.
-    """
+@contextlib.contextmanager
+def _seen_by_head(network: nn.Module) -> Iterator[list[jax.Array]]:
+    """A list of what goes into the layer `head` while the network is applied; raises ValueError where nothing does."""
     found = []
 
     def keep(call, arguments, keywords, layer):
@@ -108,9 +106,19 @@ def inputs_of_head(network: nn.Module, variables: Mapping[str, Any], images: jax
         return call(*arguments, **keywords)
 
     with nn.intercept_methods(keep):
-        network.apply(variables, images, train=False)
+        yield found
     if not found:
         raise ValueError(f"{type(network).__name__} has no layer named head, whose inputs are its features")
+
+
+def inputs_of_head(network: nn.Module, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
+    """What goes into the layer `head` of a network in evaluation mode: `[n, H, W, C]` -> `[n, D]`.
+
+    Raises:
+      ValueError: for a network without a layer of this name.
+    """
+    with _seen_by_head(network) as found:
+        network.apply(variables, images, train=False)
     return found[0]
 
 
@@ -125,6 +133,8 @@ class Context:
       num_classes: K.
       networks: R, copies of the network.
       num_examples: N, of the noisy training set.
+      image_shape: (H, W, C) of a training image.
+      schedule: updates made so far -> learning rate of the next one.
       gather: brings arrays `[B, ...]` to every device; by default it does nothing.
     """
 
@@ -134,6 +144,8 @@ class Context:
     num_classes: int
     networks: int = 1
     num_examples: int = 0
+    image_shape: tuple[int, ...] = ()
+    schedule: optax.Schedule | None = None
     gather: Callable[[Any], Any] = lambda arrays: arrays
 
     @property
@@ -154,15 +166,33 @@ class Context:
         adds up the gradients. A part is a whole number of batch groups, and everything that mixes examples does so
         inside a group. So the logits, and with them every loss, ω, λ and the meta-gradient, are those of m = 1.
         """
-        if self.networks == 1:
-            return self._forward(params, batch_stats, images)
-        return jax.vmap(self._forward, in_axes=(0, 0, 0 if images_of_each else None))(params, batch_stats, images)
+        (logits, _), batch_stats = self._forward(params, batch_stats, images, images_of_each, False)
+        return logits, batch_stats
 
-    def _forward(self, params: Any, batch_stats: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+    def forward_with_features(
+        self, params: Any, batch_stats: Any, images: jax.Array, images_of_each: bool = False
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """As `forward`: logits, what goes into the layer `head`, `[n, D]` or `[R, n, D]`, and new moving averages.
+
+        Raises:
+          ValueError: for a network without a layer of this name.
+        """
+        (logits, features), batch_stats = self._forward(params, batch_stats, images, images_of_each, True)
+        return logits, features, batch_stats
+
+    def _forward(self, params: Any, batch_stats: Any, images: jax.Array, images_of_each: bool, features: bool):
+        """Logits and features, of which the latter are None unless they are asked for; and new moving averages."""
+        one = functools.partial(self._forward_of_one, features)
+        if self.networks == 1:
+            return one(params, batch_stats, images)
+        return jax.vmap(one, in_axes=(0, 0, 0 if images_of_each else None))(params, batch_stats, images)
+
+    def _forward_of_one(self, features: bool, params: Any, batch_stats: Any, images: jax.Array):
         def apply(part):
             variables = {"params": params, "batch_stats": batch_stats}
-            logits, updated = self.network.apply(variables, part, train=True, mutable=["batch_stats"])
-            return logits, updated["batch_stats"]
+            with _seen_by_head(self.network) if features else contextlib.nullcontext([None]) as seen:
+                logits, updated = self.network.apply(variables, part, train=True, mutable=["batch_stats"])
+            return (logits, seen[0]), updated["batch_stats"]
 
         count = self.config.microbatches
         if count == 1:
@@ -171,10 +201,29 @@ class Context:
         groups = self.config.batch_groups // count
         parts = images.reshape(groups, count, -1, *images.shape[1:]).swapaxes(0, 1)
         parts = parts.reshape(count, -1, *images.shape[1:])
-        logits, stats = jax.lax.map(jax.checkpoint(apply, prevent_cse=False), parts)
-        logits = logits.reshape(count, groups, -1, logits.shape[-1]).swapaxes(0, 1)
+        outputs, stats = jax.lax.map(jax.checkpoint(apply, prevent_cse=False), parts)
+
+        def joined(output):
+            grouped = output.reshape(count, groups, -1, output.shape[-1]).swapaxes(0, 1)
+            return grouped.reshape(images.shape[0], -1)
+
         # The moving averages take the mean over the groups; that of the parts' means is the same.
-        return logits.reshape(images.shape[0], -1), jax.tree.map(lambda stat: stat.mean(0), stats)
+        return jax.tree.map(joined, outputs), jax.tree.map(lambda stat: stat.mean(0), stats)
+
+    @property
+    def num_features(self) -> int:
+        """D, the numbers that go into the layer `head`; raises ValueError for a network without one."""
+
+        def features(rng, images):
+            return inputs_of_head(self.network, self.network.init(rng, images, train=True), images)
+
+        images = jax.ShapeDtypeStruct((self.network.batch_groups, *self.image_shape), jnp.float32)
+        return jax.eval_shape(features, jax.eval_shape(lambda: jax.random.key(0)), images).shape[-1]
+
+    @property
+    def float_type(self) -> Any:
+        """The type of labels and losses: that of the parameters, or float32 where it is better."""
+        return jnp.promote_types(jnp.float32, self.network.param_dtype)
 
     def probabilities(self, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
         """Evaluation mode, softmax(Φ(x)) of each network: images `[n, H, W, C]` -> `[R, n, K]`."""
@@ -198,7 +247,7 @@ class Context:
 
     def one_hot(self, labels: jax.Array) -> jax.Array:
         """Labels `[B]` -> `[B, K]` of floats."""
-        return jax.nn.one_hot(labels, self.num_classes, dtype=jnp.promote_types(jnp.float32, self.network.param_dtype))
+        return jax.nn.one_hot(labels, self.num_classes, dtype=self.float_type)
 
     def weight_decay(self, params: Any) -> jax.Array:
         """The weight decay term of a loss, a scalar; 0 where the optimiser decays the weights (`adamw`)."""

@@ -35,7 +35,7 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
     """The targets t of the batch after this step's predictions, `[B, K]`."""
     del rng
     logits, _ = ctx.forward(state.params, state.batch_stats, batch["image"])
-    p, beta = _probabilities(logits), ctx.config.method.target_momentum
+    p, beta = probabilities(logits), ctx.config.method.target_momentum
     old = state.method["target"]
     target = beta * old[batch["row"]] + (1 - beta) * p / jnp.sum(p, -1, keepdims=True)
     return Supervision(prepared=target, memory={"target": ctx.write_rows(old, batch["row"], target)})
@@ -45,7 +45,7 @@ def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> t
     """Mean CE + λ mean log(1 − ⟨p, t⟩) + weight decay."""
     del rng
     logits, batch_stats = ctx.forward(params, state.batch_stats, batch["image"])
-    agreement = jnp.sum(_probabilities(logits) * supervision.prepared, -1)
+    agreement = jnp.sum(probabilities(logits) * supervision.prepared, -1)
     terms = {
         "cross_entropy": jnp.mean(losses.cross_entropy(logits, ctx.one_hot(batch["label"]))),
         "early_learning": ctx.config.method.early_learning_weight * jnp.mean(jnp.log(1 - agreement)),
@@ -54,5 +54,6 @@ def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> t
     return total(terms), Aux(terms, logits, batch_stats)
 
 
-def _probabilities(logits: jax.Array) -> jax.Array:
+def probabilities(logits: jax.Array) -> jax.Array:
+    """Softmax, cut to [10⁻⁴, 1 − 10⁻⁴] so that the logarithm of the loss has a bound."""
     return jnp.clip(jax.nn.softmax(logits), SMALLEST, 1 - SMALLEST)

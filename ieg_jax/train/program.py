@@ -147,6 +147,11 @@ def _build(
     described: base.Method,
     network: nn.Module,
 ) -> Program:
+    def in_steps(epochs: float) -> int:
+        return round(epochs * data.num_examples / config.batch_size)
+
+    warmup = in_steps(config.schedule.warmup_epochs)
+    schedule = schedules.create(config.schedule, durations.first_cycle, durations.num_steps, warmup)
     context = base.Context(
         config=config,
         network=network,
@@ -154,15 +159,11 @@ def _build(
         num_classes=data.num_classes,
         networks=described.networks,
         num_examples=data.num_examples,
+        image_shape=data.image,
+        schedule=schedule,
         gather=lambda arrays: jax.lax.with_sharding_constraint(arrays, shardings.replicated),
     )
     method = described.bind(context)
-
-    def in_steps(epochs: float) -> int:
-        return round(epochs * data.num_examples / config.batch_size)
-
-    warmup = in_steps(config.schedule.warmup_epochs)
-    schedule = schedules.create(config.schedule, durations.first_cycle, durations.num_steps, warmup)
     averaged = math.ceil(config.audit.epochs * data.num_examples / config.batch_size)
     step_function = functools.partial(
         train_step,

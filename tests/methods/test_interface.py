@@ -133,8 +133,8 @@ def test_only_the_loss_is_required():
 def test_who_needs_trusted_images():
     without = {name for name in methods.REGISTRY if not methods.get(name).needs_trusted}
     assert without == {
-        "supervised", "gce", "elr", "co_teaching", "dividemix", "forward_correction", "m_correction", "mentornet",
-        "sop", "ssr",
+        "supervised", "gce", "elr", "elr_plus", "co_teaching", "dividemix", "forward_correction", "m_correction",
+        "mentornet", "promix", "sop", "ssr", "ssr_plus",
     }  # fmt: skip
 
 
@@ -186,12 +186,15 @@ def test_each_method_reads_the_keys_that_it_has(name):
 @pytest.mark.parametrize(
     "method, key, value, readers",
     [
-        ("supervised", "method.temperature", 0.7, "dividemix, eg, ieg, mixmatch"),
+        ("supervised", "method.temperature", 0.7, "dividemix, eg, ieg, mixmatch, promix"),
         ("supervised", "meta.learning_rate", 0.2, "ieg, l2b, l2r, meta_weight_net"),
         ("l2r", "meta.momentum", False, None),
         ("l2r", "meta.pseudo_label_gradient", True, None),
         ("gce", "method.forget_rate", 0.5, "co_teaching"),
         ("ieg", "method.q", 0.5, "gce"),
+        ("elr", "method.mixing_alpha", 0.5, "elr_plus"),
+        ("ssr", "method.feature_weight", 0.5, "ssr_plus"),
+        ("ssr_plus", "method.select_share", 0.4, "promix"),
     ],
 )
 def test_a_key_that_is_set_and_not_read(method, key, value, readers):
@@ -260,6 +263,30 @@ def test_everything_at_once_and_again_after_a_stop(toy_config, tmp_path, monkeyp
     main, second = (state[f"[0]['rows']['{name}']"] for name in ("main", "second"))
     assert (main.sum(), second.sum(), len(main)) == (100, 1 + 14 * 64 // 200, 200)
     assert state["[0]['params']['head']['kernel']"].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["promix", pytest.param("elr_plus", marks=pytest.mark.slow), pytest.param("ssr_plus", marks=pytest.mark.slow)],
+)
+def test_memory_goes_on_after_a_stop(tiny_config, tmp_path, monkeypatch, name):
+    """Stopped within an epoch and at the end of one: what was selected, targets, and heads with their momentum."""
+    from ieg_jax.errors import Interrupted
+    from ieg_jax.runtime import processes
+
+    tiny_config.method.name, tiny_config.data.train_size, tiny_config.num_train_steps = name, 64, 10
+    tiny_config.checkpoint_every_steps, tiny_config.eval_every_steps = 10, 5
+    methods.tune(tiny_config, pretrain_epochs=1.0, guess_after_epochs=1.0, confidence_threshold=0.3, neighbours=5)
+    train_and_evaluate(tiny_config, str(tmp_path / "whole"))
+    for stop in (4, 7):
+        monkeypatch.setattr(processes.StopRequest, "requested", lambda self, step, stop=stop: step == stop)
+        with pytest.raises(Interrupted):
+            train_and_evaluate(tiny_config, str(tmp_path / "parts"))
+    monkeypatch.setattr(processes.StopRequest, "requested", lambda self, step: False)
+    train_and_evaluate(tiny_config, str(tmp_path / "parts"))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 10)
+    memory = {path: array for path, array in variables(tmp_path / "whole", 10).items() if "'method'" in path}
+    assert memory and all(np.isfinite(array).all() for array in memory.values())
 
 
 def test_the_prediction_of_a_method_is_used_everywhere(toy_config, tmp_path):

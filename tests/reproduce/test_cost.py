@@ -8,6 +8,7 @@ from small_step import make, make_batch
 
 from configs import cifar10, cifar10n, default
 from ieg_jax import methods
+from ieg_jax.methods import ssr_plus
 from ieg_jax.reproduce import cost
 
 
@@ -37,6 +38,9 @@ def counted(name, **keys):
         ("sop", {}, 3),
         ("m_correction", {}, 4),
         ("ssr", {}, 3),
+        ("ssr_plus", {}, 7),
+        ("elr_plus", {}, 8),
+        ("promix", {}, 18),
         ("dividemix", {}, 16),
         ("forward_correction", {}, 3),
         ("ieg", {"method.consistency_weight": 0.0}, 20),
@@ -44,7 +48,10 @@ def counted(name, **keys):
         ("ieg", {"method.relabel": False, "method.mixup": False, "method.consistency_weight": 0.0}, 11),
     ],
 )
-def test_passes_of_a_step(name, keys, passes):
+def test_passes_of_a_step(monkeypatch, name, keys, passes):
+    # Beside this network f and h are not small.
+    monkeypatch.setattr(ssr_plus, "UNITS", 8)
+    monkeypatch.setattr(ssr_plus, "OUTPUTS", 4)
     config = default.get_config()
     config.update_from_flattened_dict(keys)
     config.method.name = name

@@ -66,17 +66,22 @@ def plain():
             pytest.param(name, {"mesh.data": 8}, marks=pytest.mark.slow)
             for name in (
                 "dividemix",
+                "elr_plus",
                 "forward_correction",
                 "gold_loss_correction",
                 "l2b",
                 "m_correction",
                 "mentornet",
                 "meta_weight_net",
+                "promix",
                 "sop",
                 "ssr",
+                "ssr_plus",
             )
         ),
         ("co_teaching", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}),
+        pytest.param("ssr_plus", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}, marks=pytest.mark.slow),
+        pytest.param("promix", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}, marks=pytest.mark.slow),
         pytest.param("ieg", {"model.remat": True}, marks=pytest.mark.slow),
         ("ieg", {"mesh.data": 2, "mesh.fsdp": 4}),
         pytest.param(
