@@ -8,7 +8,7 @@ from ieg_jax.reproduce.experiments import Experiment
 EXPERIMENT = Experiment("one", "configs/digits.py:method=ieg,noise_rate=0.4", {"method.relabel": False})
 
 
-def write_run(store, experiment=EXPERIMENT, seed=0, accuracy=0.9, finished=True):
+def write_run(store, experiment=EXPERIMENT, seed=0, accuracy=0.9, finished=True, given=(0, 1, 2)):
     """Writes the work folder of a run, and returns it."""
     folder = store.work_folder(experiment, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -25,6 +25,8 @@ def write_run(store, experiment=EXPERIMENT, seed=0, accuracy=0.9, finished=True)
         "test_accuracy": accuracy, "test_accuracy_best": accuracy + 0.02, "test_accuracy_best_on_trusted": 0.5,
         "best_chosen_on": "test", "wall_seconds": 12.0, "device_kind": "cpu", "versions": {"jax": "1.2.3"},
     }  # fmt: skip
+    (folder / "noisy_labels.json").write_text(json.dumps(given))
+    (folder / "trusted.json").write_text(json.dumps({"source": "train", "ids": [2]}))
     if finished:
         (folder / "result.json").write_text(json.dumps(result))
     return folder

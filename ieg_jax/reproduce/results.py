@@ -2,16 +2,20 @@
 
 A finished run is one experiment that was trained with one seed. It is a dict with its `seed`, the `date` on which it
 was finished, its `settings` (see `settings`), its `result` (the contents of result.json) and its `curves` (the name of
-a metric -> a list of [step, value]). It is read from its work folder, `<workdir>/<experiment>/<seed>`, or from the file
+a metric -> a list of [step, value]); where it is kept, `labels` names what it has learnt from (see `_keep_labels`). It
+is read from its work folder, `<workdir>/<experiment>/<seed>`, or from the file
 `<results>/<experiment>/<seed>.json`, where it was kept; either may be on a bucket.
 """
 
 import dataclasses
 import datetime
+import hashlib
+import io
 import json
 import statistics
 from typing import Any
 
+import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
@@ -28,6 +32,7 @@ LOCATIONS = ("data.dir", "data.train", "data.test", "data.trusted", "noise.file"
 # Metrics whose names begin like this are kept, each with at most so many points.
 CURVES = ("test/accuracy", "validation/accuracy", "trusted/accuracy", "train/accuracy", "trust/", "weight/")
 MAX_POINTS = 60
+LABELS = "labels"  # folder beside the runs that are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,7 @@ class Store:
         finished = from_work_folder(self.work_folder(experiment, seed), seed)
         file = self.kept_file(experiment, seed)
         if file is not None and not file.exists():
+            finished["labels"] = _keep_labels(self.work_folder(experiment, seed), self.results / LABELS)
             file.parent.mkdir(parents=True, exist_ok=True)
             files.write(file, dumps(finished))
         return finished
@@ -118,6 +124,26 @@ class Store:
         """Whether a work folder has a finished run that is not kept yet, as one has that ran elsewhere."""
         file = self.kept_file(experiment, seed)
         return file is not None and not file.exists() and (self.work_folder(experiment, seed) / "result.json").exists()
+
+
+def _keep_labels(folder: epath.Path, place: epath.Path) -> str:
+    """Keeps what makes another training see the same labels and the same trusted examples; returns how it is named.
+
+    It is named by its contents, so runs with one name have learnt from the same: `NAME/noisy_labels.npy` for
+    `noise.file`, `NAME/trusted.json` for `trusted.ids`. Labels that people gave are left to their publishers.
+    """
+    trusted = (folder / "trusted.json").read_text()
+    given, buffer = folder / "noisy_labels.json", io.BytesIO()
+    if given.exists():
+        labels = np.array(files.read_json(given))
+        np.save(buffer, labels.astype(np.min_scalar_type(labels.max())))
+    name = hashlib.sha256(buffer.getvalue() + trusted.encode()).hexdigest()[:16]
+    if not (place / name / "trusted.json").exists():
+        (place / name).mkdir(parents=True, exist_ok=True)
+        if given.exists() and files.read_json(folder / "config.json")["noise"]["kind"] != "human":
+            files.write(place / name / "noisy_labels.npy", buffer.getvalue())
+        files.write(place / name / "trusted.json", trusted)
+    return name
 
 
 def load_config(experiment: Experiment, seed: int) -> ConfigDict:

@@ -2,6 +2,7 @@ import itertools
 import json
 import statistics
 
+import numpy as np
 import pytest
 from etils import epath
 from finished_runs import EXPERIMENT, write_run
@@ -44,6 +45,26 @@ def test_what_is_kept_is_not_replaced(store):
     write_run(store, accuracy=0.1)
     store.keep(EXPERIMENT, 0)
     assert store.kept_file(EXPERIMENT, 0).read_text() == before
+
+
+def test_what_a_run_has_learnt_from_is_kept_once(store):
+    """Two methods with the same labels share a file, which a training reads; another label, another name."""
+    other = Experiment("other", "configs/digits.py:method=supervised,noise_rate=0.4")
+    for experiment, seed, given in ((EXPERIMENT, 0, (9, 1, 2)), (other, 0, (9, 1, 2)), (EXPERIMENT, 1, (9, 1, 0))):
+        write_run(store, experiment, seed, given=given)
+    names = [store.keep(*run)["labels"] for run in ((EXPERIMENT, 0), (other, 0), (EXPERIMENT, 1))]
+    assert names[0] == names[1] != names[2]
+    kept = store.results / "labels"
+    assert sorted(path.name for path in kept.iterdir()) == sorted(set(names))
+    labels = np.load(kept / names[0] / "noisy_labels.npy")
+    assert labels.tolist() == [9, 1, 2] and labels.dtype == np.uint8
+    assert json.loads((kept / names[0] / "trusted.json").read_text())["ids"] == [2]
+    config = results.load_config(EXPERIMENT, 0).to_dict()
+    config["noise"]["kind"] = "human"
+    folder = write_run(store, other, 1, given=(5, 5, 5))
+    (folder / "config.json").write_text(json.dumps(config))
+    published = kept / store.keep(other, 1)["labels"]
+    assert [path.name for path in published.iterdir()] == ["trusted.json"], "labels of people are their publishers'"
 
 
 def test_settings_are_what_differs_from_the_default(store):
