@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from configs import own_data
 from ieg_jax import cli, inference
 from ieg_jax import config as config_lib
-from ieg_jax.audit import cleaned, measures
+from ieg_jax.audit import cleaned, measures, predicted
 from ieg_jax.audit import page as audit_page
 from ieg_jax.audit import quality as label_quality
 from ieg_jax.audit import run as audit_run
@@ -115,7 +115,7 @@ def case(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.chdir(ROOT)
-        patch.setattr(audit_run, "AT_ONCE", 128)
+        patch.setattr(predicted, "AT_ONCE", 128)
         train_and_evaluate(configuration(folder), str(folder / "run"))
         yield Case(folder, str(folder / "run"), given, true)
 
