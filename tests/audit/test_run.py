@@ -472,6 +472,8 @@ def test_the_commands(case, finished, tmp_path):
         and "audit.html" in text
         and "30 trusted examples that were held out" in text
     )
+    code, text = command("audit", *arguments, "--part=1/2")
+    assert code == 0 and "finished audit: there is nothing left to predict" in text
     code, text = command("clean", f"--audit={out}", f"--out={tmp_path / 'c.csv'}", "--threshold=0.2")
     assert code == 0 and "labels kept" in text and (tmp_path / "c.csv").exists()
     code, text = command("clean", f"--audit={out}", f"--out={tmp_path / 'c.csv'}")
