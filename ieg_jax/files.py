@@ -1,8 +1,8 @@
 """Writes files so that they appear whole or not at all, on a disk or on a bucket.
 
 Whoever reads a file while it is written, or after the writer was killed, finds the old content or the new content and
-never a part of it. On a disk the content is first written to `<name>.<process>.partial` beside the file, and this is
-then renamed. A bucket shows an object only when it is complete.
+never a part of it. On a disk the content is first written to `<name>.<process>-<random>.partial` beside the file, and
+this is then renamed. A bucket shows an object only when it is complete.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pathlib
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 Path = epath.Path | pathlib.Path
+
+IN_MEMORY = 2**30  # bytes of an array that are held in memory; see `scratch`
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -112,6 +115,15 @@ def read_parquet(content: bytes | BinaryIO, columns: Sequence[str] | None = None
         return file.read(columns=None if columns is None else list(columns), use_threads=False)
 
 
+def parquet_groups(source: BinaryIO, columns: Sequence[str]) -> Iterator["pyarrow.Table"]:
+    """A Parquet file by its row groups, so that one of them at a time is in memory; see `read_parquet`."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(source, pre_buffer=False) as file:
+        for number in range(file.num_row_groups):
+            yield file.read_row_group(number, columns=list(columns), use_threads=False)
+
+
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Writes a JSON file that ends with a line break; see `write`."""
     write(path, json.dumps(content, indent=indent) + "\n")
@@ -130,10 +142,33 @@ def read_json(path: Path) -> Any:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], compressed: bool = True) -> None:
-    """Writes an .npz file; see `write`."""
-    content = io.BytesIO()
-    (np.savez_compressed if compressed else np.savez)(content, **arrays)
-    write(path, content.getvalue())
+    """Writes an .npz file, array by array; see `write`."""
+    with complete_or_absent(path) as part, part.open("wb") as stream:
+        (np.savez_compressed if compressed else np.savez)(stream, **arrays)
+
+
+def scratch(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
+    """An array to be filled; of more than IN_MEMORY bytes one in a file without a name, which goes with the array.
+
+    What is in it then need not be in memory all at once. The file is in the folder for temporary files, TMPDIR, which
+    must have the room, and must itself be on a disk.
+
+    Raises:
+      StorageError: where there is no such folder, or no room in it.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if size <= IN_MEMORY:
+        return np.empty(shape, dtype)
+    try:
+        with tempfile.TemporaryFile() as file:
+            # Room is asked for now: a page of a mapped file that finds none later would end the process.
+            os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
+            return np.memmap(file, dtype, "r+", shape=shape)
+    except OSError as error:
+        raise StorageError(
+            f"no room for {size / 2**30:.1f} GiB in {tempfile.gettempdir()} ({first_line(error)}); set TMPDIR to a "
+            f"folder on a disk that has it"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -150,10 +185,11 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
             with tempfile.TemporaryDirectory() as folder:
                 here = epath.Path(folder) / path.name
                 yield here
-                path.write_bytes(here.read_bytes())
+                here.copy(path, overwrite=True)
             return
-        # The number of the process keeps two processes that write the same file from writing into each other's part.
-        part = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        # So two processes that write the same file do not write into each other's part; in containers on one shared
+        # disk all may have the number 1.
+        part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         try:
             yield part
             part.replace(path)

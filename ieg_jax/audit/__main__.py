@@ -60,6 +60,12 @@ def define_flags() -> None:
         usual.spreadsheet,
         "Put a ' before cells of labels.csv that a spreadsheet would take for formulas: with =, +, - or @ first.",
     )
+    flags.DEFINE_string(
+        "part",
+        "",
+        "i/n: make the i-th of n parts of the predictions and nothing else, as one of several processes; the command "
+        "without --part then finds them.",
+    )
     flags.DEFINE_string("fold_method", usual.fold_method, "method.name of these, e.g. supervised; '' = the run's.")
 
 
@@ -67,10 +73,13 @@ def main(argv: list[str]) -> None:
     """Makes the audit, and says what came out."""
     del argv
     # These import jax, which takes seconds: after the flags were checked.
-    from ieg_jax.audit.run import audit, in_words
+    from ieg_jax.audit.run import audit, in_words, predict_part
 
     values = flags.FLAGS
     options = Options(**{field.name: values[field.name].value for field in dataclasses.fields(Options)})
+    if values.part:
+        print(predict_part(values.workdir, values.out, values.part, options))
+        return
     print(in_words(audit(values.workdir, values.out, options), values.out))
 
 

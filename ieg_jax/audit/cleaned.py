@@ -1,9 +1,10 @@
 """Writes cleaned.csv and its kin: the labels of a run, of which the wrong ones are replaced or left out."""
 
+import array
 import csv
-import io
 import json
 import os
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
@@ -15,6 +16,8 @@ from ieg_jax.data.splits import in_lines
 from ieg_jax.errors import UserError, first_line
 
 ACTIONS = ("keep", "relabel", "drop")
+COLUMNS = ("id", "path", "given_label", "suggested_label", "p_right")
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # as `files.write` has it
 
 
 def write(
@@ -42,56 +45,74 @@ def write(
         raise UserError(f"{audit} has no {TABLE}, expected a folder that ieg_jax.audit wrote")
     begun = json.loads((audit / BEGUN).read_text())
     base, names = begun["base"], set(begun["class_names"])
-    columns = ["id", "path", "given_label", "suggested_label", "p_right"]
-    rows = files.read_parquet((audit / TABLE).read_bytes(), columns).to_pylist()
-    marked = read_marks(marks, {row["id"] for row in rows}, names) if marks else {}
-    counts, kept = dict.fromkeys(ACTIONS, 0), []
-    for row in rows:
-        usual = "keep" if row["p_right"] >= threshold else below
-        action, label = marked.get(row["id"], (usual, row["suggested_label"]))
-        counts[action] += 1
-        if action != "drop":
-            kept.append((row, row["given_label"] if action == "keep" else label))
-    if not kept:
-        raise UserError(f"all {len(rows)} examples would be dropped; lower --threshold, or set fewer marks")
-    file = epath.Path(begun.get("arrays", ""))
-    if out.suffix in (".npz", *feature_tables.ENDINGS):
+    is_copy = out.suffix in (".npz", *feature_tables.ENDINGS)
+    if is_copy:
+        file = epath.Path(begun.get("arrays", ""))
         if file.suffix.lower() != out.suffix.lower():
             expected = f".csv or {file.suffix}" if file.suffix else ".csv"
             raise UserError(f"{out}: the data of this audit are no {out.suffix} file; expected a name in {expected}")
-        dropped = np.setdiff1d([row["id"] for row in rows], [row["id"] for row, _ in kept])
-        labels = {row["id"]: label for row, label in kept}
+    marked = read_marks(marks, _ids(audit), names) if marks else {}
+    counts = dict.fromkeys(ACTIONS, 0)
+
+    def decided() -> Iterator[tuple[dict, str, str]]:
+        """Each row with what is done about it, and its label then."""
+        with files.opened(audit / TABLE) as stream:
+            for group in files.parquet_groups(stream, COLUMNS):
+                for row in group.to_pylist():
+                    usual = "keep" if row["p_right"] >= threshold else below
+                    action, label = marked.get(row["id"], (usual, row["suggested_label"]))
+                    counts[action] += 1
+                    yield row, action, row["given_label"] if action == "keep" else label
+        if not counts["keep"] + counts["relabel"]:
+            total = sum(counts.values())
+            raise UserError(f"all {total} examples would be dropped; lower --threshold, or set fewer marks")
+
+    if is_copy:
+        places = {name: number for number, name in enumerate(begun["class_names"])}
+        ids, labels, dropped = array.array("q"), array.array("q"), array.array("q")
+        for row, action, label in decided():
+            if action == "drop":
+                dropped.append(row["id"])
+            else:
+                ids.append(row["id"])
+                labels.append(places[label])
         if out.suffix == ".npz":
-            classes = {name: number for number, name in enumerate(begun["class_names"])}
-            labels = {row: classes[label] for row, label in labels.items()}
-            files.write_arrays(out, _arrays(file, labels, dropped), compressed=False)
+            files.write_arrays(out, _arrays(file, *map(np.array, (ids, labels, dropped))), compressed=False)
         else:
-            feature_tables.rewrite(file, out, labels, dropped)
+            by_name = {row: begun["class_names"][label] for row, label in zip(ids, labels, strict=True)}
+            feature_tables.rewrite(file, out, by_name, dropped)
         return counts
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label", "given_label", "id"])
-    for row, label in kept:
-        path = os.path.join(base, row["path"]) if base else row["path"]
-        writer.writerow([path, label, row["given_label"], row["id"]])
-    files.write(out, text.getvalue())
+    with files.complete_or_absent(out) as place, open(place, "w", **TEXT) as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["path", "label", "given_label", "id"])
+        for row, action, label in decided():
+            if action != "drop":
+                path = os.path.join(base, row["path"]) if base else row["path"]
+                writer.writerow([path, label, row["given_label"], row["id"]])
     return counts
 
 
-def _arrays(file: epath.Path, labels: dict[int, int], dropped: np.ndarray) -> dict[str, np.ndarray]:
+def _ids(audit: epath.Path) -> set[int]:
+    """The ids of the audit's examples."""
+    with files.opened(audit / TABLE) as stream:
+        return {one for group in files.parquet_groups(stream, ["id"]) for one in group["id"].to_pylist()}
+
+
+def _arrays(file: epath.Path, ids: np.ndarray, labels: np.ndarray, dropped: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays of the .npz file that a run was trained on, cleaned.
 
     Args:
       file: its path.
-      labels: id, the place in the file -> label.
-      dropped: ids.
+      ids: `[n]` int, the places in the file of those that are kept.
+      labels: `[n]` int, theirs.
+      dropped: ids of the others.
     """
     try:
         arrays = files.read_arrays(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)}); it has to be where it was") from None
     # Examples that the run took out as trusted are in the file still, and keep their labels.
-    arrays["labels"][list(labels)] = list(labels.values())
+    arrays["labels"][ids] = labels
     whole = len(arrays["labels"])
     for name in ("features", "images", "labels", "clean_labels"):
         if name in arrays and len(arrays[name]) == whole:

@@ -1,5 +1,6 @@
 """The files of an audit, and its tables."""
 
+import contextlib
 import csv
 import io
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ TABLE, TABLE_CSV, PAGE, CLEANED, CLEANLAB, SUMMARY = (
 )  # fmt: skip
 CLEANED_DATA = "cleaned"  # with the ending of data.train, of data that were an .npz file or a table of features
 CLASSIFIER = "classifier.joblib"  # of features: the final classifier, see `inference.plain`
+GROUP_ROWS, GROUP_NUMBERS = 2**17, 2**24  # of a row group of labels.parquet, at most: what is in memory at once
 BEGUN = "audit.json"  # what an audit was begun with, by which the same command knows it again
 
 
@@ -51,7 +53,19 @@ def to_cleanlab(folder: str) -> dict[str, np.ndarray]:
       pred_probs: `[N, K]` float64, rows that sum to 1.
     """
     content = files.read_arrays(epath.Path(folder) / CLEANLAB)
-    return {name: content[name] for name in ("labels", "pred_probs")}
+    probabilities = content["pred_probs"].astype(np.float64)
+    probabilities /= probabilities.sum(1, keepdims=True)
+    return {"labels": content["labels"], "pred_probs": probabilities}
+
+
+def write_cleanlab(folder: epath.Path, labels: np.ndarray, probabilities: np.ndarray) -> None:
+    """Writes cleanlab.npz, see `to_cleanlab`: `labels` `[N]` int64 and `pred_probs` `[N, K]` float32 as predicted.
+
+    Raises:
+      StorageError: where it cannot be written.
+    """
+    content = {"labels": labels.astype(np.int64), "pred_probs": probabilities}
+    files.write_arrays(folder / CLEANLAB, content, compressed=False)
 
 
 def read_exported(file: str, columns: Sequence[str]) -> csv.DictReader:
@@ -80,7 +94,7 @@ def write_tables(
     class_names: Sequence[str],
     spreadsheet: bool = False,
 ) -> None:
-    """Writes labels.parquet and labels.csv.
+    """Writes labels.parquet and labels.csv, some rows at a time.
 
     Args:
       folder: of the audit.
@@ -92,25 +106,39 @@ def write_tables(
     Raises:
       StorageError: where the files cannot be written.
     """
+    count, classes = probabilities.shape
+    texts = [name for name, values in columns.items() if values is not None and values.dtype == object]
 
-    def array(values: np.ndarray | None) -> pa.Array:
-        if values is None:
-            return pa.nulls(len(probabilities), pa.float32())
-        if values.dtype == object:
-            return pa.array([text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for text in values])
-        return pa.array(values, from_pandas=True)  # nan, which means not known, becomes null
-
-    table = pa.table({name: array(values) for name, values in columns.items()})
-    whole = table
-    if spreadsheet:
-        texts = [name for name in table.column_names if pa.types.is_string(table.schema.field(name).type)]
-        for name in texts:
+    def tables(rows: slice) -> tuple[pa.Table, pa.Table]:
+        """These rows of labels.parquet and of labels.csv."""
+        table = pa.table({name: _array(values, rows, count) for name, values in columns.items()})
+        whole = table
+        for name in texts if spreadsheet else ():
             cells = pa.array([files.inert(cell) for cell in table[name].to_pylist()], pa.string())
             table = table.set_column(table.column_names.index(name), name, cells)
-    for number, name in enumerate(class_names):
-        whole = whole.append_column(f"probability:{name}", pa.array(probabilities[:, number]))
-    for name, write in ((TABLE, lambda file: parquet.write_table(whole, file)),
-                        (TABLE_CSV, lambda file: pa_csv.write_csv(table, file))):  # fmt: skip
-        buffer = io.BytesIO()
-        write(buffer)
-        files.write(folder / name, buffer.getvalue())
+        each = np.ascontiguousarray(probabilities[rows].T)
+        added = {f"probability:{name}": pa.array(each[number]) for number, name in enumerate(class_names)}
+        return pa.table({**{name: whole[name] for name in whole.column_names}, **added}), table
+
+    size = max(1, min(GROUP_ROWS, GROUP_NUMBERS // (classes + len(columns))))
+    schemas = [table.schema for table in tables(slice(0, 1))]
+    with contextlib.ExitStack() as stack:
+        places = [stack.enter_context(files.complete_or_absent(folder / name)) for name in (TABLE, TABLE_CSV)]
+        streams = [stack.enter_context(place.open("wb")) for place in places]
+        # Numbers that hardly ever occur twice are not worth a dictionary.
+        writers = (
+            stack.enter_context(parquet.ParquetWriter(streams[0], schemas[0], use_dictionary=texts)),
+            stack.enter_context(pa_csv.CSVWriter(streams[1], schemas[1])),
+        )
+        for start in range(0, count, size):
+            for writer, table in zip(writers, tables(slice(start, min(start + size, count))), strict=True):
+                writer.write_table(table)
+
+
+def _array(values: np.ndarray | None, rows: slice, count: int) -> pa.Array:
+    """These rows of a column of `count` ones."""
+    if values is None:
+        return pa.nulls(len(range(*rows.indices(count))), pa.float32())
+    if values.dtype == object:
+        return pa.array([text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for text in values[rows]])
+    return pa.array(values[rows], from_pandas=True)  # nan, which means not known, becomes null

@@ -56,6 +56,8 @@ LARGEST = 80_000  # of examples times √numbers that a kernel machine is traine
 WIDE, REDUCED = 256, 128
 FITTED = 20_000  # examples by which the components are found
 WIDEST = 4_096  # numbers of an example; where there are more, as of large images, there are no plain classifiers
+# Noisy examples times classes; a forest holds so many numbers in each tree, and would fill some 10 GB here.
+MOST_NUMBERS = 4_000_000
 FEWEST = 100  # noisy examples; with fewer there is nothing to choose by
 LOWEST = 1e-4  # probability out of fold; a forest says 0 for what none of its trees says
 NETWORK = "network"  # the name of the network that the run trained
@@ -188,7 +190,9 @@ class Final:
 
 def possible(noisy: Split) -> bool:
     """Whether there are plain classifiers for these examples."""
-    return noisy.in_memory and len(noisy) >= FEWEST and noisy.images[0].size <= WIDEST
+    if not noisy.in_memory or len(noisy) < FEWEST or noisy.images[0].size > WIDEST:
+        return False
+    return len(noisy) * (int(noisy.labels.max()) + 1) <= MOST_NUMBERS
 
 
 def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence[str] = tuple(CLASSIFIERS)) -> Final:

@@ -6,14 +6,18 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from ieg_jax.audit.noise_model import centred_logs, softmax
+from ieg_jax import files
+from ieg_jax.audit.noise_model import centred_logs, parts, softmax
 
 BINS = 10  # of the reliability plot
 
 
 def pooled(predictions: Sequence[np.ndarray]) -> np.ndarray:
     """The geometric mean of the predictions of several networks, `[n, K]` each; float32, rows that sum to 1."""
-    return softmax(sum(map(centred_logs, predictions)) / len(predictions)).astype(np.float32)
+    found = files.scratch(predictions[0].shape, np.float32)
+    for rows in parts(*found.shape):
+        found[rows] = softmax(sum(centred_logs(one[rows]) for one in predictions) / len(predictions))
+    return found
 
 
 def mean_over(first: Callable[..., np.ndarray], of_all: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:

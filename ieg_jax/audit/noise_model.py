@@ -28,6 +28,9 @@ other class with the same probability, with one parameter, and *by class*, with 
 higher Bayesian information criterion, log-likelihood − ½ · parameters · log N (Schwarz 1978), is used. The second is
 not always better: where labels are wrong at random, it takes classes that the network mixes up for classes that the
 labels mix up.
+
+Predictions of all examples are read in parts of AT_ONCE numbers, so they may lie in a file (`numpy.memmap`). All of
+them calibrated are needed by the second model alone, and only where many enough examples could pay for its parameters.
 """
 
 import dataclasses
@@ -35,6 +38,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy.optimize import minimize
+
+from ieg_jax import files
 
 TEMPERATURES = 2.0 ** np.arange(-4, 1.75, 0.25)  # the values of τ that are tried
 PRIOR_MEAN, PRIOR_DEVIATION = -0.25, 0.5  # of log₂ τ
@@ -108,7 +113,11 @@ class Fitter:
         correction = self._corrections[first]
         best = self._temperature(probabilities, labels, correction)
         if (first, best) not in self._models:
-            transition, by_class = fit_transition(calibrated(self._probabilities, best, correction), self._labels)
+
+            def q(rows: slice) -> np.ndarray:
+                return calibrated(self._probabilities[rows], best, correction)
+
+            transition, by_class = fit_transition(q, self._labels, len(correction))
             self._models[first, best] = NoiseModel(best, correction, transition, by_class)
         return self._models[first, best]
 
@@ -144,10 +153,11 @@ def posterior_parts(model: NoiseModel, probabilities: np.ndarray, labels: np.nda
       A slice of the rows, the log-odds `[n]` of P(given label is right), and `[n, K]` the distribution of the true
       class where the label is wrong: 0 for the given class, rows that sum to 1.
     """
+    by_given = np.ascontiguousarray(model.transition.T)
     for rows in parts(*probabilities.shape):
         given = labels[rows]
         joint = calibrated(probabilities[rows], model.temperature, model.correction).astype(np.float64)
-        joint *= model.transition[:, given].T
+        joint *= by_given[given]
         index = np.arange(len(given))
         right = joint[index, given]
         joint[index, given] = 0
@@ -231,7 +241,7 @@ def find_correction(probabilities: np.ndarray, labels: np.ndarray, temperature: 
         return zero
     gains = np.zeros((len(CORRECTIONS), len(labels)))
     for half in halves:
-        transition, _ = fit_transition(softmax(logits[~half]), labels[~half])
+        transition, _ = fit_transition(softmax(logits[~half]).__getitem__, labels[~half], k)
         before = _log_likelihood(zero, logits[half], labels[half], transition)
         start = zero
         for number, deviation in enumerate(CORRECTIONS):
@@ -242,7 +252,7 @@ def find_correction(probabilities: np.ndarray, labels: np.ndarray, temperature: 
         return zero
     correction, q = zero, softmax(logits)
     for _ in range(2):  # T changes with the correction, and the correction with T
-        transition, _ = fit_transition(q, labels)
+        transition, _ = fit_transition(q.__getitem__, labels, k)
         correction = _most_probable_correction(correction, logits, labels, transition, CORRECTIONS[best] * scale)
         q = softmax(logits + _correction_of(logits, correction))
     return correction
@@ -291,20 +301,59 @@ def _log_likelihood(correction, logits, labels, transition) -> np.ndarray:
     return np.log(np.clip((q * transition[:, labels].T).sum(1), 1e-300, None))
 
 
-def fit_transition(q: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, bool]:
+def fit_transition(q: Callable[[slice], np.ndarray], labels: np.ndarray, k: int) -> tuple[np.ndarray, bool]:
     """Fits both models of T and returns the better one, and whether it is the one by class.
 
     Args:
-      q: `[N, K]`, the calibrated predictions.
+      q: rows -> `[n, K]`, the calibrated predictions of these.
       labels: `[N]`, as given.
+      k: K.
     """
-    n, k = q.shape
+    n = len(labels)
     penalty = 0.5 * np.log(n)
+    right = np.concatenate([np.take_along_axis(q(rows), labels[rows, None], 1)[:, 0] for rows in parts(n, k)])
+    likelihood, transition = maximise_uniform(right, k)
+    # Labels are never likelier than certain, log-likelihood 0. With many classes that settles it, and the predictions,
+    # which may be larger than memory, need not be put in order.
+    if likelihood - penalty >= -k * (k - 1) * penalty:
+        return transition, False
     order = np.argsort(labels, kind="stable")
-    q, ends = q[order], np.searchsorted(labels[order], np.arange(k + 1))
-    uniform, by_class = (maximise(q, ends, update) for update in (uniform_transition, class_transition))
-    better = by_class[0] - k * (k - 1) * penalty > uniform[0] - penalty
-    return (by_class if better else uniform)[1], bool(better)
+    places = np.empty(n, np.int64)
+    places[order] = np.arange(n)
+    ordered = None
+    for rows in parts(n, k):
+        part = q(rows)
+        ordered = files.scratch((n, k), part.dtype) if ordered is None else ordered
+        ordered[places[rows]] = part
+    by_class = maximise(ordered, np.searchsorted(labels[order], np.arange(k + 1)), class_transition)
+    better = by_class[0] - k * (k - 1) * penalty > likelihood - penalty
+    return (by_class[1] if better else transition), bool(better)
+
+
+def maximise_uniform(right: np.ndarray, k: int) -> tuple[float, np.ndarray]:
+    """What `maximise` finds with `uniform_transition`: with one rate, q of the given class is all that counts.
+
+    Args:
+      right: `[N]`, q of the given class.
+      k: K.
+    """
+    right = right.astype(np.float64)
+    n, transition, likelihood, before = len(right), _first_transition(k), -np.inf, -np.inf
+    for _ in range(ROUNDS):
+        right_rate, wrong_rate = transition[0, 0], transition[0, -1]
+        total = np.clip(right * (right_rate - wrong_rate) + wrong_rate, 1e-30, None)
+        likelihood = float(np.log(total).sum())
+        if likelihood - before < TOLERANCE * n:
+            break
+        before = likelihood
+        trace = float((right / total).sum()) * right_rate
+        transition = _with_rate(k, trace, n - trace)
+    return likelihood, transition
+
+
+def _first_transition(k: int) -> np.ndarray:
+    """T `[K, K]` with which expectation-maximisation begins."""
+    return np.where(np.eye(k, dtype=bool), 0.7, 0.3 / max(1, k - 1))
 
 
 def maximise(q: np.ndarray, ends: np.ndarray, update: Callable[[np.ndarray], np.ndarray]) -> tuple[float, np.ndarray]:
@@ -321,8 +370,7 @@ def maximise(q: np.ndarray, ends: np.ndarray, update: Callable[[np.ndarray], np.
       The log-likelihood of the labels and T `[K, K]`.
     """
     n, k = q.shape
-    transition = np.where(np.eye(k, dtype=bool), 0.7, 0.3 / max(1, k - 1))
-    likelihood, before = -np.inf, -np.inf
+    transition, likelihood, before = _first_transition(k), -np.inf, -np.inf
     for _ in range(ROUNDS):
         counts, likelihood = np.zeros((k, k)), 0.0
         for label in range(k):
@@ -341,8 +389,12 @@ def maximise(q: np.ndarray, ends: np.ndarray, update: Callable[[np.ndarray], np.
 
 def uniform_transition(counts: np.ndarray) -> np.ndarray:
     """T with one rate for all classes, from counts `[true, given]`."""
-    k = len(counts)
-    right, wrong = np.trace(counts) + k * PSEUDO_RIGHT, counts.sum() - np.trace(counts) + k * PSEUDO_WRONG
+    return _with_rate(len(counts), np.trace(counts), counts.sum() - np.trace(counts))
+
+
+def _with_rate(k: int, right: float, wrong: float) -> np.ndarray:
+    """T with one rate, of so many labels that are right and wrong."""
+    right, wrong = right + k * PSEUDO_RIGHT, wrong + k * PSEUDO_WRONG
     rate = wrong / (right + wrong)
     return np.where(np.eye(k, dtype=bool), 1 - rate, rate / max(1, k - 1))
 

@@ -39,6 +39,8 @@ LONGEST_TEXT = 1_000  # characters of an example that are shown
 UNITS = 10_000  # numbers in the page are integers of 1/UNITS: half the size, and typed arrays in the browser
 MATRIX_CLASSES = 30  # a matrix of more classes is unreadable as a table; then the largest entries are listed
 LISTED_PAIRS = 50
+LISTED = 100_000  # examples in the page, the most suspicious ones; those to be checked come on top
+BINS = 20  # of the histogram of P(right)
 SAMPLE, STRATA = 100, 10  # examples that a person is asked about, and parts of P(right) that they are drawn from
 # Characters that would end a script element, or begin a comment or a line in it, and surrogates, which are no Unicode.
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
@@ -149,40 +151,71 @@ def check(page: Page) -> None:
 
 
 def content(page: Page) -> dict[str, Any]:
-    """What the page's script reads: plain lists of integers and texts; -1 stands for an unknown number."""
-    ids = np.asarray(page.ids).tolist()
+    """What the page's script reads: plain lists of integers and texts; -1 stands for an unknown number.
+
+    Of more than LISTED examples it has the most suspicious ones and those of the sample, so that a browser can open it
+    however many there are; what is said of all of them, as of the classes, is counted here.
+    """
+    rows = listed(page)
+    place = {int(row): number for number, row in enumerate(rows)}
+
+    def moved(by_row: Mapping[int, str]) -> dict[str, str]:
+        return {str(place[row]): value for row, value in by_row.items() if row in place}
+
+    ids = np.asarray(page.ids)[rows].tolist()
     exact = all(-_SAFE_INTEGER <= number <= _SAFE_INTEGER for number in ids)
     classes = len(page.class_names)
     noise = map(float, (page.noise_rate, *page.noise_interval))
+    right = _units(page.right, 1)
+    histogram = np.bincount(np.minimum(right * BINS // UNITS, BINS - 1)[right >= 0], minlength=BINS)
+
+    def units(column: np.ndarray | None, largest: float = np.inf) -> list | None:
+        return None if column is None else _units(np.asarray(column)[rows], largest).tolist()
+
     return {
         "title": page.title,
         "facts": list(page.facts.items()),
         "names": splits.distinct(page.class_names),
+        "count": len(page.ids),
+        "histogram": histogram.tolist(),
         "ids": ids if exact else list(map(str, ids)),
-        "paths": list(page.paths),
-        "given": np.asarray(page.given).tolist(),
-        "suggested": np.asarray(page.suggested).tolist(),
-        "right": _units(page.right, 1),
-        "confidence": _units(page.confidence, 1),
-        "disagreement": _units(page.disagreement, 1),
-        "weight": None if page.weight is None else _units(page.weight),
-        "trust": None if page.trust is None else _units(page.trust),
+        "paths": [page.paths[row] for row in rows],
+        "given": np.asarray(page.given)[rows].tolist(),
+        "suggested": np.asarray(page.suggested)[rows].tolist(),
+        "right": right[rows].tolist(),
+        "confidence": units(page.confidence, 1),
+        "disagreement": units(page.disagreement, 1),
+        "weight": units(page.weight),
+        "trust": units(page.trust),
         "noise": [value if np.isfinite(value) else None for value in noise],
         "classes": class_table(page),
-        "matrix": _units(page.transition) if classes <= MATRIX_CLASSES else None,
+        "matrix": _units(page.transition).tolist() if classes <= MATRIX_CLASSES else None,
         "pairs": largest_pairs(page.transition) if classes > MATRIX_CLASSES else None,
         "calibration": page.calibration,
         "alarms": list(page.alarms),
-        "sample": {name: [[int(row), float(weight)] for row, weight in rows] for name, rows in page.sample.items()},
+        "sample": {
+            name: [[place[row], float(weight)] for row, weight in drawn if row in place]
+            for name, drawn in page.sample.items()
+        },
         "reliability": [
             [float(predicted), float(observed), int(number)]
             for predicted, observed, number in page.reliability
             if number and np.isfinite((predicted, observed)).all()
         ],
-        "thumbnails": {str(int(row)): uri for row, uri in page.thumbnails.items()},
-        "texts": {str(int(row)): text for row, text in page.texts.items()},
+        "thumbnails": moved(page.thumbnails),
+        "texts": moved(page.texts),
         "key": page.key,
     }
+
+
+def listed(page: Page) -> np.ndarray:
+    """The rows that the page lists, `[n]` int, ascending: all, or the most suspicious and those that show more."""
+    count = len(page.ids)
+    if count <= LISTED:
+        return np.arange(count)
+    asked = [row for drawn in page.sample.values() for row, _ in drawn]
+    shown = [*asked, *page.thumbnails, *page.texts]
+    return np.unique(np.concatenate([np.argsort(page.right, kind="stable")[:LISTED], np.array(shown, int)]))
 
 
 def class_table(page: Page) -> list[list[float]]:
@@ -231,12 +264,12 @@ def to_json(found: Any) -> str:
     return UNSAFE.sub(lambda match: "\ufffd" if "\ud800" <= match[0] <= "\udfff" else f"\\u{ord(match[0]):04x}", plain)
 
 
-def _units(values: np.ndarray, largest: float = np.inf) -> list:
-    """Values as whole numbers of 1/UNITS, clipped to [0, `largest`]; -1 where they are not known."""
+def _units(values: np.ndarray, largest: float = np.inf) -> np.ndarray:
+    """Values as whole numbers of 1/UNITS, int64, clipped to [0, `largest`]; -1 where they are not known."""
     values = np.array(values, np.float64)
     known = np.isfinite(values)
     rounded = np.where(known, np.clip(np.where(known, values, 0), 0, largest) * UNITS, -1)
-    return np.rint(rounded).astype(np.int64).tolist()
+    return np.rint(rounded).astype(np.int64)
 
 
 def _sha256(text: str) -> str:

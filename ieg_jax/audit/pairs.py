@@ -99,7 +99,9 @@ def fit(everywhere: np.ndarray, checked: np.ndarray, is_right: np.ndarray, weigh
       weights: `[M]`, how many examples each pair counts as.
     """
     # The first two are log-odds and only shifted, so that their coefficients mean what the priors say.
-    shift, deviation = everywhere.mean(0), np.maximum(everywhere.std(0), 1e-3)
+    # Column by column in float64: sums of millions of float32 in float32 are off.
+    shift = np.array([column.mean(dtype=np.float64) for column in everywhere.T])
+    deviation = np.maximum([column.std(dtype=np.float64) for column in everywhere.T], 1e-3)
     shift[:2] = 0
     scale = np.where(np.arange(len(shift)) < 2, 1.0, deviation)
     spread = deviation[0] / deviation * scale  # of a coefficient that changes the logit as much as the first does

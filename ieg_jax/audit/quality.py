@@ -27,7 +27,7 @@ from scipy.stats import beta, binom
 
 from ieg_jax.audit import pairs
 from ieg_jax.audit.measures import binned
-from ieg_jax.audit.noise_model import Fitter, NoiseModel, class_transition, posterior_parts, uniform_transition
+from ieg_jax.audit.noise_model import Fitter, NoiseModel, class_transition, parts, posterior_parts, uniform_transition
 
 UNKNOWN = NO_CLASS = -1  # in `held_out_given` and in `held_out_labels`
 INTERVAL = 0.95  # the probability that `noise_interval` covers
@@ -148,27 +148,24 @@ def estimate(
     model = held_out.fit(fitter)
 
     # The noise model.
-    n = len(labels)
-    log_odds, suggested, share = np.empty(n), np.empty(n, np.int32), np.empty(n)
-    features, classes = np.empty((n, 4), np.float32), np.zeros(k)
-    for rows, odds, others in posterior_parts(model, probabilities, labels):
-        log_odds[rows], suggested[rows], share[rows] = odds, others.argmax(1), others.max(1)
-        features[rows] = pairs.features(probabilities[rows], labels[rows], odds, model.temperature)
-        classes += np.bincount(labels[rows], expit(odds), k) + expit(-odds) @ others
+    n, checked = len(labels), held_out.is_pair
+    log_odds, suggested, share, features, counts = _by_noise_model(model, probabilities, labels, checked.any())
+    classes = counts.sum(1)
     weights = class_weights(held_out.labels, classes / n)
     if held_out_weights is not None and len(weights):
         weights = np.asarray(held_out_weights, np.float64) / np.mean(held_out_weights)
 
     # The pairs.
-    checked = held_out.is_pair
-    disagreement = float(np.mean(probabilities.argmax(1) != labels))
+    predicted = probabilities.argmax(1)
+    disagreement = float(np.mean(predicted != labels))
     p_value, memorised = _memorised(1 - disagreement, held_out, weights)
     interval = _bounds(disagreement, held_out, weights, classes / n)
     basis, reliability, wrong = "held_out" if len(weights) else "nothing", (), None
     if checked.any():
         known, known_weights = held_out.take(checked), weights[checked]
         regression = _regression(model, features, known, known_weights)
-        log_odds = regression.log_odds(features)
+        for rows in parts(n, 64):
+            log_odds[rows] = regression.log_odds(features[rows])
         wrong = np.average(known.given != known.labels, weights=known_weights)
         alone = clopper_pearson(wrong, _effective(known_weights))
         if p_value < MEMORISED:
@@ -180,10 +177,10 @@ def estimate(
         if checked.sum() >= FEWEST_PAIRS:
             reliability = _reliability(fitter, held_out, features, weights)
     right = expit(log_odds)
-    counts = np.zeros((k, k))
-    for rows, _, others in posterior_parts(model, probabilities, labels):
-        np.add.at(counts.T, labels[rows], others * (1 - right[rows])[:, None])
-    counts[np.arange(k), np.arange(k)] += np.bincount(labels, right, k)
+    if checked.any():  # P(right) has changed
+        counts[:] = 0
+        for rows, _, others in posterior_parts(model, probabilities, labels):
+            _count(counts, labels[rows], right[rows], others)
     by_class = model.by_class or checked.any()
     rate = wrong if basis == "memorised" else 1 - right.mean()
 
@@ -192,7 +189,7 @@ def estimate(
     alarms = [
         *_alarm_guessing(held_out, accuracy, weights),
         *([memorised] if p_value < MEMORISED else []),
-        *_alarm_swallowed(probabilities, labels, held_out, names),
+        *_alarm_swallowed(predicted, labels, held_out, names),
     ]
     return Quality(
         right=right.astype(np.float32),
@@ -210,6 +207,41 @@ def estimate(
         reliability=reliability,
         alarms=tuple(alarms),
     )
+
+
+def _by_noise_model(model: NoiseModel, probabilities: np.ndarray, labels: np.ndarray, with_features: bool) -> tuple:
+    """What the noise model says of N examples.
+
+    Returns:
+      The log-odds `[N]` that the label is right; the most probable class but for the given one, `[N]`, and its share
+      among these, `[N]`; `pairs.features` `[N, 4]` float32, or None; the expected counts `[true, given]`.
+    """
+    n, k = probabilities.shape
+    log_odds, suggested, share = np.empty(n), np.empty(n, np.int32), np.empty(n)
+    features = np.empty((n, 4), np.float32) if with_features else None
+    counts = np.zeros((k, k))
+    for rows, odds, others in posterior_parts(model, probabilities, labels):
+        log_odds[rows], suggested[rows], share[rows] = odds, others.argmax(1), others.max(1)
+        if features is not None:
+            features[rows] = pairs.features(probabilities[rows], labels[rows], odds, model.temperature)
+        _count(counts, labels[rows], expit(odds), others)
+    return log_odds, suggested, share, features, counts
+
+
+def _count(counts: np.ndarray, labels: np.ndarray, right: np.ndarray, others: np.ndarray) -> None:
+    """Adds examples to the expected counts `[true, given]`, in which each has the sum 1.
+
+    Args:
+      counts: `[K, K]`.
+      labels: `[n]`, as given.
+      right: `[n]`, P(given label is right).
+      others: `[n, K]`, the distribution of the true class where it is wrong; changed.
+    """
+    others *= (1 - right)[:, None]
+    others[np.arange(len(labels)), labels] = right
+    order = np.argsort(labels, kind="stable")
+    present, starts = np.unique(labels[order], return_index=True)
+    counts.T[present] += np.add.reduceat(others[order], starts)
 
 
 def class_weights(labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -359,10 +391,9 @@ def _alarm_guessing(held_out: _HeldOut, accuracy: float | None, weights: np.ndar
     ]
 
 
-def _alarm_swallowed(probabilities: np.ndarray, labels: np.ndarray, held_out: _HeldOut, names: list[str]) -> list[str]:
+def _alarm_swallowed(predicted: np.ndarray, labels: np.ndarray, held_out: _HeldOut, names: list[str]) -> list[str]:
     """Of classes that are predicted far less often than given, unless held-out examples of them are recognised."""
-    k = probabilities.shape[1]
-    predicted = probabilities.argmax(1)
+    k = len(names)
     given, found = np.bincount(labels, minlength=k), np.bincount(predicted, minlength=k)
     recognised = held_out.take(held_out.is_right).counts > held_out.counts / 2
     alarms = []

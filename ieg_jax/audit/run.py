@@ -3,20 +3,29 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from rich.progress import track
 from scipy.stats import binom
 
 from ieg_jax import cli, files, inference, methods
-from ieg_jax.audit import cleaned, final, measures, retrained, sample
+from ieg_jax.audit import cleaned, final, measures, predicted, retrained, sample
 from ieg_jax.audit import page as audit_page
 from ieg_jax.audit import quality as label_quality
-from ieg_jax.audit.files import BEGUN, CLASSIFIER, CLEANED, CLEANED_DATA, CLEANLAB, PAGE, SUMMARY, write_tables
+from ieg_jax.audit.files import (
+    BEGUN,
+    CLASSIFIER,
+    CLEANED,
+    CLEANED_DATA,
+    PAGE,
+    SUMMARY,
+    write_cleanlab,
+    write_tables,
+)
 from ieg_jax.audit.options import Options
 from ieg_jax.audit.quality import Quality
 from ieg_jax.data import splits
@@ -29,9 +38,7 @@ from ieg_jax.train.loop import train_and_evaluate
 
 MEMORISED_GAP = 0.25  # between accuracies on trusted examples that were trained with and on those that were held out
 LATER = ("force", "retrain")  # options that do not make an audit another one
-AT_ONCE = 4096  # examples that are predicted before the predictions are saved
-
-Predict = Callable[..., np.ndarray]  # see `inference.predictor`
+BEGIN_SECONDS = 2.0  # until another process that begins the same audit has said so
 
 
 def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, Any]:
@@ -50,6 +57,66 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
       StorageError: where something cannot be written.
     """
     options = options or Options()
+    folder, workdir, trained, data, finished = _opened(workdir, out, options)
+    try:
+        summary = _write_all(folder, workdir, trained, data, options) if finished is None else finished
+        if options.retrain and "retrained" not in summary:
+            if summary["cleaned"] is None:
+                raise UserError("--retrain: there are alarms, so nothing was cleaned that could be trained on")
+            summary["retrained"] = _retrain(folder, workdir, trained, data)
+            files.write_json(folder / SUMMARY, summary)
+        return summary
+    except files.storage_errors() as error:
+        raise StorageError(f"{folder} cannot be written: {first_line(error)}") from error
+
+
+def predict_part(workdir: str, out: str, part: str, options: Options | None = None) -> str:
+    """Makes a part of the predictions of an audit, and nothing else of it; `audit` then finds them.
+
+    The parts may be made at the same time, on machines that share the folder; each goes on where it was interrupted.
+
+    Args:
+      workdir: of the run.
+      out: the folder of the audit, one for all parts.
+      part: "i/n", the i-th of n parts, from 1.
+      options: of the audit.
+
+    Returns:
+      What was done, in words.
+
+    Raises:
+      UserError, StorageError: as `audit`; and for another `part`.
+    """
+    options, number = options or Options(), predicted.parse_part(part)
+    folder, workdir, trained, data, finished = _opened(workdir, out, options, several=True)
+    if finished is not None:
+        return f"{folder} holds the finished audit: there is nothing left to predict"
+    _, predict = _judges(workdir, trained, options)
+    try:
+        rows = predicted.share(folder, predict, data.train, options.views, number)
+    except files.storage_errors() as error:
+        raise StorageError(f"{folder} cannot be written: {first_line(error)}") from error
+    return (
+        f"part {part}: {rows.stop - rows.start:,} of {len(data.train):,} examples are predicted; when all parts are, "
+        f"give the command without --part"
+    )
+
+
+def _opened(
+    workdir: str, out: str, options: Options, several: bool = False
+) -> tuple[epath.Path, str, Trained, Data, dict[str, Any] | None]:
+    """Checks what an audit is made of, and begins it; see `audit`.
+
+    Args:
+      workdir: of the run.
+      out: the folder of the audit.
+      options: its options.
+      several: whether other processes may begin it at the same time.
+
+    Returns:
+      The folder of the audit, that of the run, the run's network and its data; and the summary of an audit that is
+      finished, else None.
+    """
     if not 0 <= options.threshold <= 1:
         raise UserError(f"--threshold={options.threshold}: expected a probability, from 0 to 1")
     if options.folds == 1:
@@ -75,17 +142,7 @@ def audit(workdir: str, out: str, options: Options | None = None) -> dict[str, A
         "arrays": _absolute(trained.config.data.train) if _is_arrays(trained.config.data) else "",
         "class_names": splits.distinct(trained.class_names),
     }
-    finished = _begin(folder, begun)
-    try:
-        summary = _write_all(folder, workdir, trained, data, options) if finished is None else finished
-        if options.retrain and "retrained" not in summary:
-            if summary["cleaned"] is None:
-                raise UserError("--retrain: there are alarms, so nothing was cleaned that could be trained on")
-            summary["retrained"] = _retrain(folder, workdir, trained, data)
-            files.write_json(folder / SUMMARY, summary)
-        return summary
-    except files.storage_errors() as error:
-        raise StorageError(f"{folder} cannot be written: {first_line(error)}") from error
+    return folder, workdir, trained, data, _begin(folder, begun, several)
 
 
 def in_words(summary: dict[str, Any], out: str) -> str:
@@ -110,12 +167,11 @@ def in_words(summary: dict[str, Any], out: str) -> str:
 
 def _write_all(folder: epath.Path, workdir: str, trained: Trained, data: Data, options: Options) -> dict[str, Any]:
     """Predicts, estimates and writes all files of the audit; returns the contents of summary.json."""
-    networks = inference.over_training(workdir, trained) if options.checkpoint is None else [trained]
-    predict = measures.mean_over(inference.predictor(trained), inference.predictor_of_all(networks))
+    networks, predict = _judges(workdir, trained, options)
     train = data.train
     names = splits.distinct(trained.class_names)
     answers = sample.read(options.marks, train.ids, names) if options.marks else None
-    probabilities, disagreement = _predict_training_set(folder, predict, train, options.views, trained.num_classes)
+    probabilities, disagreement = predicted.training_set(folder, predict, train, options.views, trained.num_classes)
     held_out = None if data.held_out is None else predict(data.held_out)
     out_of_fold, pooled, held_out_pooled = None, probabilities, held_out
     if options.folds:
@@ -149,9 +205,7 @@ def _write_all(folder: epath.Path, workdir: str, trained: Trained, data: Data, o
 
     columns = _columns(train, names, quality, disagreement, _averages(workdir, train.ids), out_of_fold)
     write_tables(folder, columns, probabilities, names, options.spreadsheet)
-    pred_probs = _normalised(probabilities if out_of_fold is None else out_of_fold)
-    cleanlab = {"labels": train.labels.astype(np.int64), "pred_probs": pred_probs}
-    files.write_arrays(folder / CLEANLAB, cleanlab, compressed=False)
+    write_cleanlab(folder, train.labels, probabilities if out_of_fold is None else out_of_fold)
     counts = None
     if options.force or not alarms:
         counts = cleaned.write(folder, folder / CLEANED, options.threshold, options.below)
@@ -166,6 +220,12 @@ def _write_all(folder: epath.Path, workdir: str, trained: Trained, data: Data, o
     audit_page.write_page(folder, trained, data, quality, disagreement, columns, summary, options.thumbnails)
     files.write_json(folder / SUMMARY, summary)
     return summary
+
+
+def _judges(workdir: str, trained: Trained, options: Options) -> tuple[list[Trained], predicted.Predict]:
+    """The networks that judge the labels, and what predicts by all of them."""
+    networks = inference.over_training(workdir, trained) if options.checkpoint is None else [trained]
+    return networks, measures.mean_over(inference.predictor(trained), inference.predictor_of_all(networks))
 
 
 def _final(
@@ -194,7 +254,7 @@ def _final(
     return final.fit(task, quality, trained.config.method.name, images=data.features is not None)
 
 
-def _alarm_trusted(data: Data, predict: Predict) -> list[str]:
+def _alarm_trusted(data: Data, predict: predicted.Predict) -> list[str]:
     """An alarm where the trusted examples are memorised: far more of those trained with are right."""
     if data.held_out is None:
         return []
@@ -209,37 +269,6 @@ def _alarm_trusted(data: Data, predict: Predict) -> list[str]:
     ]
 
 
-def _predict_training_set(
-    folder: epath.Path, predict: Predict, train: Split, views: int, num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities `[N, K]` and disagreement `[N]` of the training set, part by part.
-
-    Each part is saved when it is finished, so that an audit that was interrupted goes on with the next.
-    """
-    parts = folder / "parts"
-    parts.mkdir(exist_ok=True)
-    probabilities = np.empty((len(train), num_classes), np.float32)
-    disagreement = np.empty(len(train), np.float32)
-    starts = range(0, len(train), AT_ONCE)
-    for start in track(starts, "predicting", transient=True, disable=len(starts) < 2):
-        rows, file = np.arange(start, min(start + AT_ONCE, len(train))), parts / f"{start:09d}.npz"
-        content = _read_part(file)
-        if content is None:
-            split = train.take(rows)
-            each = np.stack([predict(split, view) for view in (None, *range(views))])
-            content = {"probabilities": each[0], "disagreement": measures.divergence(each)}
-            files.write_arrays(file, content, compressed=False)
-        probabilities[rows], disagreement[rows] = content["probabilities"], content["disagreement"]
-    return probabilities, disagreement
-
-
-def _read_part(file: epath.Path) -> dict[str, np.ndarray] | None:
-    """What was saved of a part; None where it is not finished."""
-    if not file.exists():
-        return None
-    return files.read_arrays(file)
-
-
 def _out_of_fold(
     folder: epath.Path, trained: Trained, data: Data, options: Options
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -252,7 +281,7 @@ def _out_of_fold(
     parts = [(data.train, fold_of(data.train.ids, options.folds))]
     if data.held_out is not None:
         parts.append((data.held_out, np.arange(len(data.held_out)) % options.folds))
-    found = [np.empty((len(split), trained.num_classes), np.float32) for split, _ in parts]
+    found = [files.scratch((len(split), trained.num_classes), np.float32) for split, _ in parts]
     for fold in range(options.folds):
         config = _fold_config(trained.config, options, fold)
         place = folder / "folds" / str(fold)
@@ -260,8 +289,9 @@ def _out_of_fold(
         network = inference.load(place)
         predict = inference.predictor(network)
         for (split, folds), probabilities in zip(parts, found, strict=True):
-            rows = np.flatnonzero(folds == fold)
-            if len(rows):
+            whole = np.flatnonzero(folds == fold)
+            for start in range(0, len(whole), predicted.AT_ONCE):
+                rows = whole[start : start + predicted.AT_ONCE]
                 examples = split.take(rows)
                 if network.features is not None:  # standardised by its own training set
                     examples = network.features.of_features(examples, data.features)
@@ -383,29 +413,44 @@ def _check_data(workdir: str, data: Data) -> None:
         )
 
 
-def _begin(folder: epath.Path, begun: dict[str, Any]) -> dict[str, Any] | None:
+def _begin(folder: epath.Path, begun: dict[str, Any], several: bool) -> dict[str, Any] | None:
     """Makes the folder, or checks that it holds the same audit; returns the summary where that is finished.
+
+    Args:
+      folder: of the audit.
+      begun: by which it knows itself again.
+      several: whether what is in the folder may be of another process that has just begun the same audit.
 
     Raises:
       UserError: where there is something else in the folder.
     """
-    if (folder / BEGUN).exists():
-        old = json.loads((folder / BEGUN).read_text())
-        changed = [name for name in begun if old.get(name) != begun[name]]
-        if changed:
-            details = "\n".join(f"  {name}: {old.get(name)} -> {begun[name]}" for name in changed)
-            raise UserError(
-                f"--out={folder} holds another audit (there -> now):\n{details}\nname a new folder; for another "
-                f"threshold or with marks: python -m ieg_jax.clean --audit={folder}"
-            )
-        return json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).exists() else None
-    cli.check_new_folder("--out", folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / BEGUN, begun)
-    except (*files.storage_errors(), StorageError) as error:
-        raise UserError(f"--out={folder} cannot be written: {first_line(error)}") from None
-    return None
+    if not _is_begun(folder, several):
+        cli.check_new_folder("--out", folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.write_json(folder / BEGUN, begun)
+        except (*files.storage_errors(), StorageError) as error:
+            raise UserError(f"--out={folder} cannot be written: {first_line(error)}") from None
+        return None
+    old = json.loads((folder / BEGUN).read_text())
+    changed = [name for name in begun if old.get(name) != begun[name]]
+    if changed:
+        details = "\n".join(f"  {name}: {old.get(name)} -> {begun[name]}" for name in changed)
+        raise UserError(
+            f"--out={folder} holds another audit (there -> now):\n{details}\nname a new folder; for another "
+            f"threshold or with marks: python -m ieg_jax.clean --audit={folder}"
+        )
+    return json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).exists() else None
+
+
+def _is_begun(folder: epath.Path, several: bool) -> bool:
+    """Whether the folder holds an audit; of `several` processes another one may be about to begin it."""
+    until = time.monotonic() + (BEGIN_SECONDS if several else 0)
+    while not (found := (folder / BEGUN).exists()) and time.monotonic() < until:
+        if not (folder.is_dir() and any(folder.iterdir())):
+            return False
+        time.sleep(0.1)
+    return found
 
 
 def _absolute(path: str) -> str:
@@ -420,9 +465,3 @@ def _is_arrays(data: ConfigDict) -> bool:
 def _base(data: ConfigDict) -> str:
     """The folder that the names of images are relative to; "" where they are no paths."""
     return _absolute(str(image_files.base_folder(data))) if data.name in ("image_csv", "image_folder") else ""
-
-
-def _normalised(probabilities: np.ndarray) -> np.ndarray:
-    """The probabilities as float64, in which the rows sum to 1 more exactly than in float32."""
-    probabilities = probabilities.astype(np.float64)
-    return probabilities / probabilities.sum(1, keepdims=True)

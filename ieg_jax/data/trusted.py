@@ -123,7 +123,9 @@ def _given_labels(chosen: Split, train: Split | None) -> np.ndarray:
     if train is None:
         # Where no true label is known, the given one is taken to be true: nobody checked it.
         return np.where(chosen.clean_labels >= 0, chosen.labels, UNKNOWN)
-    given = dict(zip(train.names.tolist(), train.labels.tolist(), strict=True))
+    wanted = set(chosen.names)  # a dictionary of all names would be the largest thing in memory
+    labels = zip(train.names, train.labels.tolist(), strict=True)
+    given = {name: label for name, label in labels if name in wanted}
     elsewhere = np.array([given.get(name, UNKNOWN) for name in chosen.names], np.int32)
     return np.where(chosen.given_labels != UNKNOWN, chosen.given_labels, elsewhere)
 

@@ -155,3 +155,28 @@ def test_fits_with_other_held_out_examples_share_what_is_the_same():
     assert alone.temperature == later.temperature
     np.testing.assert_array_equal(alone.correction, later.correction)
     np.testing.assert_array_equal(alone.transition, later.transition)
+
+
+@pytest.mark.parametrize("truth", [UNIFORM, BY_CLASS])
+def test_one_rate_needs_only_the_probability_of_the_given_class(truth):
+    """Beside the general expectation-maximisation, whose counts are whole matrices."""
+    probabilities, _, given = draw(3_000, truth, seed=2)
+    order = np.argsort(given, kind="stable")
+    ends = np.searchsorted(given[order], np.arange(5))
+    expected = noise_model.maximise(probabilities[order], ends, noise_model.uniform_transition)
+    likelihood, transition = noise_model.maximise_uniform(probabilities[np.arange(3_000), given], 4)
+    assert likelihood == pytest.approx(expected[0], rel=1e-9)
+    np.testing.assert_allclose(transition, expected[1], rtol=1e-6)
+
+
+def test_the_second_model_is_not_fitted_where_no_labels_could_pay_for_it(monkeypatch):
+    """With 60 classes its 3,540 parameters cost 3,540 · ½ log N; labels that are certain gain N log 60 at most."""
+    rng = np.random.default_rng(0)
+    given = rng.integers(0, 60, 2_000)
+    sure = np.full((2_000, 60), 0.1 / 59)
+    sure[np.arange(2_000), given] = 0.9
+    monkeypatch.setattr(noise_model, "maximise", lambda *_: pytest.fail("was fitted"))
+    assert noise_model.fit_transition(sure.__getitem__, given, 60)[1] is False
+    probabilities, _, few = draw(2_000, BY_CLASS)
+    with pytest.raises(pytest.fail.Exception, match="was fitted"):
+        noise_model.fit_transition(probabilities.__getitem__, few, 4)

@@ -773,3 +773,36 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch):
             write(small(), tmp_path / folder / "page.html")
     write(small(), path)
     assert list(tmp_path.iterdir()) == [path] and path.read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_the_page_lists_the_most_suspicious_of_many(monkeypatch):
+    """Of eight, three and those of the sample, or with a picture or a text; what is said of all is said of all."""
+    whole = audit_page.content(small())
+    monkeypatch.setattr(audit_page, "LISTED", 3)
+    found = audit_page.content(small(sample={"random": [(7, 1.0)]}, thumbnails={3: "a"}, texts={5: "b"}))
+    assert found["ids"] == [11, 13, 15, 16, 17] and found["count"] == 8 == whole["count"]
+    assert found["paths"] == [f"in/{name}.png" for name in "bdfgh"] and found["right"] == [1250, 625, 5000, 2500, 10000]
+    assert found["sample"] == {"random": [[4, 1.0]]}
+    assert found["thumbnails"] == {"1": "a"} and found["texts"] == {"2": "b"}
+    assert found["classes"] == whole["classes"]
+    bins = np.append(np.linspace(0, 0.95, 20) - 1e-5, 1)  # 0.9 as float32 is a little less
+    assert found["histogram"] == np.histogram(small().right, bins)[0].tolist() == whole["histogram"]
+
+
+def test_the_page_does_not_grow(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_page, "LISTED", 2_000)
+    sizes = []
+    for count in (3_000, 30_000):
+        write(many(count), tmp_path / f"{count}.html")
+        sizes.append((tmp_path / f"{count}.html").stat().st_size)
+    assert sizes[1] < 1.01 * sizes[0]
+
+
+def test_a_page_of_some_says_so(browser, monkeypatch):
+    monkeypatch.setattr(audit_page, "LISTED", 3)
+    browser.open(small())
+    assert "7 of the 8 examples" in browser.text("#listed") and browser.text("#count") == "8"
+    assert "about 2 labels (1 to 4)" in browser.text("#rate-text")
+    monkeypatch.undo()
+    browser.open(small())
+    assert not browser.one("#listed").is_displayed()

@@ -54,3 +54,11 @@ def test_few_pairs_leave_the_noise_model_as_it_is():
     is_right = rng.random(5_000) < expit(odds)
     regression = pairs.fit(features, features[:8], is_right[:8], np.ones(8))
     assert np.corrcoef(regression.log_odds(features), odds)[0, 1] > 0.98
+
+
+def test_moments_of_many_features_are_taken_in_float64():
+    """Sums of 2²⁴ and more numbers in float32 stand still; a stride of 0 stands for so many without their memory."""
+    everywhere = np.lib.stride_tricks.as_strided(np.float32([3, 3, 3, 3]), (40_000_000, 4), (0, 4))
+    checked = np.random.default_rng(0).normal(size=(20, 4))
+    found = pairs.fit(everywhere, checked, np.arange(20) < 15, np.ones(20))
+    np.testing.assert_allclose(found.shift, [0, 0, 3, 3])

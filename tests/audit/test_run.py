@@ -23,14 +23,15 @@ from sklearn.datasets import load_digits
 from configs import own_data
 from ieg_jax import cli, inference
 from ieg_jax import config as config_lib
-from ieg_jax.audit import cleaned, measures
+from ieg_jax.audit import cleaned, measures, predicted
 from ieg_jax.audit import page as audit_page
 from ieg_jax.audit import quality as label_quality
 from ieg_jax.audit import run as audit_run
 from ieg_jax.audit.files import CLEANED, CLEANLAB, COLUMNS, PAGE, SUMMARY, TABLE, TABLE_CSV, to_cleanlab
-from ieg_jax.audit.run import Options, audit
+from ieg_jax.audit.run import Options, audit, predict_part
 from ieg_jax.data.load import fold_of, load_data
 from ieg_jax.data.sources import load as sources
+from ieg_jax.data.splits import make_split
 from ieg_jax.errors import UserError
 from ieg_jax.train import check
 from ieg_jax.train.loop import train_and_evaluate
@@ -115,7 +116,7 @@ def case(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.chdir(ROOT)
-        patch.setattr(audit_run, "AT_ONCE", 128)
+        patch.setattr(predicted, "AT_ONCE", 128)
         train_and_evaluate(configuration(folder), str(folder / "run"))
         yield Case(folder, str(folder / "run"), given, true)
 
@@ -248,6 +249,43 @@ def test_an_interrupted_audit_goes_on(case, finished, monkeypatch):
     assert audit(case.workdir, str(folder), OPTIONS) == summary and not calls, "finished: nothing to do"
     with pytest.raises(UserError, match=r"holds another audit[^$]*'threshold': 0.5[^$]*ieg_jax.clean"):
         audit(case.workdir, str(folder), dataclasses.replace(OPTIONS, threshold=0.3))
+
+
+def test_parts_by_several_processes(case, finished, monkeypatch):
+    """The files are those of one process, byte by byte, whoever began the audit and whatever is missing."""
+    folder = case.folder / "parts"
+    with pytest.raises(UserError, match="--part=3/2: expected i/n"):
+        predict_part(case.workdir, str(folder), "3/2", OPTIONS)
+    assert not folder.exists()
+    assert "200 of 400" not in predict_part(case.workdir, str(folder), "2/2", OPTIONS)
+    assert {path.name for path in (folder / "parts").iterdir()} == {"000000256.npz", "000000384.npz"}
+    text = predict_part(case.workdir, str(folder), "1/4", OPTIONS)
+    assert text.startswith("part 1/4: 128 of 400 examples are predicted")
+    with pytest.raises(UserError, match="holds another audit"):
+        predict_part(case.workdir, str(folder), "1/4", dataclasses.replace(OPTIONS, views=1))
+    assert audit(case.workdir, str(folder), OPTIONS) == finished[1]
+    for name in (TABLE, TABLE_CSV, CLEANED, CLEANLAB):
+        assert (folder / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    assert "finished audit" in predict_part(case.workdir, str(folder), "1/4", OPTIONS)
+
+
+def test_one_audit_that_two_processes_begin(tmp_path, monkeypatch):
+    """The second one finds a file that has no name yet; then the first has named it, as the same audit or another."""
+    (tmp_path / "audit.json.17.partial").write_text("{")
+    monkeypatch.setattr(audit_run.time, "sleep", lambda _: (tmp_path / "audit.json").write_text('{"a": 1}'))
+    assert audit_run._begin(tmp_path, {"a": 1}, several=True) is None
+    with pytest.raises(UserError, match="a: 1 -> 2"):
+        audit_run._begin(tmp_path, {"a": 2}, several=True)
+    (tmp_path / "audit.json").unlink()
+    with pytest.raises(UserError, match="not empty"):
+        audit_run._begin(tmp_path, {"a": 1}, several=False)
+
+
+def test_plain_classifiers_of_so_many_examples_and_classes_are_not_made():
+    split = make_split(np.zeros((200, 1, 1, 3), np.float32), np.arange(200) % 4)
+    assert audit_run.final.possible(split)
+    many = dataclasses.replace(split, labels=np.full(200, audit_run.final.MOST_NUMBERS // 200, np.int32))
+    assert not audit_run.final.possible(many), "K is one more"
 
 
 def test_what_cannot_be_audited(case, tmp_path):
@@ -434,6 +472,8 @@ def test_the_commands(case, finished, tmp_path):
         and "audit.html" in text
         and "30 trusted examples that were held out" in text
     )
+    code, text = command("audit", *arguments, "--part=1/2")
+    assert code == 0 and "finished audit: there is nothing left to predict" in text
     code, text = command("clean", f"--audit={out}", f"--out={tmp_path / 'c.csv'}", "--threshold=0.2")
     assert code == 0 and "labels kept" in text and (tmp_path / "c.csv").exists()
     code, text = command("clean", f"--audit={out}", f"--out={tmp_path / 'c.csv'}")

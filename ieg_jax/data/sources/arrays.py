@@ -221,7 +221,7 @@ def _own_arrays(
         given = content.get("trusted_given_labels") if prefix == "trusted_" else None
         if given is not None:
             check_labels(given, len(labels), f"{path}: trusted_given_labels", 0, lowest=-1)
-        names = np.char.add(f"{prefix}{what}/", np.arange(len(labels)).astype(str))
+        names = np.array([f"{prefix}{what}/{row}" for row in range(len(labels))], object)
         # The labels of examples for testing, and of trusted ones, are taken to be true.
         return make_split(examples, labels, clean if not prefix else labels, names, given)
 
