@@ -22,7 +22,7 @@ from ieg_jax.data.load import Data
 from ieg_jax.data.splits import Split
 from ieg_jax.errors import UserError
 from ieg_jax.lazy import tf
-from ieg_jax.methods.base import MAIN, TRUSTED, Stream
+from ieg_jax.methods.base import ALL_VIEWS, MAIN, TRUSTED, Stream
 
 # The random numbers of a run come in numbered streams. A stream of examples uses two: for order and augmentation.
 _STREAMS = {MAIN: (0, 1), "probe": (3, 2)}
@@ -72,13 +72,38 @@ def train_batches(
         parts.append(_batched(part.example, batch_size_of(config, stream), start_step, num_steps, source.is_remote))
     merged = tf.data.Dataset.zip(tuple(parts)).map(lambda *batches: {k: v for b in batches for k, v in b.items()})
     _check_shape(merged, "augment.standard")
-    for batch in _read(merged.prefetch(4)):
+    yield from assembled(merged, sharding)
+
+
+def assembled(batches: tf.data.Dataset, sharding: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
+    """Yields batches as global arrays; the next ones are made in the meantime.
+
+    Args:
+      batches: the parts of them that this process holds.
+      sharding: of the leading dimension.
+    """
+    for batch in _read(batches.prefetch(4)):
         yield to_global(batch, sharding)
 
 
 def batch_size_of(config: ConfigDict, stream: Stream) -> int:
     """The number of examples of a stream in a batch, over all devices."""
     return config_lib.get(config, stream.size) or config.batch_size
+
+
+def views_of(config: ConfigDict, stream: Stream) -> int:
+    """The number of views of each example of a stream."""
+    return config.augment.num_views if stream.views is ALL_VIEWS else stream.views
+
+
+def work_of_an_example(config: ConfigDict, streams: Mapping[str, Stream]) -> tuple[float, float]:
+    """What the host has to do for one noisy example, the trusted images that go with it included.
+
+    Returns:
+      How many views are made, and how many images are read, of which these are views.
+    """
+    sizes = {name: batch_size_of(config, stream) / config.batch_size for name, stream in streams.items()}
+    return sum(size * views_of(config, streams[name]) for name, size in sizes.items()), sum(sizes.values())
 
 
 class _Stream:
@@ -96,7 +121,7 @@ class _Stream:
     ):
         self._config, self._is_main, self._prefix = config, name == MAIN, "" if name == MAIN else f"{name}_"
         self._reader, self._rows = _Reader(source), None if rows is None else tf.constant(rows, tf.int64)
-        self._num_views = config.augment.num_views if stream.views is None else stream.views
+        self._num_views = views_of(config, stream)
         self._standard = augment.parse_policy(config.augment.standard, "augment.standard")
         self._strong = augment.parse_policy(config.augment.strong, "augment.strong")
         order, self._image_stream = _STREAMS.get(name) or (_MORE_STREAMS + 2 * number, _MORE_STREAMS + 2 * number + 1)

@@ -59,6 +59,11 @@ class Slice:
     chip: Chip
     devices: Sequence[jax.Device]
 
+    @property
+    def num_hosts(self) -> int:
+        """How many hosts its chips are attached to."""
+        return len({device.process_index for device in self.devices})
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:

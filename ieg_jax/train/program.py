@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax import methods, models
-from ieg_jax.data.batches import batch_size_of, image_shape, split_image_size
+from ieg_jax.data.batches import batch_size_of, image_shape, split_image_size, views_of
 from ieg_jax.data.load import Data
 from ieg_jax.methods import base
 from ieg_jax.methods.parts import lookahead, optimizers
@@ -261,7 +261,7 @@ def batch_shape(config: ConfigDict, data: DataShape) -> dict[str, jax.ShapeDtype
         size, is_main = batch_size_of(config, stream), name == base.MAIN
         labels = ("label", "clean_label", "id", "row") if is_main else ("label", "row")
         part = {"image": _images(size, *data.image), **dict.fromkeys(labels, _labels(size))}
-        views = config.augment.num_views if stream.views is base.ALL_VIEWS else stream.views
+        views = views_of(config, stream)
         if views > 1:
             part["views"] = _images(size, views - 1, *data.image)
         shapes |= {key if is_main else f"{name}_{key}": shape for key, shape in part.items()}
