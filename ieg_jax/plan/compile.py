@@ -124,7 +124,7 @@ def open_slice(topology: str) -> Slice:
       UserError: for a chip or shape that is not offered; the message lists those that are.
     """
     name, _, text = topology.partition(":")
-    check_choice(f"--topology={topology}: unknown chip", name, TPUS)
+    check_choice(f"--topology={topology}: unknown chip", name, SHAPES)
     shapes = {"x".join(map(str, shape)): shape for shape in SHAPES[name]}
     if text not in shapes:
         raise UserError(f"--topology={topology}: {name} comes in slices of {', '.join(shapes)} chips")
