@@ -390,6 +390,7 @@ UNCOMPILED = (
 # Keys that the work folders of older versions lack -> what these runs did.
 ADDED = {
     "class_weight": "none",
+    "data.transfer": "float32",
     "backbone.name": "",
     "finetune.body_rate": 1.0,
     "finetune.layer_decay": 1.0,

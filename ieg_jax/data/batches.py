@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
-from ieg_jax.data import augment
+from ieg_jax.data import augment, transfer
 from ieg_jax.data.images import READS_IN_FLIGHT, Encoded, reason, to_float
 from ieg_jax.data.load import Data
 from ieg_jax.data.splits import Split
@@ -57,6 +57,7 @@ def train_batches(
     Yields:
       `image [B,H,W,C]` float32 in [-1, 1], or features `[B,1,1,D]`, `label`, `clean_label`, `id` and `row` `[B]` int32,
       and what the other streams give, such as `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]`, `probe_label [Bp]`.
+      Images are of another type where `data.transfer` says so, until `transfer.received`.
 
     Raises:
       UserError: for a stream with no rows to draw from, for images that the augmentation leaves with different sizes,
@@ -148,7 +149,7 @@ class _Stream:
         if not self._is_main:
             labels = {name: labels[name] for name in ("label", "row")}
         image = self._standard(original, _fold(seed, 0) if self._is_main or self._num_views > 1 else seed)
-        example = {"image": image, **labels}
+        example = {"image": transfer.sent(image, self._config.data.transfer), **labels}
         if self._num_views > 1:
             base = original if self._config.augment.views_of == "original" else image
             seeds = [_fold(seed, view) for view in range(1, self._num_views)]
@@ -156,7 +157,7 @@ class _Stream:
                 views = [self._strong(self._reader.view(row, one), one) for one in seeds]
             else:
                 views = [self._strong(base, one) for one in seeds]
-            example["views"] = tf.stack(views)
+            example["views"] = transfer.sent(tf.stack(views), self._config.data.transfer)
             if example["views"].shape[1:] != image.shape:
                 raise UserError(
                     f"augment.strong makes views of shape {example['views'].shape[1:]}, and the standard view is "

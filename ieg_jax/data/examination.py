@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ieg_jax import cli, files, methods
 from ieg_jax import config as config_lib
-from ieg_jax.data import backbone, check, images
+from ieg_jax.data import backbone, check, images, transfer
 from ieg_jax.data.batches import assembled, train_batches, work_of_an_example
 from ieg_jax.data.load import Data, load_data, uses_backbone
 from ieg_jax.data.noise import human_labels
@@ -77,7 +77,7 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
     problems += _two_labels(duplicates.get("train", []), _labels_before_noise(data.train, config.noise))
     streams = methods.get(config.method.name).streams
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    first = jax.device_get(next(train_batches(config, data, streams, 0, 1, sharding)))
+    first = jax.device_get(transfer.received(next(train_batches(config, data, streams, 0, 1, sharding))))
     speed = throughput(config, data, streams)
     _say(
         console,

@@ -169,6 +169,7 @@ def data_shape(config: ConfigDict) -> tuple[ConfigDict, program.DataShape]:
         num_examples=num_examples,
         num_ids=known.num_train,
         num_trusted=max(1, num_trusted),
+        transfer=config.data.transfer,
     )
 
 
