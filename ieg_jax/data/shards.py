@@ -77,7 +77,8 @@ class Shards:
 
     def state_of_files(self, split: str, rows: np.ndarray) -> str:
         """A hash of the sizes and times of a shard's image files: by it a later run knows that none has changed."""
-        stats = [images.stat(path) for path in self.splits[split].images.paths[rows]]
+        with concurrent.futures.ThreadPoolExecutor(images.READS_IN_FLIGHT) as pool:
+            stats = list(pool.map(images.stat, self.splits[split].images.paths[rows]))
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
