@@ -134,16 +134,16 @@ def bench_data(console: Console, folder: pathlib.Path) -> None:
             speed = examination.throughput(
                 config, load_data(config), methods.get(config.method.name).streams, seconds=6.0
             )
-            cost = 1 / speed["images_per_cpu_second"]
+            cost = 1 / speed["examples_per_cpu_second"]
             plain = plain or cost
             step = steps_of.get(method)
             table.add_row(
                 name,
-                f"{speed['images_per_second']:,.0f}",
-                f"{speed['images_per_cpu_second']:,.0f}",
-                f"{1e3 * batch / speed['images_per_second']:.1f}",
+                f"{speed['examples_per_second']:,.0f}",
+                f"{speed['examples_per_cpu_second']:,.0f}",
+                f"{1e3 * batch / speed['examples_per_second']:.1f}",
                 f"{cost / plain:.1f}",
-                f"{batch / speed['images_per_second'] / step:.1%}" if step else "",
+                f"{batch / speed['examples_per_second'] / step:.1%}" if step else "",
             )
         console.print(table)
 

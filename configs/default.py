@@ -66,6 +66,10 @@ def get_config(arguments: str = "") -> ConfigDict:
     # parts, always the same: for predictions of examples that a network has not seen. folds 0 = train on all.
     data.folds = 0
     data.fold = 0
+    # float32 | bfloat16 | uint8: as what images of a training batch are sent to the devices, where they become float32
+    # again. bfloat16 is half the bytes, rounded to 8 binary digits; uint8 is a quarter, rounded to 256 grey levels, and
+    # not for features. Images of an evaluation are float32 always.
+    data.transfer = "float32"
     # cleaned.csv of an audit of a run on the same data: train on the examples and labels in it. "" = on those given.
     data.cleaned = ""
 

@@ -391,6 +391,7 @@ UNCOMPILED = (
 ADDED = {
     "budget": "steps",
     "class_weight": "none",
+    "data.transfer": "float32",
     "backbone.name": "",
     "finetune.body_rate": 1.0,
     "finetune.layer_decay": 1.0,

@@ -15,11 +15,12 @@ import untrained
 from archives import idx
 from runs import ROOT
 
-from configs import default, own_data
-from ieg_jax import cli, inference, models
+from configs import default, own_data, webvision, webvision_mini
+from ieg_jax import cli, hardware, inference, models
 from ieg_jax import config as config_lib
 from ieg_jax.data import shards
 from ieg_jax.data.sources import cifar
+from ieg_jax.errors import UserError
 from ieg_jax.models import pretrained
 from ieg_jax.reproduce import experiments, results
 from ieg_jax.train import check
@@ -289,3 +290,17 @@ def test_own_photographs(backbone, monkeypatch):
         assert own_data.get_config().model.name == "efficientnet_lite0"
     monkeypatch.setattr(pretrained, "is_installed", lambda network: False)
     assert own_data.get_config().model.name == "wide_resnet"
+
+
+@pytest.mark.parametrize("file", [webvision, webvision_mini])
+def test_webvision_computes_in_what_suits_the_device(file, monkeypatch):
+    for here, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(hardware, "accelerator_is_here", lambda here=here: here)
+        config = file.get_config("imagenet=imagenet")
+        assert (config.model.dtype, config.data.transfer) == (expected, expected)
+        assert file.get_config("dtype=float32").model.dtype == "float32"
+        assert file.get_config("dtype=bfloat16").model.dtype == "bfloat16"
+        config.data.dir = "webvision"
+        check.validate(config_lib.resolve(config))
+    with pytest.raises(UserError, match="dtype: got 'float16', expected one of auto, bfloat16, float32"):
+        file.get_config("dtype=float16")

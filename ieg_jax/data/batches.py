@@ -16,13 +16,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
-from ieg_jax.data import augment
+from ieg_jax.data import augment, transfer
 from ieg_jax.data.images import READS_IN_FLIGHT, Encoded, reason, to_float
 from ieg_jax.data.load import Data
 from ieg_jax.data.splits import Split
 from ieg_jax.errors import UserError
 from ieg_jax.lazy import tf
-from ieg_jax.methods.base import MAIN, TRUSTED, Stream
+from ieg_jax.methods.base import ALL_VIEWS, MAIN, TRUSTED, Stream
 
 # The random numbers of a run come in numbered streams. A stream of examples uses two: for order and augmentation.
 _STREAMS = {MAIN: (0, 1), "probe": (3, 2)}
@@ -57,6 +57,7 @@ def train_batches(
     Yields:
       `image [B,H,W,C]` float32 in [-1, 1], or features `[B,1,1,D]`, `label`, `clean_label`, `id` and `row` `[B]` int32,
       and what the other streams give, such as `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]`, `probe_label [Bp]`.
+      Images are of another type where `data.transfer` says so, until `transfer.received`.
 
     Raises:
       UserError: for a stream with no rows to draw from, for images that the augmentation leaves with different sizes,
@@ -72,13 +73,38 @@ def train_batches(
         parts.append(_batched(part.example, batch_size_of(config, stream), start_step, num_steps, source.is_remote))
     merged = tf.data.Dataset.zip(tuple(parts)).map(lambda *batches: {k: v for b in batches for k, v in b.items()})
     _check_shape(merged, "augment.standard")
-    for batch in _read(merged.prefetch(4)):
+    yield from assembled(merged, sharding)
+
+
+def assembled(batches: tf.data.Dataset, sharding: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
+    """Yields batches as global arrays; the next ones are made in the meantime.
+
+    Args:
+      batches: the parts of them that this process holds.
+      sharding: of the leading dimension.
+    """
+    for batch in _read(batches.prefetch(4)):
         yield to_global(batch, sharding)
 
 
 def batch_size_of(config: ConfigDict, stream: Stream) -> int:
     """The number of examples of a stream in a batch, over all devices."""
     return config_lib.get(config, stream.size) or config.batch_size
+
+
+def views_of(config: ConfigDict, stream: Stream) -> int:
+    """The number of views of each example of a stream."""
+    return config.augment.num_views if stream.views is ALL_VIEWS else stream.views
+
+
+def work_of_an_example(config: ConfigDict, streams: Mapping[str, Stream]) -> tuple[float, float]:
+    """What the host has to do for one noisy example, the trusted images that go with it included.
+
+    Returns:
+      How many views are made, and how many images are read, of which these are views.
+    """
+    sizes = {name: batch_size_of(config, stream) / config.batch_size for name, stream in streams.items()}
+    return sum(size * views_of(config, streams[name]) for name, size in sizes.items()), sum(sizes.values())
 
 
 class _Stream:
@@ -96,7 +122,7 @@ class _Stream:
     ):
         self._config, self._is_main, self._prefix = config, name == MAIN, "" if name == MAIN else f"{name}_"
         self._reader, self._rows = _Reader(source), None if rows is None else tf.constant(rows, tf.int64)
-        self._num_views = config.augment.num_views if stream.views is None else stream.views
+        self._num_views = views_of(config, stream)
         self._standard = augment.parse_policy(config.augment.standard, "augment.standard")
         self._strong = augment.parse_policy(config.augment.strong, "augment.strong")
         order, self._image_stream = _STREAMS.get(name) or (_MORE_STREAMS + 2 * number, _MORE_STREAMS + 2 * number + 1)
@@ -123,7 +149,7 @@ class _Stream:
         if not self._is_main:
             labels = {name: labels[name] for name in ("label", "row")}
         image = self._standard(original, _fold(seed, 0) if self._is_main or self._num_views > 1 else seed)
-        example = {"image": image, **labels}
+        example = {"image": transfer.sent(image, self._config.data.transfer), **labels}
         if self._num_views > 1:
             base = original if self._config.augment.views_of == "original" else image
             seeds = [_fold(seed, view) for view in range(1, self._num_views)]
@@ -131,7 +157,7 @@ class _Stream:
                 views = [self._strong(self._reader.view(row, one), one) for one in seeds]
             else:
                 views = [self._strong(base, one) for one in seeds]
-            example["views"] = tf.stack(views)
+            example["views"] = transfer.sent(tf.stack(views), self._config.data.transfer)
             if example["views"].shape[1:] != image.shape:
                 raise UserError(
                     f"augment.strong makes views of shape {example['views'].shape[1:]}, and the standard view is "

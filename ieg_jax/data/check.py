@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax.config import at_least, number, one_of
-from ieg_jax.data import augment, backbone
+from ieg_jax.data import augment, backbone, transfer
 from ieg_jax.data import trusted as trusted_set
 from ieg_jax.data.noise import kinds
 from ieg_jax.data.sources import load as sources
@@ -19,6 +19,7 @@ CHECKS = {
     "train_size": at_least(0, "0 (all) or a number of examples"),
     "folds": number(lambda v: v == 0 or v >= 2, "0 or at least 2"),
     "fold": at_least(0, "0 to data.folds - 1"),
+    "transfer": one_of(*transfer.TYPES),
 }
 
 

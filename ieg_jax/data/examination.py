@@ -17,14 +17,15 @@ from rich.text import Text
 
 from ieg_jax import cli, files, methods
 from ieg_jax import config as config_lib
-from ieg_jax.data import backbone, check, images
-from ieg_jax.data.batches import train_batches
+from ieg_jax.data import backbone, check, images, transfer
+from ieg_jax.data.batches import assembled, train_batches, work_of_an_example
 from ieg_jax.data.load import Data, load_data, uses_backbone
 from ieg_jax.data.noise import human_labels
 from ieg_jax.data.sources import lists
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.splits import Split, in_lines, narrow_range
 from ieg_jax.errors import UserError
+from ieg_jax.lazy import tf
 from ieg_jax.methods.base import Stream
 
 LOOKED_AT = 50  # images that are looked at to know whether all are grey, or dark
@@ -76,12 +77,14 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
     problems += _two_labels(duplicates.get("train", []), _labels_before_noise(data.train, config.noise))
     streams = methods.get(config.method.name).streams
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    first = jax.device_get(next(train_batches(config, data, streams, 0, 1, sharding)))
+    first = jax.device_get(transfer.received(next(train_batches(config, data, streams, 0, 1, sharding))))
     speed = throughput(config, data, streams)
     _say(
         console,
-        f"pipeline: {speed['images_per_second']:,.0f} training images/s here, "
-        f"{speed['images_per_cpu_second']:,.0f} per second and core",
+        f"pipeline: {speed['examples_per_second']:,.0f} training examples/s here, "
+        f"{speed['examples_per_cpu_second']:,.0f} per second and core, each of {speed['images_per_example']:g} images; "
+        f"batches are put together at {speed['assembly_bytes_per_second'] / 1e9:.2g} GB/s"
+        + (f"; an image is read in {speed['read_seconds'] * 1e3:.3g} ms" if speed["read_seconds"] else ""),
     )
     out.mkdir(parents=True, exist_ok=True)
     report = {
@@ -105,24 +108,66 @@ def examine(config: ConfigDict, out: epath.PathLike, quick: bool, console: Conso
     return problems, data
 
 
-def throughput(config: ConfigDict, data: Data, streams: Mapping[str, Stream], seconds: float = 3.0) -> dict[str, float]:
-    """Runs the input pipeline of training alone for some seconds.
+def throughput(config: ConfigDict, data: Data, streams: Mapping[str, Stream], seconds: float = 3.0) -> dict[str, Any]:
+    """Runs the input pipeline of training alone for some seconds, and then parts of it.
 
     Returns:
-      `images_per_second`, training examples per second on this machine, each with all its views and with the trusted
-      images that go with it; `images_per_cpu_second`, the same per second of processor time, summed over the threads;
-      `cores`, how many processors the machine has.
+      `examples_per_second`, training examples per second on this machine, each with all its views and with the trusted
+      images that go with it; `examples_per_cpu_second`, the same per second of processor time, summed over the threads;
+      `images_per_example`, of how many views such an example consists; `cores`, how many processors the machine has;
+      `assembly_bytes_per_second`, see `assembly`; and of images on a bucket `read_seconds`, see `read_seconds`, else
+      None. `ieg_jax.plan` reads these.
     """
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     batches = train_batches(config, data, streams, 0, 2**31 // config.batch_size - 1, sharding)
     for _ in range(5):  # in the meantime tf.data starts its threads and fills its buffers
-        next(batches)
+        batch = next(batches)
     began, cpu_began, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - began < seconds:
         next(batches)
         count += config.batch_size
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
-    return {"images_per_second": count / wall, "images_per_cpu_second": count / cpu, "cores": os.cpu_count()}
+    batches.close()
+    return {
+        "examples_per_second": count / wall,
+        "examples_per_cpu_second": count / cpu,
+        "images_per_example": work_of_an_example(config, streams)[0],
+        "cores": os.cpu_count(),
+        "assembly_bytes_per_second": assembly(jax.device_get(batch), sharding, seconds / 3),
+        "read_seconds": read_seconds(data.train),
+    }
+
+
+def assembly(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, seconds: float) -> float:
+    """Bytes per second that one process makes into batches and hands to its devices, of examples that are ready.
+
+    Args:
+      batch: what it is to make.
+      sharding: of the leading dimension.
+      seconds: for how long it is tried.
+    """
+    size = len(batch["image"])
+    example = {name: value[0] for name, value in batch.items()}
+    batches = assembled(tf.data.Dataset.from_tensors(example).repeat().batch(size, drop_remainder=True), sharding)
+    for _ in range(5):
+        made = next(batches)
+    began, count = time.perf_counter(), 0
+    while (wall := time.perf_counter() - began) < seconds:
+        made = jax.block_until_ready(next(batches))
+        count += sum(array.nbytes for array in made.values())
+    return count / wall
+
+
+def read_seconds(split: Split) -> float | None:
+    """The median time to read an image by itself, of a split on a bucket; None for one in memory or on a disk."""
+    if not split.is_remote:
+        return None
+    read, times = split.images.reader(), []
+    for row in np.linspace(0, len(split) - 1, min(len(split), LOOKED_AT)).astype(int):
+        began = time.perf_counter()
+        images.readable(read, row, split.names[row])
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
 
 
 def draw_batch(batch: dict[str, np.ndarray], class_names: tuple[str, ...], path: epath.Path) -> None:

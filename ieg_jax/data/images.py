@@ -35,7 +35,8 @@ BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 VERSION = 2  # of `check_image`; what other versions found is not used
 MOST_PIXELS = 100_000_000
 CANNOT_BE_READ = "cannot be read"
-READS_IN_FLIGHT = 16 * (os.cpu_count() or 1)  # from a bucket, where most of the time is latency
+READS_PER_CORE = 16  # in flight at once from a bucket, where most of the time is latency
+READS_IN_FLIGHT = READS_PER_CORE * (os.cpu_count() or 1)
 CHECKED_AT_ONCE = 5000  # image files whose outcome is kept in one file of the cache
 ORIENTATION = 0x0112  # EXIF tag; 1 = upright
 # (height, width) int32 [2] -> (top, left, height, width) int32 [4]

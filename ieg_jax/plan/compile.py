@@ -59,6 +59,11 @@ class Slice:
     chip: Chip
     devices: Sequence[jax.Device]
 
+    @property
+    def num_hosts(self) -> int:
+        """How many hosts its chips are attached to."""
+        return len({device.process_index for device in self.devices})
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -119,7 +124,7 @@ def open_slice(topology: str) -> Slice:
       UserError: for a chip or shape that is not offered; the message lists those that are.
     """
     name, _, text = topology.partition(":")
-    check_choice(f"--topology={topology}: unknown chip", name, TPUS)
+    check_choice(f"--topology={topology}: unknown chip", name, SHAPES)
     shapes = {"x".join(map(str, shape)): shape for shape in SHAPES[name]}
     if text not in shapes:
         raise UserError(f"--topology={topology}: {name} comes in slices of {', '.join(shapes)} chips")
@@ -164,6 +169,7 @@ def data_shape(config: ConfigDict) -> tuple[ConfigDict, program.DataShape]:
         num_examples=num_examples,
         num_ids=known.num_train,
         num_trusted=max(1, num_trusted),
+        transfer=config.data.transfer,
     )
 
 

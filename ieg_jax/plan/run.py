@@ -13,11 +13,13 @@ from rich.console import Console
 
 from ieg_jax import files
 from ieg_jax.errors import StorageError, UserError
-from ieg_jax.plan import report, sweep
+from ieg_jax.plan import report, supply, sweep
 from ieg_jax.plan.compile import Slice, compile_step, open_slice, versions
 
 
-def run(config: ConfigDict, topology: str, sweeps: Sequence[str], out: str, console: Console) -> None:
+def run(
+    config: ConfigDict, topology: str, sweeps: Sequence[str], out: str, console: Console, host: supply.Host
+) -> None:
     """Compiles the step of a configuration and of its variants, prints the report and writes it.
 
     Args:
@@ -26,6 +28,7 @@ def run(config: ConfigDict, topology: str, sweeps: Sequence[str], out: str, cons
       sweeps: which variants are compiled too: batch, remat, batch_groups.
       out: a file for everything as JSON; "" = none.
       console: where to print.
+      host: what is known of each host of the slice, on whose data its chips may have to wait.
 
     Raises:
       UserError: for a slice that does not exist, a configuration that cannot be used with it, and a file that cannot be
@@ -48,6 +51,9 @@ def run(config: ConfigDict, topology: str, sweeps: Sequence[str], out: str, cons
     report.print_report(console, first, slice_, largest, len(same))
     if len(rows) > 1:
         console.print(report.sweep_table(rows))
+    data = supply.supply(config, first, host, slice_.num_hosts)
+    if data is not None:
+        console.print(supply.table(*data))
     if out:
         content = {
             "config": config.to_dict(),
@@ -55,12 +61,15 @@ def run(config: ConfigDict, topology: str, sweeps: Sequence[str], out: str, cons
             "chip": dataclasses.asdict(slice_.chip),
             "versions": versions(),
             "largest_batch_estimate": largest,
+            "input": None if data is None else supply.as_dict(host, slice_.num_hosts, *data),
             "steps": rows,
         }
         try:
             files.write(pathlib.Path(out).expanduser(), json.dumps(content, indent=1, default=str))
         except StorageError as error:
             raise UserError(f"--out={out}: {error}") from None
+    if first["memory"]:
+        console.print(supply.UNKNOWN if data is None else str(data[1]), highlight=False, soft_wrap=True)
 
 
 def _compile(config: ConfigDict, slice_: Slice) -> dict[str, Any]:

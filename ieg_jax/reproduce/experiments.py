@@ -205,7 +205,8 @@ def _webvision(row: dict[str, Any]) -> Experiment:
         suffix = "-autoaugment"
     if row["method"] == "supervised":  # in the authors' code it learns from the trusted images too
         keys["trusted.join"] = True
-    config = f"configs/{dataset}.py:method={row['method']},model={model}"
+    # The type is named, so that what a run has does not depend on the machine.
+    config = f"configs/{dataset}.py:method={row['method']},model={model},dtype=bfloat16"
     name = f"{dataset}-{row['method']}-{model}{suffix}"
     return Experiment(name, config, keys, ("data.dir", "data.test", "data.trusted"))
 

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
+from ieg_jax import hardware
 from ieg_jax.data.batches import EvalBatches, train_batches
 from ieg_jax.data.load import Data, load_data
 from ieg_jax.data.splits import UNKNOWN
@@ -139,6 +140,21 @@ def start(
         truth = bool((run.data.train.clean_labels != UNKNOWN).any())
         dashboard.begin(writer, run.config, run.program.window.averages, run.data.evaluation_name, truth)
     return Progress(start, state, window, rows, began, seconds_before, writer)
+
+
+def notices(run: Run) -> list[str]:
+    """What of the data looks like a mistake, and which keys would make the run faster on these devices; for people."""
+    config, count, kind = run.config, run.shardings.num_devices, run.shardings.mesh.devices.flat[0].device_kind
+    said = list(run.data.notices)
+    parts = count * config.microbatches
+    if count > 1 and config.batch_groups % parts:
+        said.append(
+            f"batch_groups={config.batch_groups} on {count} devices: batch norm, and mixup with its images, go across "
+            f"them at every step; batch_groups={parts} keeps these where they are, inside groups"
+        )
+    if hardware.chip(kind) and config.model.dtype == "float32" and run.image_shape[:2] != (1, 1):  # not of features
+        said.append(f"model.dtype=float32 on {kind}: bfloat16 is faster there and takes less memory, and rounds more")
+    return said
 
 
 def noise_in_words(config: ConfigDict, report: dict[str, Any]) -> str:

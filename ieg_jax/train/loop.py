@@ -106,7 +106,7 @@ def _run(
     # ---- Where it starts, the steps, the result.
     title = f"{config.method.name} on {run.data.name}{begin.noise_in_words(config, run.data.noise_report)}"
     reporter = Reporter(title, run.steps.num_steps, visible=jax.process_index() == 0 and not quiet)
-    for notice in run.data.notices:
+    for notice in begin.notices(run):
         reporter.say(f"note: {notice}")
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint, run.steps.reported)
     progress = begin.start(run, checkpoints, weights, reporter, began)

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax import methods, models
-from ieg_jax.data.batches import batch_size_of, image_shape, split_image_size
+from ieg_jax.data import transfer
+from ieg_jax.data.batches import batch_size_of, image_shape, split_image_size, views_of
 from ieg_jax.data.load import Data
 from ieg_jax.methods import base
 from ieg_jax.methods.parts import lookahead, optimizers
@@ -38,6 +39,7 @@ class DataShape:
     num_examples: int  # N, of the noisy training set
     num_ids: int  # one more than the largest id in it
     num_trusted: int  # M, trusted examples that are trained with
+    transfer: str = "float32"  # the type of training images as they come, see `data.transfer`
 
     def num_rows(self, source: str) -> int:
         """Examples of a set that streams draw from."""
@@ -261,10 +263,10 @@ def batch_shape(config: ConfigDict, data: DataShape) -> dict[str, jax.ShapeDtype
     for name, stream in methods.get(config.method.name).streams.items():
         size, is_main = batch_size_of(config, stream), name == base.MAIN
         labels = ("label", "clean_label", "id", "row") if is_main else ("label", "row")
-        part = {"image": _images(size, *data.image), **dict.fromkeys(labels, _labels(size))}
-        views = config.augment.num_views if stream.views is base.ALL_VIEWS else stream.views
+        part = {"image": _images(size, *data.image, dtype=data.transfer), **dict.fromkeys(labels, _labels(size))}
+        views = views_of(config, stream)
         if views > 1:
-            part["views"] = _images(size, views - 1, *data.image)
+            part["views"] = _images(size, views - 1, *data.image, dtype=data.transfer)
         shapes |= {key if is_main else f"{name}_{key}": shape for key, shape in part.items()}
     return shapes
 
@@ -279,8 +281,8 @@ def evaluation_batch_shape(config: ConfigDict, data: DataShape) -> dict[str, jax
     }
 
 
-def _images(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def _images(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 def _labels(size: int) -> jax.ShapeDtypeStruct:
@@ -297,14 +299,21 @@ def _place(tree: Any, shardings: Any) -> Any:
 
 
 def data_shape(config: ConfigDict, data: Data) -> DataShape:
-    """The shapes of the data, as augmentation makes them; raises UserError where they differ from image to image."""
+    """The shapes of the data, as augmentation makes them.
+
+    Raises:
+      UserError: where they differ from image to image, and where the images cannot be sent as `data.transfer` says.
+    """
     size = split_image_size
     evaluated = data.trusted if data.evaluation is None else data.evaluation
+    image = image_shape(config, "standard", size(data.train))
+    transfer.check(config.data.transfer, image)
     return DataShape(
-        image=image_shape(config, "standard", size(data.train)),
+        image=image,
         evaluation_image=image_shape(config, "evaluation", size(evaluated)),
         num_classes=data.num_classes,
         num_examples=len(data.train),
         num_ids=int(data.train.ids.max()) + 1,
         num_trusted=len(data.trusted),
+        transfer=config.data.transfer,
     )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ieg_jax.data import transfer
 from ieg_jax.methods.base import Context, Method
 from ieg_jax.methods.parts import optimizers
 from ieg_jax.train import examples, finetune, metrics
@@ -93,7 +94,8 @@ def train_step(
       state: before the step.
       batch: `image [B,H,W,C]`, `label [B]`, `clean_label [B]` (-1 = not known, -2 = no class, so that the label is
         wrong), `id [B]`, `row [B]` (of the training set), and what else the streams of the method give
-        (`methods.base.Stream`), such as `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]`, `probe_label [Bp]`.
+        (`methods.base.Stream`), such as `views [B,V-1,H,W,C]`, `probe_image [Bp,H,W,C]`, `probe_label [Bp]`. Images
+        are float32, or packed by `data.transfer.sent`.
       rng: the base key of the run; folded with the step here.
       context: static parts of the run.
       method: the bound method.
@@ -104,6 +106,7 @@ def train_step(
     Returns:
       The state after the step and what to report.
     """
+    batch = transfer.received(batch)
     supervise_rng, loss_rng = jax.random.split(jax.random.fold_in(rng, state.step))
     supervision = jax.lax.stop_gradient(method.supervise(state, batch, supervise_rng))
     if supervision.memory is not None:

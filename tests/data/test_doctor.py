@@ -1,10 +1,14 @@
 import hashlib
+import itertools
 import json
+import os
 import subprocess
 import sys
+import types
 
 import archives
 import image_trees
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,9 +17,17 @@ from runs import ROOT
 
 from configs import default
 from ieg_jax import config as config_lib
+from ieg_jax import methods
 from ieg_jax.data import examination, shards
+from ieg_jax.data.load import load_data
 from ieg_jax.data.sources import cifar
 from ieg_jax.errors import UserError
+
+THROUGHPUT = examination.throughput
+SPEED = {
+    "examples_per_second": 1.0, "examples_per_cpu_second": 1.0, "images_per_example": 3.0, "cores": 1,
+    "assembly_bytes_per_second": 2e9, "read_seconds": 0.05,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +36,7 @@ def fast(tmp_path, monkeypatch):
     monkeypatch.setattr(
         examination,
         "throughput",
-        lambda *_: {"images_per_second": 1.0, "images_per_cpu_second": 1.0, "cores": 1},
+        lambda *_: SPEED,
     )
 
 
@@ -254,7 +266,7 @@ def test_the_command(photos, tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-2] == "error: 1 things are wrong:"
     assert "Traceback" not in done.stderr
-    assert "images/s here" in done.stdout
+    assert "examples/s here" in done.stdout
 
 
 def test_grey_images_are_told_from_colours(photos, tmp_path):
@@ -266,3 +278,42 @@ def test_grey_images_are_told_from_colours(photos, tmp_path):
     assert "the images are grey" in examine(photos, tmp_path / "grey")[1]
     photos.augment.standard, photos.augment.strong = config_lib.AUGMENT_PRESETS["grey"]
     assert "the images are grey" not in examine(photos, tmp_path / "as they should be")[1]
+
+
+def test_speeds_of_the_pipeline():
+    config = default.get_config()
+    data = load_data(config)
+    speed = THROUGHPUT(config, data, methods.get("ieg").streams, seconds=0.3)
+    assert speed.keys() == SPEED.keys()
+    assert (speed["images_per_example"], speed["cores"], speed["read_seconds"]) == (3, os.cpu_count(), None)
+    assert speed["examples_per_cpu_second"] > 0 and speed["examples_per_second"] > 0
+    assert speed["assembly_bytes_per_second"] > 0
+
+
+def test_speed_of_assembly_by_hand(monkeypatch):
+    """A clock that goes on by a second each time it is read: after 1 and 2 of 3 seconds a batch, at 3 it is over."""
+    clock = itertools.count()
+    monkeypatch.setattr(examination.time, "perf_counter", lambda: next(clock))
+    batch = {"image": np.zeros((4, 2, 2, 1), np.float32), "label": np.zeros(4, np.int32)}
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    assert examination.assembly(batch, sharding, 3) == 2 * 4 * (2 * 2 * 4 + 4) / 3
+
+
+def test_seconds_of_a_read_by_hand(monkeypatch):
+    ticks = iter([0.0, 0.1, 1.0, 1.3, 2.0, 2.2])
+    monkeypatch.setattr(examination.time, "perf_counter", lambda: next(ticks))
+
+    class Split(list):
+        is_remote, names = True, ["a", "b", "c"]
+        images = types.SimpleNamespace(reader=lambda: lambda row: row)
+
+    assert examination.read_seconds(Split([0, 1, 2])) == pytest.approx(0.2)
+    Split.is_remote = False
+    assert examination.read_seconds(Split([0, 1, 2])) is None
+
+
+def test_speeds_are_said_and_written(photos, tmp_path):
+    _, text, report = examine(photos, tmp_path / "out")
+    assert "pipeline: 1 training examples/s here, 1 per second and core, each of 3 images; batches are" in text
+    assert "put together at 2 GB/s; an image is read in 50 ms" in text.replace("\n", " ")
+    assert report["throughput"] == SPEED

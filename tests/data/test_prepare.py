@@ -1,5 +1,6 @@
 import json
 import shutil
+import threading
 
 import image_trees
 import numpy as np
@@ -325,3 +326,33 @@ def test_something_else_than_records(photos, tmp_path):
     info = json.loads((out / "dataset_info.json").read_text())
     assert {split["name"] for split in info["splits"]} == {"train", "test", "trusted"}
     shutil.rmtree(out)
+
+
+def test_files_are_asked_for_their_sizes_at_once(monkeypatch):
+    """Eight of sixteen must have been asked before any answers; the answers come in the order of the files."""
+    together = threading.Barrier(8)
+
+    def slow(file):
+        together.wait(timeout=60)
+        return int(file), 10**18 + int(file)
+
+    monkeypatch.setattr(records, "_stat", slow)
+    stats = records._stats(tuple(map(str, range(16))))
+    assert stats.tolist() == [[number, 10**18 + number] for number in range(16)]
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="^gone1: cannot be read"):
+        records._stats(("gone1", "gone2"))
+
+
+def test_image_files_are_asked_for_their_sizes_at_once(photos, monkeypatch):
+    config, _ = photos
+    plan = shards.list_shards(config, 1024, 0)
+    before = plan.state_of_files("train", np.arange(30))
+    together, stat = threading.Barrier(10), shards.images.stat
+
+    def slow(path):
+        together.wait(timeout=60)
+        return stat(path)
+
+    monkeypatch.setattr(shards.images, "stat", slow)
+    assert plan.state_of_files("train", np.arange(30)) == before

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -20,9 +21,11 @@ from runs import ROOT
 from small_step import fixed_durations
 
 from configs import cifar10, cifar100, default, own_data, webvision_mini
+from ieg_jax import methods
+from ieg_jax.data.batches import work_of_an_example
 from ieg_jax.errors import UserError
 from ieg_jax.hardware import GIB, TPUS, Chip
-from ieg_jax.plan import __main__, hlo, report, sweep
+from ieg_jax.plan import __main__, hlo, report, supply, sweep
 from ieg_jax.plan import compile as compile_lib
 from ieg_jax.plan import run as plan_run
 from ieg_jax.plan.compile import (
@@ -374,22 +377,25 @@ def reported(tmp_path_factory):
     """What the command prints and writes for the eight simulated devices, with a group for each and with one group."""
     folder = tmp_path_factory.mktemp("plan")
     config = small_config(8, eval_batch_size=64)
+    speed = {"cores": 4, "examples_per_cpu_second": 2.0, "images_per_example": 3, "assembly_bytes_per_second": 1e9}
+    (folder / "report.json").write_text(json.dumps({"throughput": speed | {"read_seconds": None}}))
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("XDG_CACHE_HOME", str(folder))
         values = types.SimpleNamespace(
-            config=config, topology="cpu:8", sweep=["batch_groups"], out=str(folder / "plan.json")
-        )
+            config=config, topology="cpu:8", sweep=["batch_groups"], out=str(folder / "plan.json"),
+            doctor=str(folder / "report.json"), cores=5, reads_in_flight=None, **dict.fromkeys(__main__.MEASURED),
+        )  # fmt: skip
         patch.setattr(__main__, "flags", types.SimpleNamespace(FLAGS=values))
         patch.setattr(__main__, "prepare_environment", lambda: None)
         patch.setattr(plan_run, "open_slice", lambda topology: Slice("cpu:8", TPUS["v5e"], jax.devices()))
         __main__.main([])
     written = json.loads((folder / "plan.json").read_text())
-    return " ".join(printed.getvalue().split()), {row["batch_groups"]: row for row in written["steps"]}
+    return " ".join(printed.getvalue().split()), {row["batch_groups"]: row for row in written["steps"]}, written
 
 
 def test_the_report(reported):
-    printed, rows = reported
+    printed, rows, _ = reported
     for part in (
         "tiny, ieg, batch 64 on 8 v5e chips (cpu:8): 8 images on each", "it fits", "a step takes at least",
         "all-reduce", "Largest batch that fits, estimated from one compiled size", "variants, per chip", "binds",
@@ -399,6 +405,91 @@ def test_the_report(reported):
     assert rows[8]["flops_per_image"] == rows[8]["flops"] / 8, "each chip has 8 images, and its own operations"
     assert rows[1]["sent_bytes"] > 2 * rows[8]["sent_bytes"]
     assert "batch_groups=8 keeps them where they are" in "\n".join(report.notes(rows[1], TPUS["v5e"], 0))
+
+
+def test_the_input_is_the_last_line_of_the_report(reported):
+    """Five processors, each 2 · 3 views a second, and 3 views an example, are 10 examples/s: hardly anything."""
+    printed, rows, written = reported
+    data = written["input"]
+    assert data["host"] | {"read_seconds": None} == {
+        "cores": 5, "images_per_cpu_second": 6.0, "read_seconds": None, "reads_in_flight": 80,
+        "assembly_bytes_per_second": 1e9,
+    }  # fmt: skip
+    # Three images of 64 float32 pixels and six numbers, as in the arguments of the step.
+    assert data["example"] == {"images": 3.0, "reads": 2.0, "size": (3 * 64 + 6) * 4}
+    assert data["examples_per_second"] == {"decoding and augmentation": 10.0, "assembly of batches": 1e9 / 792}
+    assert (data["num_hosts"], data["wanted"]) == (1, rows[8]["images_per_second"])
+    assert data["waiting"] == pytest.approx(1 - 10 / rows[8]["images_per_second"])
+    wanted = f"its chips take {rows[8]['images_per_second']:,.0f}."
+    assert printed.endswith(
+        "The chip waits 100% of the time for data: a host delivers 10 examples/s at most (decoding and augmentation "
+        f"binds), and {wanted}"
+    )
+    assert "input of a host" in printed and "│ decoding and augmentation │ 3 images │ 10 │" in printed
+
+
+# What an example of IEG on WebVision has: an image, a strong view and a trusted image of 224 × 224 pixels in three
+# colours, four numbers of the noisy example and two of the trusted one.
+WEBVISION = supply.Example(images=3, reads=2, size=3 * 224 * 224 * 3 * 4 + 6 * 4)
+
+
+def test_what_an_example_asks_of_a_host():
+    config = webvision_mini.get_config()
+    row = {"batch_size": 128, "num_chips": 16, "images_per_second": 8000.0}
+    row["arguments"] = {"batch": 8 * (3 * 224 * 224 * 3 * 4 + 6 * 4)}  # of the 8 examples of a chip
+    known = supply.Host(assembly_bytes_per_second=1_806_360e3)
+    example, made = supply.supply(config, row, known, 4)
+    assert (example, example.size) == (WEBVISION, 1_806_360)
+    assert made == supply.Supply({"assembly of batches": 1000.0}, 2000.0)
+    assert supply.supply(config, row, supply.Host(), 4) is None, "nothing is known of the host"
+    del row["images_per_second"]
+    assert supply.supply(config, row, known, 4) is None, "the step does not fit"
+    config.method.name, config.augment.num_views = "supervised", 2
+    assert work_of_an_example(config, methods.get("supervised").streams) == (1, 1)
+    # Half as many trusted images as noisy ones, and two strong views.
+    config.method.name, config.batch_size, config.trusted.batch_size, config.augment.num_views = "ieg", 64, 32, 3
+    assert work_of_an_example(config, methods.get("ieg").streams) == (3.5, 1.5)
+
+
+def test_the_slowest_part_of_the_input_binds():
+    """112 · 100 / 3 = 3,733; 1,792 / 0.05 / 2 = 17,920; 5.067e9 / 1,806,360 = 2,805."""
+    host = supply.Host(112, 100.0, 0.05, 16 * 112, 5.067e9)
+    found = supply.bounds(host, WEBVISION)
+    assert {name: round(rate) for name, rate in found.items()} == {
+        "decoding and augmentation": 3733, "reading": 17920, "assembly of batches": 2805,
+    }  # fmt: skip
+    enough, wanting = supply.Supply(found, 2531.0), supply.Supply(found, 4780.0)
+    assert (enough.binds, round(enough.delivered), enough.waiting) == ("assembly of batches", 2805, 0)
+    assert str(enough) == (
+        "The chip does not wait for data: a host delivers 2,805 examples/s at most (assembly of batches binds), and "
+        "its chips take 2,531, which leaves 11% headroom."
+    )
+    assert wanting.waiting == pytest.approx(0.413, abs=5e-4)
+    assert str(wanting).startswith("The chip waits 41% of the time for data: a host delivers 2,805 examples/s at most")
+    slow = supply.bounds(dataclasses.replace(host, read_seconds=1.0), WEBVISION)
+    assert supply.Supply(slow, 2531.0).binds == "reading" and slow["reading"] == 896
+
+
+def test_what_is_known_of_a_host(tmp_path):
+    file = tmp_path / "report.json"
+    speed = {"cores": 2, "examples_per_cpu_second": 50.0, "images_per_example": 3, "read_seconds": 0.1}
+    file.write_text(json.dumps({"throughput": speed | {"assembly_bytes_per_second": 2e9}}))
+    assert supply.read_host(str(file), {"cores": None}) == supply.Host(2, 150.0, 0.1, 32, 2e9)
+    given = {"cores": 112, "read_seconds": 0.02, "reads_in_flight": None}
+    assert supply.read_host(str(file), given) == supply.Host(112, 150.0, 0.02, 1792, 2e9)
+    assert supply.read_host("", {"cores": 8, "reads_in_flight": 5}) == supply.Host(cores=8, reads_in_flight=5)
+    assert supply.read_host("", {}) == supply.Host()
+    for text in ("{}", "[]", "no JSON", json.dumps({"throughput": {"cores": 2, "images_per_second": 9.0}})):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"--doctor=.*holds no speeds of the input.*ieg_jax.data.doctor"):
+            supply.read_host(str(file), {})
+    with pytest.raises(UserError, match="--doctor=gone.json: cannot be read: No such file"):
+        supply.read_host("gone.json", {})
+
+
+def test_hosts_of_a_slice():
+    devices = [types.SimpleNamespace(process_index=number // 4) for number in range(16)]
+    assert Slice("v5e:4x4", TPUS["v5e"], devices).num_hosts == 4
 
 
 def test_with_a_group_for_each_device_nothing_but_gradients_and_scalars_is_sent(reported):

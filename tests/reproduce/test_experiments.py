@@ -74,7 +74,11 @@ def test_every_configuration_is_valid():
         ("2", {"method": "ieg", "trusted": 5, "rate": 0.2}, {"data.name": "cifar100", "trusted.per_class": 5}),
         ("3", {"method": "ieg", "network": "wrn28_10", "rate": 0.8}, {"noise.kind": "asymmetric", "noise.rate": 0.8}),
         ("4", {"method": "l2r", "dataset": "cifar100"}, {"noise.kind": "file", "noise.rate": 0.0}),
-        ("5", {"method": "ieg", "dataset": "webvision_mini"}, {"model.name": "resnet50_v2", "data.variant": "mini"}),
+        (
+            "5",
+            {"method": "ieg", "dataset": "webvision_mini"},
+            {"model.name": "resnet50_v2", "data.variant": "mini", "model.dtype": "bfloat16"},
+        ),
         ("6", {"method": "eg", "network": "wrn28_2", "dataset": "cifar10"}, {"model.width": 2.0, "method.name": "eg"}),
         ("7", {"method": "ieg_4", "rate": 0.8}, {"method.consistency_weight": 0.0, "method.mixup": True}),
         ("7", {"method": "ieg_6", "rate": 0.8}, {"method.consistency_weight": 20.0, "method.mixup": False}),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -421,3 +422,25 @@ def test_the_noise_in_words(tiny_config, noise, report, words):
     config.noise.rate = 0.0
     config.noise.update(noise)
     assert begin.noise_in_words(config, report) == words
+
+
+@pytest.mark.parametrize("kind, devices, keys, said", [
+    ("cpu", 1, {}, []),
+    ("cpu", 4, {"batch_groups": 8}, []),
+    ("cpu", 4, {"batch_groups": 2}, ["batch_groups=2 on 4 devices: ... batch_groups=4 keeps"]),
+    ("cpu", 4, {"batch_groups": 4, "microbatches": 2}, ["batch_groups=4 on 4 devices: ... batch_groups=8 keeps"]),
+    ("TPU v5 lite", 1, {}, ["model.dtype=float32 on TPU v5 lite: bfloat16 is faster"]),
+    ("TPU v5 lite", 1, {"model.dtype": "bfloat16"}, []),
+])  # fmt: skip
+def test_what_would_be_faster_on_these_devices(config, kind, devices, keys, said):
+    config.update_from_flattened_dict(keys)
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=kind)], object))
+    shardings = types.SimpleNamespace(num_devices=devices, mesh=mesh)
+    data = types.SimpleNamespace(notices=("a note on the data",))
+    run = types.SimpleNamespace(config=config, shardings=shardings, data=data, image_shape=(8, 8, 1))
+    found = begin.notices(run)
+    assert found[0] == "a note on the data" and len(found) == 1 + len(said)
+    for note, parts in zip(found[1:], said, strict=True):
+        assert all(part in note for part in parts.split(" ... "))
+    run.image_shape = (1, 1, 5)
+    assert "float32" not in "".join(begin.notices(run)), "a network of features is fast in any case"

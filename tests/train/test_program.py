@@ -1,6 +1,9 @@
 """The program of a run: shapes, and that no way of laying it out on devices changes what it computes."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import x64
@@ -20,11 +23,11 @@ SHAPE = program.DataShape((8, 8, 1), (8, 8, 1), num_classes=4, num_examples=100,
 BATCH = 32
 
 
-def build(config, **overrides):
+def build(config, shape=SHAPE, **overrides):
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({"batch_size": BATCH, "eval_batch_size": BATCH, "mesh.data": 1, **overrides})
     config = config_lib.resolve(config)
-    return program.build(config, mesh.create(config), SHAPE, fixed_durations())
+    return program.build(config, mesh.create(config), shape, fixed_durations())
 
 
 def random_batch(shapes, seed):
@@ -167,9 +170,11 @@ def test_microbatches_need_less_memory(tiny_config):
     assert temporary(8) < temporary(1) / 3
 
 
-@pytest.mark.parametrize("method", methods.REGISTRY)
-def test_shapes_are_those_of_the_pipeline(tiny_config, method):
-    tiny_config.method.name, tiny_config.trusted.batch_size = method, 8
+@pytest.mark.parametrize(
+    "method, transfer", [*((name, "float32") for name in methods.REGISTRY), ("ieg", "bfloat16"), ("ieg", "uint8")]
+)
+def test_shapes_are_those_of_the_pipeline(tiny_config, method, transfer):
+    tiny_config.method.name, tiny_config.trusted.batch_size, tiny_config.data.transfer = method, 8, transfer
     data = load_data(tiny_config)
     shardings = mesh.create(tiny_config)
     shape = program.data_shape(tiny_config, data)
@@ -180,6 +185,46 @@ def test_shapes_are_those_of_the_pipeline(tiny_config, method):
         (program.evaluation_batch_shape(tiny_config, shape), evaluated),
     ):
         assert {k: (v.shape, v.dtype) for k, v in promised.items()} == {k: (v.shape, v.dtype) for k, v in found.items()}
+
+
+@pytest.mark.parametrize("method, kind", [
+    ("supervised", "bfloat16"), ("supervised", "uint8"), pytest.param("ieg", "bfloat16", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_step_sees_what_was_sent(tiny_config, method, kind):
+    """The step on packed images is the step on the float32 images that they stand for, worked out by numpy."""
+    tiny_config.method.name = method
+    plain, packed = build(tiny_config), build(tiny_config, dataclasses.replace(SHAPE, transfer=kind))
+    names = ("image", "views", "probe_image") if method == "ieg" else ("image",)
+    images = {name: array.dtype for name, array in packed.batch.items() if array.ndim > 1}
+    assert images == dict.fromkeys(names, jnp.dtype(kind))
+    batch = random_batch(plain.batch, 0)
+    few = {
+        name: np.asarray(array, kind) if kind == "bfloat16" else np.round((np.asarray(array) + 1) * 127.5).astype(kind)
+        for name, array in batch.items()
+        if array.ndim > 1
+    }
+    many = {
+        name: array.astype(np.float32) if kind == "bfloat16" else array / np.float32(127.5) - np.float32(1)
+        for name, array in few.items()
+    }
+    assert all(0 < np.abs(many[name] - batch[name]).max() < 1 / 254 for name in many), "rounded, and no more than that"
+    results = []
+    for run, images in ((plain, many), (packed, few)):
+        one = batch | {name: jax.device_put(value, run.batch[name].sharding) for name, value in images.items()}
+        made = run.train_step(run.init(jax.random.key(0)), run.empty_window(), one, jax.random.key(5))
+        results.append(jax.tree.leaves(made))
+    for here, there in zip(*results, strict=True):
+        np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-6)
+
+
+def test_features_are_not_sent_as_grey_levels(tiny_config):
+    data = load_data(tiny_config)
+    features = dataclasses.replace(data.train, images=np.zeros((len(data.train), 1, 1, 5), np.float32))
+    tiny_config.augment.standard = "gaussian(0.1)"
+    tiny_config.data.transfer = "uint8"
+    assert program.data_shape(tiny_config, data).transfer == "uint8"
+    with pytest.raises(UserError, match="data.transfer=uint8 is for images in .* set it to float32 or bfloat16"):
+        program.data_shape(tiny_config, dataclasses.replace(data, train=features))
 
 
 def test_a_lookahead_through_no_layer_is_refused(tiny_config):

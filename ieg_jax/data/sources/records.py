@@ -9,6 +9,7 @@ TFDS prepared it is made at the first use, by reading them once.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import io
 import json
@@ -195,8 +196,7 @@ def load_index(folder: epath.Path, split: str, files: tuple[str, ...], expected:
     cached = epath.Path(images.cache_folder() / "indexes" / f"{str(folder).strip('/').replace('/', '_')}-{split}.npz")
     # An index beside its records is valid as long as the shards have the same sizes: a copy of the folder has other
     # times. One in the cache must match the times too, as other records may have taken the place of those it is of.
-    stats = [_stat(file) for file in files]
-    sizes, times = np.array([stat[0] for stat in stats]), np.array([stat[1] for stat in stats])
+    sizes, times = _stats(files).T
     places = ((index_path(folder, split), sizes), (cached, np.concatenate([sizes, times])))
     for path, stamp in places:
         table = read_table(path)
@@ -227,7 +227,7 @@ def read_table(path: epath.Path) -> dict[str, np.ndarray]:
 
 def write_index(folder: epath.Path, split: str, files: tuple[str, ...], table: dict[str, np.ndarray]) -> list[int]:
     """Writes the index of a split beside its records; returns the size of each shard in bytes."""
-    sizes = [_stat(file)[0] for file in files]
+    sizes = _stats(files)[:, 0].tolist()
     write_arrays(index_path(folder, split), table | {"stamp": np.array(sizes)})
     return sizes
 
@@ -290,6 +290,12 @@ def _features(record: bytes, file: str) -> dict:
         elif len(feature.bytes_list.value) == 1:
             row[name] = feature.bytes_list.value[0].decode("utf-8", "replace")
     return row
+
+
+def _stats(files: tuple[str, ...]) -> np.ndarray:
+    """What `_stat` says of each file, `[n, 2]` int64; many are asked at once, as on a bucket each is a round trip."""
+    with concurrent.futures.ThreadPoolExecutor(images.READS_IN_FLIGHT) as pool:
+        return np.array(list(pool.map(_stat, files)), np.int64).reshape(-1, 2)
 
 
 def _stat(file: str) -> tuple[int, int]:
