@@ -40,6 +40,7 @@ import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ieg_jax.config import Key
+from ieg_jax.errors import UserError
 from ieg_jax.methods.parts import losses, optimizers
 
 NOISY, TRUSTED = "noisy", "trusted"
@@ -97,7 +98,7 @@ class Aux(NamedTuple):
 
 @contextlib.contextmanager
 def _seen_by_head(network: nn.Module) -> Iterator[list[jax.Array]]:
-    """A list of what goes into the layer `head` while the network is applied; raises ValueError where nothing does."""
+    """A list of what goes into the layer `head` while the network is applied; raises UserError where nothing does."""
     found = []
 
     def keep(call, arguments, keywords, layer):
@@ -108,14 +109,17 @@ def _seen_by_head(network: nn.Module) -> Iterator[list[jax.Array]]:
     with nn.intercept_methods(keep):
         yield found
     if not found:
-        raise ValueError(f"{type(network).__name__} has no layer named head, whose inputs are its features")
+        raise UserError(
+            f"network {type(network).__name__} has no layer named head, whose inputs are its features: name its last "
+            f"layer so, or choose a method.name that needs no features"
+        )
 
 
 def inputs_of_head(network: nn.Module, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
     """What goes into the layer `head` of a network in evaluation mode: `[n, H, W, C]` -> `[n, D]`.
 
     Raises:
-      ValueError: for a network without a layer of this name.
+      UserError: for a network without a layer of this name.
     """
     with _seen_by_head(network) as found:
         network.apply(variables, images, train=False)
@@ -175,7 +179,7 @@ class Context:
         """As `forward`: logits, what goes into the layer `head`, `[n, D]` or `[R, n, D]`, and new moving averages.
 
         Raises:
-          ValueError: for a network without a layer of this name.
+          UserError: for a network without a layer of this name.
         """
         (logits, features), batch_stats = self._forward(params, batch_stats, images, images_of_each, True)
         return logits, features, batch_stats
@@ -212,7 +216,7 @@ class Context:
 
     @property
     def num_features(self) -> int:
-        """D, the numbers that go into the layer `head`; raises ValueError for a network without one."""
+        """D, the numbers that go into the layer `head`; raises UserError for a network without one."""
 
         def features(rng, images):
             return inputs_of_head(self.network, self.network.init(rng, images, train=True), images)
@@ -237,7 +241,7 @@ class Context:
         """Evaluation mode, what goes into the layer `head` of each network: `[n, H, W, C]` -> `[R, n, D]`.
 
         Raises:
-          ValueError: for a network without a layer of this name.
+          UserError: for a network without a layer of this name.
         """
 
         def one(variables):

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import x64
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from small_step import BATCH, CLASSES, make, make_batch
 
 from ieg_jax.methods import promix
@@ -17,7 +19,7 @@ KEYS = {"batch_size": BATCH, "optimizer.weight_decay": 0.0}
 def begun(state, small_loss, bias=None, step=25):
     """After the first selection, with these examples of small loss; 50 examples in batches of 16."""
     whole = jnp.zeros((50, 2), bool).at[:].set(small_loss)
-    bias = state.method["bias"] if bias is None else jnp.asarray(bias, jnp.float32)
+    bias = state.method["bias"] if bias is None else jnp.asarray(bias, state.method["bias"].dtype)
     memory = state.method | {"small_loss": whole, "begun": jnp.int32(1), "bias": bias}
     return state.replace(method=memory, step=jnp.int32(step))
 
@@ -229,6 +231,27 @@ def test_the_second_head_moves_by_the_gradient_of_the_loss():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), after.method["heads"].weights, expected
     )
+
+
+@pytest.mark.slow
+def test_eight_devices_select_what_one_does():
+    """Two steps in float64, with labels kept, guessed and left: losses, both heads, π and all variables."""
+    own = {"method.confidence_threshold": 0.3, "method.guess_after_epochs": 1.0, "method.bias_momentum": 0.5}
+    with x64():
+        results = []
+        for devices in (1, 8):
+            _, _, state, step = make("promix", 8, jnp.float64, **KEYS, **own)
+            state = begun(state, np.random.default_rng(0).random((50, 2)) < 0.3)
+            mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
+            split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+            run = jax.jit(step, in_shardings=(whole, split, whole), out_shardings=whole)
+            for number in range(2):
+                state, observed = run(state, make_batch(np.float64, number), KEY)
+            results.append(jax.device_get((state, observed)))
+    for one, eight in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(eight, one, rtol=1e-7, atol=1e-12)
+    averages = results[0][1].averages
+    assert 0 < averages["train/share_kept"].compute() < 1 and averages["train/share_guessed"].compute() > 0
 
 
 def test_each_network_selects_for_itself():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from small_step import BATCH, make, make_batch
 
+from ieg_jax.errors import UserError
 from ieg_jax.methods.parts import heads
 
 
@@ -37,7 +38,7 @@ def test_a_network_without_a_last_layer_has_no_features():
             return nn.Dense(4, name="last")(x.reshape(len(x), -1))
 
     context = make("supervised", network=Plain())[0]
-    with pytest.raises(ValueError, match="Plain has no layer named head"):
+    with pytest.raises(UserError, match="network Plain has no layer named head"):
         _ = context.num_features
 
 
