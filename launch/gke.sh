@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A TPU slice on Google Kubernetes Engine, as a JobSet that kubectl hands to the cluster.
+# A TPU slice on Google Kubernetes Engine, or several, as a JobSet that kubectl hands to the cluster.
 #
 #   launch/gke.sh render --name=ieg --image=IMAGE --slice=v5e:4x4 -- --config=configs/cifar100.py --workdir=gs://BUCKET/c
 #   launch/gke.sh apply  --name=ieg --image=IMAGE --slice=v5e:4x4 -- --config=configs/cifar100.py --workdir=gs://BUCKET/c
@@ -10,21 +10,23 @@
 # render      prints the manifest, gke/jobset.yaml filled in; with --out=FILE, writes it
 # apply       renders, and starts the training; the flags after -- are those of `python -m ieg_jax.main`
 # status      of the JobSet and its pods
-# logs        the output of one host (--worker, --lines, --follow)
+# logs        the output of one host (--worker, --of-slice, --lines, --follow)
 # delete      stops the training (it saves a checkpoint first) and frees the slice; `apply` goes on from there
 #
 #   --name=NAME            of the JobSet; default ieg
 #   --namespace=NAME       default: default
 #   --image=IMAGE          required for render and apply: built from launch/Dockerfile with EXTRA=tpu, and pushed
 #   --slice=CHIP:TOPOLOGY  required for render and apply: v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:4x4, ... as the node pool
+#   --slices=N             train together, each on a node pool of its own; default 1. Several need more than one host each
 #   --chips-per-host=N     default 4, or 1 for a slice of one chip; 8 for nodes of ct5lp-hightpu-8t, ct6e-standard-8t
 #   --service-account=NAME of Kubernetes, that may write to the bucket (Workload Identity)
+#   --queue=NAME           a LocalQueue of Kueue in the namespace, which decides when the JobSet starts; default: none
 #   --spot                 on nodes that may be taken away at any time
 #   --max-restarts=N       after failures of the training itself; preemptions do not count; default 3
 #   --grace-seconds=N      from SIGTERM to SIGKILL; default 300
 #   --run-as-root          where the TPU devices of the node are not open to other users
 #   --out=FILE             for render and apply: where the manifest is written; default: it is kept nowhere
-#   --worker=N, --lines=N, --follow   for logs; default: host 0, 50 lines
+#   --worker=N, --of-slice=N, --lines=N, --follow   for logs; default: host 0 of slice 0, 50 lines
 #   --dry-run              prints each command and runs none
 set -euo pipefail
 script=${BASH_SOURCE[0]}
@@ -46,25 +48,34 @@ name=ieg
 namespace=default
 image=
 slice=
+slices=1
 chips_per_host=
 service_account=
+queue=
 spot=
 max_restarts=3
 grace_seconds=300
 run_as_root=
 out=
 worker=0
+of_slice=0
 lines=50
 follow=
 all_flags=("$@")
-parse_flags "name namespace image slice chips-per-host service-account max-restarts grace-seconds out worker lines" \
-  "spot run-as-root follow dry-run" "$@"
+parse_flags "name namespace image slice slices chips-per-host service-account queue max-restarts grace-seconds out \
+  worker of-slice lines" "spot run-as-root follow dry-run" "$@"
 
 # The names of pods and hosts are longer by -slice-0-N and a suffix, and may have 63 characters.
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   die "got --name=$name; expected up to 40 lower-case letters, digits and -, beginning with a letter"
 [[ $namespace =~ ^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
   die "got --namespace=$namespace; expected lower-case letters, digits and -"
+[[ $queue =~ ^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$ ]] ||
+  die "got --queue=$queue; expected the name of a LocalQueue: lower-case letters, digits and -"
+check_count --slices "$slices" 1
+slices=$((10#$slices))
+[ "$slices" -le 999 ] || die "got --slices=$slices; expected at most 999"
+check_count --of-slice "$of_slice" 0
 check_count --worker "$worker" 0
 check_count --lines "$lines" 0
 check_count --max-restarts "$max_restarts" 0
@@ -99,6 +110,8 @@ check_slice() { # sets accelerator, topology and hosts
   [ $((chips % chips_per_host)) -eq 0 ] ||
     die "got --slice=$slice with $chips chips and $chips_per_host on a host; expected a multiple of it"
   hosts=$((chips / chips_per_host))
+  [ "$slices" -eq 1 ] || [ "$hosts" -gt 1 ] ||
+    die "got --slices=$slices with one host in each; expected slices of several hosts: GKE joins no others"
 }
 
 # A string of YAML in double quotes, so that nothing in it is read as anything but text.
@@ -110,8 +123,10 @@ fill_in() {
   sed -e '1,/^apiVersion/{/^#/d;}' \
     -e "${spot:+s/ # only with --spot\$//;}/ # only with --spot\$/d" \
     -e "${run_as_root:+s/ # only with --run-as-root\$//;}/ # only with --run-as-root\$/d" \
+    -e "${queue:+s/ # only with --queue\$//;}/ # only with --queue\$/d" \
     -e "${service_account:+s/ # only with --service-account\$//;}/ # only with --service-account\$/d" \
     -e "s|@NAME@|$name|; s|@NAMESPACE@|$namespace|; s|@IMAGE@|$image|; s|@SERVICE_ACCOUNT@|$service_account|" \
+    -e "s|@QUEUE@|$queue|; s|@SLICES@|$slices|" \
     -e "s|@ACCELERATOR@|$accelerator|; s|@TOPOLOGY@|$topology|; s|@HOSTS@|$hosts|" \
     -e "s|@CHIPS_PER_HOST@|$chips_per_host|; s|@MAX_RESTARTS@|$max_restarts|; s|@GRACE_SECONDS@|$grace_seconds|" \
     "$root/launch/gke/jobset.yaml" |
@@ -184,8 +199,8 @@ case $command in
     ;;
   logs)
     need_program kubectl "$kubectl_hint"
-    run "${in_cluster[@]}" logs "--selector=$pods,batch.kubernetes.io/job-completion-index=$worker" "--tail=$lines" \
-      ${follow:+--follow}
+    of_host=jobset.sigs.k8s.io/job-index=$of_slice,batch.kubernetes.io/job-completion-index=$worker
+    run "${in_cluster[@]}" logs "--selector=$pods,$of_host" "--tail=$lines" ${follow:+--follow}
     ;;
   delete)
     need_program kubectl "$kubectl_hint"
