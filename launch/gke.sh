@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A TPU slice, or one node with GPUs, on Google Kubernetes Engine, as a JobSet that kubectl hands to the cluster.
+# A TPU slice, several, or one node with GPUs, on Google Kubernetes Engine, as a JobSet that kubectl hands to the cluster.
 #
 #   launch/gke.sh render --name=ieg --image=IMAGE --slice=v5e:4x4 -- --config=configs/cifar100.py --workdir=gs://BUCKET/c
 #   launch/gke.sh apply  --name=ieg --image=IMAGE --slice=v5e:4x4 -- --config=configs/cifar100.py --workdir=gs://BUCKET/c
@@ -10,23 +10,24 @@
 # render      prints the manifest, gke/jobset.yaml filled in; with --out=FILE, writes it
 # apply       renders, and starts the training; the flags after -- are those of `python -m ieg_jax.main`
 # status      of the JobSet and its pods
-# logs        the output of one host (--worker, --lines, --follow)
+# logs        the output of one host (--worker, --of-slice, --lines, --follow)
 # delete      stops the training (it saves a checkpoint first) and frees the slice; `apply` goes on from there
 #
 #   --name=NAME            of the JobSet; default ieg
 #   --namespace=NAME       default: default
 #   --image=IMAGE          required for render and apply: built from launch/Dockerfile with EXTRA=tpu or gpu, and pushed
 #   --slice=CHIP:TOPOLOGY  for render and apply: v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:4x4, ... as the node pool
+#   --slices=N             train together, each on a node pool of its own; default 1. Several need more than one host each
 #   --gpus=N               for render and apply, in place of --slice: so many NVIDIA GPUs of one node, in one process
-#   --queue=NAME           the LocalQueue of Kueue, in the namespace, that decides when it starts; default: it starts
 #   --chips-per-host=N     default 4, or 1 for a slice of one chip; 8 for nodes of ct5lp-hightpu-8t, ct6e-standard-8t
 #   --service-account=NAME of Kubernetes, that may write to the bucket (Workload Identity)
+#   --queue=NAME           a LocalQueue of Kueue in the namespace, which decides when the JobSet starts; default: none
 #   --spot                 on nodes that may be taken away at any time
 #   --max-restarts=N       after failures of the training itself; preemptions do not count; default 3
 #   --grace-seconds=N      from SIGTERM to SIGKILL; default 300
 #   --run-as-root          where the TPU devices of the node are not open to other users
 #   --out=FILE             for render and apply: where the manifest is written; default: it is kept nowhere
-#   --worker=N, --lines=N, --follow   for logs; default: host 0, 50 lines
+#   --worker=N, --of-slice=N, --lines=N, --follow   for logs; default: host 0 of slice 0, 50 lines
 #   --dry-run              prints each command and runs none
 set -euo pipefail
 script=${BASH_SOURCE[0]}
@@ -48,27 +49,35 @@ name=ieg
 namespace=default
 image=
 slice=
+slices=1
 gpus=
-queue=
 chips_per_host=
 service_account=
+queue=
 spot=
 max_restarts=3
 grace_seconds=300
 run_as_root=
 out=
 worker=0
+of_slice=0
 lines=50
 follow=
 all_flags=("$@")
-parse_flags "name namespace image slice gpus queue chips-per-host service-account max-restarts grace-seconds out worker lines" \
-  "spot run-as-root follow dry-run" "$@"
+parse_flags "name namespace image slice slices gpus queue chips-per-host service-account max-restarts grace-seconds out \
+  worker of-slice lines" "spot run-as-root follow dry-run" "$@"
 
 # The names of pods and hosts are longer by -slice-0-N and a suffix, and may have 63 characters.
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   die "got --name=$name; expected up to 40 lower-case letters, digits and -, beginning with a letter"
 [[ $namespace =~ ^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
   die "got --namespace=$namespace; expected lower-case letters, digits and -"
+[[ $queue =~ ^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$ ]] ||
+  die "got --queue=$queue; expected the name of a LocalQueue: lower-case letters, digits and -"
+check_count --slices "$slices" 1
+slices=$((10#$slices))
+[ "$slices" -le 999 ] || die "got --slices=$slices; expected at most 999"
+check_count --of-slice "$of_slice" 0
 check_count --worker "$worker" 0
 check_count --lines "$lines" 0
 check_count --max-restarts "$max_restarts" 0
@@ -103,12 +112,15 @@ check_slice() { # sets accelerator, topology and hosts
   [ $((chips % chips_per_host)) -eq 0 ] ||
     die "got --slice=$slice with $chips chips and $chips_per_host on a host; expected a multiple of it"
   hosts=$((chips / chips_per_host))
+  [ "$slices" -eq 1 ] || [ "$hosts" -gt 1 ] ||
+    die "got --slices=$slices with one host in each; expected slices of several hosts: GKE joins no others"
   resource=google.com/tpu platforms=tpu,cpu
 }
 
 check_gpus() { # sets what check_slice sets
   check_count --gpus "$gpus" 1
   [ -z "$chips_per_host" ] || die "got --chips-per-host=$chips_per_host with --gpus; it belongs to --slice"
+  [ "$slices" -eq 1 ] || die "got --slices=$slices with --gpus; it belongs to --slice"
   accelerator='' topology='' hosts=1 chips_per_host=$gpus
   resource=nvidia.com/gpu platforms=cuda,cpu
 }
@@ -129,7 +141,7 @@ fill_in() {
     -e "${slice:+s/ # only with --slice or --spot\$//;}${spot:+s/ # only with --slice or --spot\$//;}" \
     -e "/ # only with --slice or --spot\$/d" \
     -e "${many:+s/ # only with many hosts\$//;}/ # only with many hosts\$/d" \
-    -e "s|@QUEUE@|$queue|; s|@RESOURCE@|$resource|; s|@PLATFORMS@|$platforms|" \
+    -e "s|@QUEUE@|$queue|; s|@SLICES@|$slices|; s|@RESOURCE@|$resource|; s|@PLATFORMS@|$platforms|" \
     -e "s|@NAME@|$name|; s|@NAMESPACE@|$namespace|; s|@IMAGE@|$image|; s|@SERVICE_ACCOUNT@|$service_account|" \
     -e "s|@ACCELERATOR@|$accelerator|; s|@TOPOLOGY@|$topology|; s|@HOSTS@|$hosts|" \
     -e "s|@CHIPS_PER_HOST@|$chips_per_host|; s|@MAX_RESTARTS@|$max_restarts|; s|@GRACE_SECONDS@|$grace_seconds|" \
@@ -153,8 +165,6 @@ case $command in
       die "got --image=$image; expected something like us-docker.pkg.dev/PROJECT/REPOSITORY/ieg_jax:TAG"
     [[ $service_account =~ ^([a-z0-9][-a-z0-9.]*)?$ ]] ||
       die "got --service-account=$service_account; expected the name of a Kubernetes service account, not an address"
-    [[ $queue =~ ^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$ ]] ||
-      die "got --queue=$queue; expected the name of a LocalQueue of Kueue: lower-case letters, digits, - and ."
     [ -n "$slice$gpus" ] || die "got no --slice; expected CHIP:TOPOLOGY of the node pool, such as --slice=v5e:4x4, or" \
       "--gpus=N"
     [ -z "$slice" ] || [ -z "$gpus" ] || die "got --slice and --gpus; expected one of them"
@@ -207,8 +217,8 @@ case $command in
     ;;
   logs)
     need_program kubectl "$kubectl_hint"
-    run "${in_cluster[@]}" logs "--selector=$pods,batch.kubernetes.io/job-completion-index=$worker" "--tail=$lines" \
-      ${follow:+--follow}
+    of_host=jobset.sigs.k8s.io/job-index=$of_slice,batch.kubernetes.io/job-completion-index=$worker
+    run "${in_cluster[@]}" logs "--selector=$pods,$of_host" "--tail=$lines" ${follow:+--follow}
     ;;
   delete)
     need_program kubectl "$kubectl_hint"

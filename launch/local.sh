@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Trains in several processes on this machine, which find each other over 127.0.0.1: a rehearsal of a slice with several
-# hosts, on the CPU.
+# hosts, on the CPU; or a process for each GPU.
 #
 #   launch/local.sh --processes=2 --devices=4 -- --config=configs/quickstart.py --workdir=runs/two
+#   launch/local.sh --gpus=all -- --config=configs/cifar10.py --workdir=runs/cifar10
 #
-#   --processes=N      number of processes; default 2
+#   --processes=N      number of processes on the CPU; default 2
 #   --devices=N        simulated devices in each process; default 1
+#   --gpus=LIST        in place of these two: a process for each of these GPUs, such as 0,1, which sees no other; all =
+#                      those that nvidia-smi lists
 #   --logs=DIR         folder for the output of processes 1, 2, ...; default WORKDIR/logs, or a temporary folder where
 #                      the work folder is in a bucket. The output of process 0 goes to the terminal.
 #   --port=N           port of the coordinator; default: a free one
@@ -22,12 +25,28 @@ root=$(cd "$(dirname "$script")/.." && pwd)
 # shellcheck source=launch/common.sh
 . "$root/launch/common.sh"
 
-processes=2
-devices=1
+processes=
+devices=
+gpus=
 logs=
 port=
 grace_seconds=60
-parse_flags "processes devices logs port grace-seconds" "dry-run" "$@"
+parse_flags "processes devices gpus logs port grace-seconds" "dry-run" "$@"
+if [ -n "$gpus" ]; then
+  [ -z "$processes$devices" ] || die "got --gpus with --processes or --devices; expected one process for each GPU"
+  if [ "$gpus" = all ]; then
+    [ -z "$dry_run" ] || die "got --gpus=all with --dry-run, which asks nothing; expected numbers such as 0,1"
+    need_program nvidia-smi "install the NVIDIA driver, or name the GPUs: --gpus=0,1"
+    gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader) || die "nvidia-smi found no GPU: ${gpus:-no output}"
+    gpus=${gpus//$'\n'/,}
+  fi
+  [[ $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+    die "got --gpus=$gpus; expected all, or numbers with commas between, such as 0,1"
+  IFS=, read -r -a gpu_of <<<"$gpus"
+  processes=${#gpu_of[@]}
+fi
+processes=${processes:-2}
+devices=${devices:-1}
 check_count --processes "$processes" 1
 check_count --devices "$devices" 1
 check_count --grace-seconds "$grace_seconds" 0
@@ -69,7 +88,14 @@ xla_flags=$(sed -E 's/ *--xla_force_host_platform_device_count=[0-9]+//g' <<<"${
 xla_flags="${xla_flags:+$xla_flags }--xla_force_host_platform_device_count=$devices"
 
 set_command() { # process
-  command=(env JAX_PLATFORMS=cpu "XLA_FLAGS=$xla_flags" "$python" -m ieg_jax.main "${training_args[@]}")
+  command=(env)
+  if [ -n "$gpus" ]; then
+    # With the platforms named, jax fails where it finds no GPU; otherwise it would train on the CPU.
+    command+=("JAX_PLATFORMS=cuda,cpu" "CUDA_VISIBLE_DEVICES=${gpu_of[$1]}")
+  else
+    command+=(JAX_PLATFORMS=cpu "XLA_FLAGS=$xla_flags")
+  fi
+  command+=("$python" -m ieg_jax.main "${training_args[@]}")
   if [ "$processes" -gt 1 ]; then
     command+=("--coordinator=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$1")
   fi
@@ -85,7 +111,9 @@ fi
 
 if [ "$processes" -gt 1 ]; then
   mkdir -p "$logs" || die "cannot make $logs; name another folder with --logs"
-  say "$processes processes with $devices devices each on 127.0.0.1:$port; output of processes 1 and up: $logs"
+  what="$devices devices each"
+  [ -z "$gpus" ] || what="one GPU each, $gpus,"
+  say "$processes processes with $what on 127.0.0.1:$port; output of processes 1 and up: $logs"
 fi
 
 pids=()

@@ -3,6 +3,7 @@
 Nothing here reaches a cloud: `gcloud`, `kubectl` and the others are small scripts that record how they were called.
 """
 
+import json
 import os
 import re
 import shlex
@@ -122,7 +123,9 @@ def test_help_names_every_flag_that_is_parsed(path):
 
 DRY_RUNS = [
     ("local.sh", ["--processes=3"], TRAIN),
+    ("local.sh", ["--gpus=0,1"], TRAIN),
     ("gpu.sh", [], TRAIN),
+    ("gpu.sh", ["--process-per-gpu"], TRAIN),
     ("slurm.sbatch", [], TRAIN),
     *[("tpu_vm.sh", [name, ZONE], TRAIN if name in ("run", "watch") else None) for name in SUBCOMMANDS["tpu_vm.sh"]],
     ("gke.sh", ["apply", *GKE], TRAIN),
@@ -158,6 +161,10 @@ def test_dry_run_prints_commands_and_runs_none(name, arguments, train, launch, t
         ("local.sh", ["--", CONFIG], "got no --workdir after --"),
         ("local.sh", ["--", CONFIG, "--workdir=x", "--process_id=1"], "got --process_id after --; leave it out"),
         ("local.sh", ["--", CONFIG, "--workdir=x", "a\nb"], "got an argument with a line break"),
+        ("local.sh", ["--gpus=0", "--devices=2", "--", *TRAIN], "got --gpus with --processes or --devices"),
+        ("local.sh", ["--gpus=0;1", "--", *TRAIN], "got --gpus=0;1; expected all, or numbers with commas"),
+        ("local.sh", ["--gpus=all", "--dry-run", "--", *TRAIN], "got --gpus=all with --dry-run, which asks nothing"),
+        ("local.sh", ["--gpus=all", "--", *TRAIN], "nvidia-smi found no GPU"),
         ("gpu.sh", ["--gpus=a", "--", *TRAIN], "got --gpus=a; expected numbers with commas"),
         (
             "gpu.sh",
@@ -212,6 +219,22 @@ def test_dry_run_prints_commands_and_runs_none(name, arguments, train, launch, t
         ),
         ("gke.sh", ["render", "--image=i", "--slice=v5e:1x2", "--", *TRAIN], "with 2 chips and 4 on a host"),
         ("gke.sh", ["render", *GKE, "--chips-per-host=3", "--", *TRAIN], "got --chips-per-host=3; expected 1, 4 or 8"),
+        (
+            "gke.sh",
+            ["render", *GKE, "--slices=0", "--", *TRAIN],
+            "got --slices=0; expected a whole number of at least 1",
+        ),
+        ("gke.sh", ["render", *GKE, "--slices=1000", "--", *TRAIN], "got --slices=1000; expected at most 999"),
+        (
+            "gke.sh",
+            ["render", "--image=i", "--slice=v5e:2x2", "--slices=2", "--", *TRAIN],
+            "got --slices=2 with one host in each; expected slices of several hosts",
+        ),
+        (
+            "gke.sh",
+            ["render", *GKE, "--queue=Team", "--", *TRAIN],
+            "got --queue=Team; expected the name of a LocalQueue",
+        ),
         ("gke.sh", ["render", *GKE, "--", CONFIG, "--workdir=/data/x"], "expected gs://BUCKET/FOLDER"),
         ("gke.sh", ["status", "--name=" + "x" * 41], "expected up to 40 lower-case letters"),
         ("gke.sh", ["delete", "--", CONFIG], "got flags after -- for 'delete'"),
@@ -227,6 +250,53 @@ def test_mistakes_are_refused(name, arguments, message, launch, tmp_path):
     assert message in result.stderr
     if (tmp_path / "called").exists():
         assert (tmp_path / "called").read_text().startswith("nvidia-smi --query-gpu")
+
+
+# Parses command lines as `python -m ieg_jax.main` does, without running it.
+PARSER = """
+import json, os, sys
+from absl import flags
+from ieg_jax import main
+main.define_flags()
+names = ["workdir", "coordinator", "num_processes", "process_id"]
+for arguments in json.load(sys.stdin):
+    if os.fork():  # the keys of a configuration can be parsed only once in a process
+        if os.wait()[1]:
+            sys.exit(str(arguments))
+        continue
+    sys.argv = ["main", *arguments]  # where these look
+    assert flags.FLAGS(sys.argv) == ["main"]
+    found = {name: flags.FLAGS[name].value for name in names}
+    print(json.dumps(found | {"policy": flags.FLAGS.config.augment.standard}))
+    sys.exit()
+"""
+
+
+def test_main_takes_the_flags_that_the_scripts_give_it(launch):
+    """All that starts processes: the last words of a printed command, and the arguments of a container."""
+    lines = commands(launch("local.sh", "--processes=2", "--port=2000", "--dry-run", "--", *TRAIN).stdout)
+    lines += commands(launch("local.sh", "--gpus=0,3", "--port=2000", "--dry-run", "--", *TRAIN).stdout)
+    lines += commands(launch("gpu.sh", "--dry-run", "--", *TRAIN).stdout)[-1:]
+    lines += commands(launch("slurm.sbatch", "--dry-run", "--", *TRAIN).stdout)
+    given = [words[words.index("ieg_jax.main") + 1 :] for words in lines]
+    manifest = render(launch, "--slices=2", "--queue=team")
+    given.append(manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["args"])
+    zero, one, other = sorted(set(map(tuple, given)), key=len, reverse=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PARSER],
+        input=json.dumps([zero, one, other]),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    same = {"workdir": "gs://bucket/run one", "policy": "crop(pad=4)|flip"}
+    alone = same | {"coordinator": "", "num_processes": 0, "process_id": -1}
+    two = [same | {"coordinator": "127.0.0.1:2000", "num_processes": 2, "process_id": i} for i in range(2)]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted(found, key=lambda values: values["process_id"]) == [alone, *two]
+    assert [len(given), given.count(list(zero)), given.count(list(one)), given.count(TRAIN)] == [7, 2, 2, 3]
 
 
 @pytest.mark.parametrize("name, arguments", [("tpu_vm.sh", ["status", ZONE]), ("gke.sh", ["status"])])
@@ -274,12 +344,25 @@ def test_local_with_one_process_needs_no_coordinator(launch):
     assert words[-3:] == TRAIN
 
 
+def test_local_with_a_process_for_each_gpu(launch):
+    lines = commands(launch("local.sh", "--gpus=2,0,5", "--dry-run", "--", *TRAIN, env={"PYTHON": "bash"}).stdout)
+    assert [words[:4] for words in lines] == [
+        ["env", "JAX_PLATFORMS=cuda,cpu", f"CUDA_VISIBLE_DEVICES={gpu}", "bash"] for gpu in (2, 0, 5)
+    ]
+    for process, words in enumerate(lines):
+        assert words[4:9] == ["-m", "ieg_jax.main", *TRAIN]
+        assert words[10:] == ["--num_processes=3", f"--process_id={process}"]
+    (words,) = commands(launch("local.sh", "--gpus=4", "--dry-run", "--", *TRAIN).stdout)
+    assert words[2] == "CUDA_VISIBLE_DEVICES=4"
+    assert words[-3:] == TRAIN, "one process has nobody to find"
+
+
 # Stands for Python: does what the variable of its process says, and notes which signals arrive.
 STUB = """#!/usr/bin/env bash
 for argument; do case $argument in --process_id=*) id=${argument#*=} ;; esac; done
 id=${id:-0}
 trap 'echo "$id TERM" >> "$NOTES"; [ -n "${STUBBORN:-}" ] || exit 1' TERM
-echo "output of $id"
+echo "output of $id${CUDA_VISIBLE_DEVICES:+ on GPU $CUDA_VISIBLE_DEVICES}"
 action=DO_$id
 case ${!action} in
   wait) echo "$id ready" >> "$NOTES"; for _ in {1..400}; do sleep 0.05; done ;; # none outlives a test that fails
@@ -300,7 +383,7 @@ def local(programs, tmp_path):
     def start(*actions, arguments=(), **env):
         process = subprocess.Popen(
             [
-                *[LAUNCH / "local.sh", f"--processes={len(actions)}", *arguments],
+                *[LAUNCH / "local.sh", *(arguments or [f"--processes={len(actions)}"])],
                 *["--", CONFIG, f"--workdir={tmp_path / 'run'}"],
             ],
             env=environment(programs, tmp_path)
@@ -339,6 +422,16 @@ def test_local_all_end_well(local, tmp_path):
     assert sorted(path.name for path in logs.iterdir()) == ["process-1.log", "process-2.log"]
     assert (logs / "process-2.log").read_text() == "output of 2\n"
     assert str(logs) in errors
+
+
+def test_local_finds_all_gpus(local, programs, tmp_path):
+    write_program(programs / "nvidia-smi", "#!/bin/sh\nprintf '0\\n1\\n'\n")
+    process = local(0, 0, arguments=["--gpus=all"])
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert output == "output of 0 on GPU 0\n"
+    assert "2 processes with one GPU each, 0,1, on 127.0.0.1:" in errors
+    assert (tmp_path / "run" / "logs" / "process-1.log").read_text() == "output of 1 on GPU 1\n"
 
 
 @pytest.mark.parametrize(
@@ -735,12 +828,16 @@ JOBSET = object_of(
 VARIANTS = [
     [],
     ["--spot", "--run-as-root", "--service-account=trainer", "--namespace=team", "--name=big", "--queue=research"],
+    ["--slices=4", "--queue=research"],
 ]
 GPUS = ["--image=us-docker.pkg.dev/project/images/ieg_jax:1", "--gpus=2"]
 
 
-@pytest.mark.parametrize("machine", [GKE, GPUS], ids=["slice", "gpus"])
-@pytest.mark.parametrize("arguments", VARIANTS, ids=["plain", "all-flags"])
+@pytest.mark.parametrize(
+    ("machine", "arguments"),
+    [(GKE, VARIANTS[0]), (GKE, VARIANTS[1]), (GKE, VARIANTS[2]), (GPUS, VARIANTS[0]), (GPUS, VARIANTS[1])],
+    ids=["plain", "all-flags", "slices-and-queue", "gpus", "gpus-all-flags"],
+)
 def test_manifest_fits_the_schemas(launch, arguments, machine):
     validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     import jsonschema
@@ -811,6 +908,20 @@ def test_manifest_with_the_other_flags(launch):
     assert manifest["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "research"}
 
 
+def test_manifest_of_several_slices_in_a_queue(launch):
+    one, several = render(launch), render(launch, *VARIANTS[2])
+    assert several["metadata"].pop("labels") == {"kueue.x-k8s.io/queue-name": "research"}
+    (job,) = several["spec"]["replicatedJobs"]
+    assert job["replicas"] == 4
+    # Each of the four jobs is a slice of four hosts, kept on one node pool.
+    assert (job["template"]["spec"]["parallelism"], job["template"]["spec"]["completions"]) == (4, 4)
+    assert several["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    job["replicas"] = 1
+    assert several == one, "nothing else differs: who is who GKE tells the pods"
+
+
 @pytest.mark.parametrize(
     "arguments, accelerator, hosts, chips",
     [
@@ -844,9 +955,12 @@ def test_gke_commands(launch, tmp_path):
     (words,) = commands(launch("gke.sh", "logs", "--follow", "--worker=3", "--dry-run").stdout)
     assert words == [
         *["kubectl", "--namespace=default", "logs"],
-        "--selector=jobset.sigs.k8s.io/jobset-name=ieg,batch.kubernetes.io/job-completion-index=3",
+        "--selector=jobset.sigs.k8s.io/jobset-name=ieg,jobset.sigs.k8s.io/job-index=0,"
+        "batch.kubernetes.io/job-completion-index=3",
         *["--tail=50", "--follow"],
     ]
+    (words,) = commands(launch("gke.sh", "logs", "--of-slice=2", "--dry-run").stdout)
+    assert "jobset.sigs.k8s.io/job-index=2,batch.kubernetes.io/job-completion-index=0" in words[3]
     (words,) = commands(launch("gke.sh", "delete", "--namespace=team", "--dry-run").stdout)
     assert words == ["kubectl", "--namespace=team", "delete", "jobset", "ieg"]
 
@@ -1022,6 +1136,15 @@ def test_gpu_commands(launch):
     assert install[-4:] == ["-e", f"{ROOT}[gpu]", "-c", f"{ROOT}/constraints.txt"]
     assert train[:3] == ["env", "JAX_PLATFORMS=cuda,cpu", "CUDA_VISIBLE_DEVICES=0,1"]
     assert train[4:] == ["-m", "ieg_jax.main", *TRAIN]
+
+
+@pytest.mark.parametrize("flags, gpus", [([], "all"), (["--gpus=0,3"], "0,3")])
+def test_gpu_with_a_process_for_each(launch, flags, gpus):
+    lines = commands(launch("gpu.sh", *flags, "--process-per-gpu", "--no-install", "--dry-run", "--", *TRAIN).stdout)
+    assert [words[0] for words in lines] == ["nvidia-smi", "env"]
+    assert lines[1] == [
+        *["env", f"PYTHON={ROOT}/.venv/bin/python", str(LAUNCH / "local.sh"), f"--gpus={gpus}", "--", *TRAIN]
+    ]
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ class Task:
 
     def state_of_files(self) -> str:
         """A hash of the sizes and times of the image files: by it a later run knows that none has changed."""
-        with concurrent.futures.ThreadPoolExecutor(images.reads_at_once(self.paths)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(images.READS_IN_FLIGHT) as pool:
             stats = list(pool.map(images.stat, self.paths))
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 

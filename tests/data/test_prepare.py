@@ -347,7 +347,7 @@ def test_files_are_asked_for_their_sizes_at_once(monkeypatch):
 def test_image_files_are_asked_for_their_sizes_at_once(photos, monkeypatch):
     config, _ = photos
     plan = shards.list_shards(config, 1024, 0)
-    before = plan.state_of_files("train", np.arange(30))
+    before = plan.task("train", 0, np.arange(30)).state_of_files()
     together, stat = threading.Barrier(10), shards.images.stat
 
     def slow(path):
@@ -355,4 +355,4 @@ def test_image_files_are_asked_for_their_sizes_at_once(photos, monkeypatch):
         return stat(path)
 
     monkeypatch.setattr(shards.images, "stat", slow)
-    assert plan.state_of_files("train", np.arange(30)) == before
+    assert plan.task("train", 0, np.arange(30)).state_of_files() == before
