@@ -32,6 +32,7 @@ def make(method_name, groups=1, dtype=jnp.float32, network=None, **overrides):
         CLASSES,
         networks=described.networks,
         num_examples=50,
+        image_shape=(8, 8, 1),
     )
     method = described.bind(context)
     state = jax.jit(lambda: create_state(context, method, jax.random.key(0), (8, 8, 1), 50))()

@@ -100,6 +100,11 @@ def inputs_of_head(network: nn.Module, variables: Mapping[str, Any], images: jax
     Raises:
       ValueError: for a network without a layer of this name.
     """
+    return _with_inputs_of_head(network, variables, images, train=False)[1]
+
+
+def _with_inputs_of_head(network: nn.Module, variables: Mapping[str, Any], images: jax.Array, **keywords: Any):
+    """What `network.apply` returns, and what went into the layer `head`."""
     found = []
 
     def keep(call, arguments, keywords, layer):
@@ -108,10 +113,10 @@ def inputs_of_head(network: nn.Module, variables: Mapping[str, Any], images: jax
         return call(*arguments, **keywords)
 
     with nn.intercept_methods(keep):
-        network.apply(variables, images, train=False)
+        result = network.apply(variables, images, **keywords)
     if not found:
         raise ValueError(f"{type(network).__name__} has no layer named head, whose inputs are its features")
-    return found[0]
+    return result, found[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +131,7 @@ class Context:
       networks: R, copies of the network.
       num_examples: N, of the noisy training set.
       gather: brings arrays `[B, ...]` to every device; by default it does nothing.
+      image_shape: (H, W, C) of what the network sees; None where nothing is trained.
     """
 
     config: FrozenConfigDict
@@ -135,6 +141,17 @@ class Context:
     networks: int = 1
     num_examples: int = 0
     gather: Callable[[Any], Any] = lambda arrays: arrays
+    image_shape: tuple[int, int, int] | None = None
+
+    @property
+    def num_features(self) -> int:
+        """D, what goes into the layer `head`. Raises ValueError for a network without a layer of this name."""
+
+        def features(key):
+            images = jnp.zeros((self.config.batch_groups, *self.image_shape), jnp.float32)
+            return inputs_of_head(self.network, self.network.init(key, images, train=True), images)
+
+        return jax.eval_shape(features, jax.random.key(0)).shape[-1]
 
     @property
     def steps_per_epoch(self) -> float:
@@ -158,11 +175,38 @@ class Context:
             return self._forward(params, batch_stats, images)
         return jax.vmap(self._forward, in_axes=(0, 0, 0 if images_of_each else None))(params, batch_stats, images)
 
+    def forward_with_features(
+        self, params: Any, batch_stats: Any, images: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """As `forward` of one network, with what goes into the layer `head` after the logits: `[n, D]`.
+
+        Raises:
+          ValueError: for a network without a layer of this name.
+        """
+
+        def apply(variables, part):
+            (logits, updated), features = _with_inputs_of_head(
+                self.network, variables, part, train=True, mutable=["batch_stats"]
+            )
+            return jnp.concatenate([logits, features.astype(logits.dtype)], -1), updated["batch_stats"]
+
+        both, batch_stats = self._in_parts(apply, params, batch_stats, images)
+        return both[:, : self.num_classes], both[:, self.num_classes :], batch_stats
+
     def _forward(self, params: Any, batch_stats: Any, images: jax.Array) -> tuple[jax.Array, Any]:
-        def apply(part):
-            variables = {"params": params, "batch_stats": batch_stats}
+        def apply(variables, part):
             logits, updated = self.network.apply(variables, part, train=True, mutable=["batch_stats"])
             return logits, updated["batch_stats"]
+
+        return self._in_parts(apply, params, batch_stats, images)
+
+    def _in_parts(
+        self, function: Callable[..., tuple[jax.Array, Any]], params: Any, batch_stats: Any, images: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """`function(variables, images)` -> `[n, ...]`, new moving averages; in `microbatches` parts, see `forward`."""
+
+        def apply(part):
+            return function({"params": params, "batch_stats": batch_stats}, part)
 
         count = self.config.microbatches
         if count == 1:

@@ -155,6 +155,7 @@ def _build(
         networks=described.networks,
         num_examples=data.num_examples,
         gather=lambda arrays: jax.lax.with_sharding_constraint(arrays, shardings.replicated),
+        image_shape=data.image,
     )
     method = described.bind(context)
 

@@ -10,6 +10,9 @@ from configs import cifar10, cifar10n, default
 from ieg_jax import methods
 from ieg_jax.reproduce import cost
 
+# The network of a few layers that is counted with is not much larger than V with the usual units.
+SMALL_CORRECTION = {"method.label_units": 4, "method.hidden_units": 4}
+
 
 def counted(name, **keys):
     """Returns the floating-point operations of a compiled step, in thirds of a supervised step."""
@@ -32,6 +35,8 @@ def counted(name, **keys):
         ("mixmatch", {}, 11),
         ("l2b", {}, 10),
         ("meta_weight_net", {}, 10),
+        ("mlc", SMALL_CORRECTION, 8),
+        ("mlc", SMALL_CORRECTION | {"method.learn_trusted": False}, 8),
         ("gold_loss_correction", {}, 6),
         ("mentornet", {}, 3),
         ("sop", {}, 3),

@@ -72,6 +72,7 @@ def plain():
                 "m_correction",
                 "mentornet",
                 "meta_weight_net",
+                "mlc",
                 "sop",
                 "ssr",
             )
