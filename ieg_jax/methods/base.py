@@ -60,8 +60,9 @@ class Stream:
       source: NOISY, the training set with its given labels, or TRUSTED, the trusted set.
       views: how many views of each example: 1 = the standard one; ALL_VIEWS = the standard one and
         `augment.num_views` − 1 strong ones.
-      balanced: False: each epoch shows every example once, in an order of its own. True: the classes take turns as long
-        as there are as many of each. With `class_weight=balanced` they take turns either way, whatever their sizes.
+      balanced: False: each epoch shows every example once, in an order of its own. True: the classes take turns, those
+        of trusted examples as long as there are as many of each, those of the others (by their given labels) whatever
+        their sizes. With `class_weight=balanced` they take turns either way, whatever their sizes.
       size: the key with the number of examples in a batch, `batch_size` or `trusted.batch_size`.
     """
 

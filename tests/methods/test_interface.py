@@ -133,8 +133,8 @@ def test_only_the_loss_is_required():
 def test_who_needs_trusted_images():
     without = {name for name in methods.REGISTRY if not methods.get(name).needs_trusted}
     assert without == {
-        "supervised", "gce", "elr", "co_teaching", "dividemix", "forward_correction", "m_correction", "mentornet",
-        "sop", "ssr",
+        "supervised", "gce", "elr", "co_teaching", "dividemix", "forward_correction", "fsr", "m_correction",
+        "mentornet", "sop", "ssr",
     }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def test_each_method_reads_the_keys_that_it_has(name):
     "method, key, value, readers",
     [
         ("supervised", "method.temperature", 0.7, "dividemix, eg, ieg, mixmatch"),
-        ("supervised", "meta.learning_rate", 0.2, "ieg, l2b, l2r, meta_weight_net, mlc"),
+        ("supervised", "meta.learning_rate", 0.2, "fsr, ieg, l2b, l2r, meta_weight_net, mlc"),
         ("l2r", "meta.momentum", False, None),
         ("l2r", "meta.pseudo_label_gradient", True, None),
         ("gce", "method.forget_rate", 0.5, "co_teaching"),

@@ -67,6 +67,7 @@ def plain():
             for name in (
                 "dividemix",
                 "forward_correction",
+                "fsr",
                 "gold_loss_correction",
                 "l2b",
                 "m_correction",
