@@ -2,20 +2,25 @@
 
 As in IEG and L2R the weight of an example is how much it helps a reward set one step ahead, and here this costs next to
 nothing and needs no trusted label. The lookahead moves the head alone, whose features are there already. The reward set
-is chosen anew at the end of each epoch, from the training examples and with their given labels: in each class those of
-the largest margin, which is how much their loss falls by the lookahead, as the step of a whole batch lowers the loss of
-right labels before that of wrong ones.
+is chosen anew at the end of each epoch, from the training examples with their given labels: of each class those with
+the smallest losses when they were last trained on, or (`reward_by=margin`) with the largest margins.
 
     Θ′(ω) = one optimiser update of the `lookahead_layers` on Σ_i ω_i CE(y_i, Φ(x_i)) + weight decay, at ω⁰ = 1/B
     L_r = mean CE(y_r, Φ(x_r; Θ′)) over a batch of the reward set, whose classes take turns
     ω*_i = max(−∂L_r/∂ω_i, 0) / (Σ + 10⁻⁵);   1/B in the first `reweight_epochs`
-    margin_i = CE(y_i, Φ(x_i; Θ)) − CE(y_i, Φ(x_i; Θ′(ω⁰))), kept from one visit of x_i to the next
+    margin_i = CE(y_i, Φ(x_i; Θ)) − CE(y_i, Φ(x_i; Θ′(ω⁰)))
 
-With `lookahead_layers=.*`, a reward set of trusted images, ω⁰ = 0 and no momentum these are the weights of L2R. Sizes
-and epochs are the published ones for CIFAR (a reward set of 2,000, weights from epoch 20 on). The published runs add
-mixup of the noisy batch and a loss of pseudo labels (the predictions averaged over the epochs), and draw twice as many
-reward images as noisy ones in a step; here there are as many. That a class gives at most half of its examples to the
-reward set is for small data. `reward_by=loss` takes the smallest losses in place of the margins.
+With `lookahead_layers=.*`, a reward set of trusted images, ω⁰ = 0 and no momentum these are the weights of L2R.
+
+The paper chooses by the margin. In the published code, which trains on mixtures of two images, its first loss is that
+of the mixture and its second that of the image, so that the margin is large where the loss is small. Without mixtures
+it is large where an example moves the head most towards its own label, which wrong labels do: on digits with 40 % of
+uniform noise a reward set by margin had 31 % of right labels, of all examples 63 %. Hence the loss is the default here.
+
+Sizes and epochs are the published ones for CIFAR (a reward set of 2,000, weights from epoch 20 on). The published runs
+also train on mixtures and by a loss of pseudo labels (predictions averaged over the epochs), neither of which is here,
+and draw twice as many reward images as noisy ones in a step. That a class gives at most half of its examples to the
+reward set is for small data.
 """
 
 import jax
@@ -35,7 +40,9 @@ KEYS = {
         "^head/", lookahead.KEYS["meta.layers"].check, "Regular expression: the parameters that the lookahead moves."
     ),
     "reward_size": Key(2000, at_least(1), "Examples in the reward set, over all classes."),
-    "reward_by": Key("margin", one_of("margin", "loss"), "What they are chosen by: the largest margin, or least loss."),
+    "reward_by": Key(
+        "loss", one_of("loss", "margin"), "How they are chosen: by the smallest loss or the largest margin."
+    ),
     "reweight_epochs": Key(20.0, at_least(0), "Epochs in which all examples count alike."),
 }
 
@@ -48,9 +55,9 @@ def passes(config) -> float:
 
 
 def init(ctx: Context, rng, num_rows: int) -> dict[str, jax.Array]:
-    """The margin of each example when it was last seen, −∞ = not yet: `[num_rows]`."""
+    """The score of each example when it was last trained on, −∞ = not yet: `[num_rows]`."""
     del ctx, rng
-    return {"margin": jnp.full(num_rows, -jnp.inf)}
+    return {"score": jnp.full(num_rows, -jnp.inf)}
 
 
 def reward_gradient(ctx: Context, state, batch, weights: jax.Array, opt_state):
@@ -80,7 +87,7 @@ def reward_gradient(ctx: Context, state, batch, weights: jax.Array, opt_state):
 
 
 def supervise(ctx: Context, state, batch, rng) -> Supervision:
-    """Example weights ω*, and the margins of the batch."""
+    """Example weights ω*, and the scores of the batch: the margins, or the losses with a minus."""
     del rng
     method, label = ctx.config.method, ctx.one_hot(batch["label"])
     lookahead.check_layers(method.lookahead_layers, state.params, "method.lookahead_layers")
@@ -90,13 +97,13 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
     def cross_entropy(params):
         return losses.cross_entropy(ctx.forward(params, state.batch_stats, batch["image"])[0], label)
 
-    margin = -cross_entropy(state.params) if method.reward_by == "loss" else (
-        cross_entropy(state.params) - cross_entropy(after)
-    )  # fmt: skip
+    score = -cross_entropy(state.params)
+    if method.reward_by == "margin":
+        score = cross_entropy(state.params) - cross_entropy(after)
     begun = state.step >= method.reweight_epochs * ctx.steps_per_epoch
     return Supervision(
         example_weights=jnp.where(begun, lookahead.example_weights(gradient), uniform),
-        memory={"margin": ctx.write_rows(state.method["margin"], batch["row"], margin)},
+        memory={"score": ctx.write_rows(state.method["score"], batch["row"], score)},
         observed={"loss/reward_after_lookahead": loss_after},
     )
 
@@ -109,8 +116,8 @@ def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> t
 
 def on_epoch(ctx: Context, state, look):
     """The reward set until the next end of an epoch."""
-    margin, labels = look.memory()["margin"], look.labels
-    return state, {REWARD: best_of_each(margin, labels, -(-ctx.config.method.reward_size // ctx.num_classes))}
+    count = -(-ctx.config.method.reward_size // ctx.num_classes)
+    return state, {REWARD: best_of_each(look.memory()["score"], look.labels, count)}
 
 
 def best_of_each(score: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""FSR: the weights of L2R as a limit, a step and its margins by hand, and the reward set."""
+"""FSR: the weights of L2R as a limit, a step and its scores by hand, and the reward set."""
 
 import types
 
@@ -34,7 +34,7 @@ def test_with_all_layers_and_trusted_images_it_is_l2r():
 
 
 @pytest.mark.parametrize("by", ["margin", "loss"])
-def test_weights_and_margins_by_hand(by):
+def test_weights_and_scores_by_hand(by):
     """Θ′ = Θ − α (μ m + ∇(mean CE + ½ d ‖Θ‖²)); ∂L_r/∂ω_i = −α ⟨∇L_r(Θ′), ∇ℓ_i(Θ)⟩, with ∇ℓ = xᵀ (softmax − y)."""
     batch = linear.make_batch()
     batch |= {"reward_image": batch["probe_image"], "reward_label": batch["probe_label"]}
@@ -54,9 +54,9 @@ def test_weights_and_margins_by_hand(by):
     assert 0 < (expected > 0).sum() < len(expected)
     np.testing.assert_allclose(supervision.example_weights, expected, rtol=1e-9)
     before = cross_entropy(label, x @ weights)
-    margin = before - cross_entropy(label, x @ after) if by == "margin" else -before
-    found = np.asarray(supervision.memory["margin"])
-    np.testing.assert_allclose(found[batch["row"]], margin, rtol=1e-5)
+    score = before - cross_entropy(label, x @ after) if by == "margin" else -before
+    found = np.asarray(supervision.memory["score"])
+    np.testing.assert_allclose(found[batch["row"]], score, rtol=1e-5)
     assert np.isneginf(np.delete(found, batch["row"])).all(), "these were not seen yet"
     assert float(aux.terms["weighted"]) == pytest.approx((expected * before).sum(), rel=1e-9)
 
@@ -89,7 +89,7 @@ def test_the_reward_set():
     assert fsr.best_of_each(score, labels, 1).tolist() == [1, 5, 6]
     assert fsr.best_of_each(score, labels, 100).tolist() == [1, 2, 5, 6, 8], "half of each class"
     _, method, state, _ = make("fsr", **{"method.reward_size": 3})
-    look = types.SimpleNamespace(labels=labels, memory=lambda: {"margin": score})
+    look = types.SimpleNamespace(labels=labels, memory=lambda: {"score": score})
     same, rows = method.on_epoch(state, look)
     assert same is state and list(rows) == ["reward"] and rows["reward"].tolist() == [1, 5, 6]
 
