@@ -134,7 +134,7 @@ def test_who_needs_trusted_images():
     without = {name for name in methods.REGISTRY if not methods.get(name).needs_trusted}
     assert without == {
         "supervised", "gce", "elr", "co_teaching", "dividemix", "forward_correction", "fsr", "m_correction",
-        "mentornet", "sop", "ssr",
+        "mentornet", "rog", "sop", "ssr",
     }  # fmt: skip
 
 
@@ -172,14 +172,16 @@ def test_each_method_reads_the_keys_that_it_has(name):
         lambda: method.loss(state.params, state, make_batch(), method.supervise(state, make_batch(), KEY), KEY)
     )
     jax.eval_shape(lambda: method.init(KEY, 50))
+    seen_of_all = np.random.default_rng(0).dirichlet(np.ones(CLASSES), (method.networks, 50))
+    look = types.SimpleNamespace(
+        epoch=1000, is_last=False, seed=0, labels=np.arange(50) % CLASSES, probabilities=lambda: seen_of_all,
+        features=lambda: seen_of_all, memory=lambda: jax.tree.map(lambda leaf: np.array(leaf[:50]) if leaf.ndim and
+            len(leaf) >= 50 else np.array(leaf), state.method),
+    )  # fmt: skip
     if method.on_epoch:
-        seen_of_all = np.random.default_rng(0).dirichlet(np.ones(CLASSES), (method.networks, 50))
-        look = types.SimpleNamespace(
-            epoch=1000, is_last=False, seed=0, labels=np.arange(50) % CLASSES, probabilities=lambda: seen_of_all,
-            features=lambda: seen_of_all, memory=lambda: jax.tree.map(lambda leaf: np.array(leaf[:50]) if leaf.ndim and
-                len(leaf) >= 50 else np.array(leaf), state.method),
-        )  # fmt: skip
         method.on_epoch(state, look)
+    if method.fit:
+        method.fit(look)
     assert {key for key in seen if key.startswith(("method.", "meta."))} == set(described.keys)
 
 

@@ -42,6 +42,7 @@ def counted(name, **keys):
         ("fsr", {"method.lookahead_layers": ".*"}, 10),
         ("fsr", {"method.lookahead_layers": ".*", "method.reward_by": "margin"}, 11),
         ("mentornet", {}, 3),
+        ("rog", {}, 3),
         ("sop", {}, 3),
         ("m_correction", {}, 4),
         ("ssr", {}, 3),

@@ -74,6 +74,7 @@ def plain():
                 "mentornet",
                 "meta_weight_net",
                 "mlc",
+                "rog",
                 "sop",
                 "ssr",
             )
