@@ -133,7 +133,7 @@ def test_only_the_loss_is_required():
 def test_who_needs_trusted_images():
     without = {name for name in methods.REGISTRY if not methods.get(name).needs_trusted}
     assert without == {
-        "supervised", "gce", "elr", "co_teaching", "dividemix", "forward_correction", "fsr", "m_correction",
+        "supervised", "gce", "elr", "co_teaching", "dividemix", "forward_correction", "fsr", "incv", "m_correction",
         "mentornet", "rog", "sop", "ssr",
     }  # fmt: skip
 

@@ -43,6 +43,7 @@ def counted(name, **keys):
         ("fsr", {"method.lookahead_layers": ".*", "method.reward_by": "margin"}, 11),
         ("mentornet", {}, 3),
         ("rog", {}, 3),
+        ("incv", {}, 6),
         ("sop", {}, 3),
         ("m_correction", {}, 4),
         ("ssr", {}, 3),

@@ -71,6 +71,7 @@ def plain():
                 "gold_loss_correction",
                 "l2b",
                 "m_correction",
+                "incv",
                 "mentornet",
                 "meta_weight_net",
                 "mlc",
