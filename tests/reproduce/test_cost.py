@@ -42,6 +42,7 @@ def counted(name, **keys):
         ("fsr", {"method.lookahead_layers": ".*"}, 10),
         ("fsr", {"method.lookahead_layers": ".*", "method.reward_by": "margin"}, 11),
         ("mentornet", {}, 3),
+        ("mentornet_dd", {}, 4),
         ("rog", {}, 3),
         ("incv", {}, 6),
         ("sop", {}, 3),

@@ -73,6 +73,7 @@ def plain():
                 "m_correction",
                 "incv",
                 "mentornet",
+                "mentornet_dd",
                 "meta_weight_net",
                 "mlc",
                 "rog",
