@@ -42,11 +42,17 @@ _ADAM = optax.scale_by_amsgrad()
 
 def check(config) -> None:
     """Halves of a batch of trusted images have to be there in each group."""
+    if config.method.learn_trusted:
+        check_halves(config)
+
+
+def check_halves(config) -> None:
+    """Raises UserError where the trusted images of a batch group cannot be halved."""
     size = config.trusted.batch_size or config.batch_size
-    if config.method.learn_trusted and size % (2 * config.batch_groups):
+    if size % (2 * config.batch_groups):
         raise UserError(
-            f"method.learn_trusted=True halves the {size} trusted images of each batch in {config.batch_groups} "
-            f"group(s): set trusted.batch_size to a multiple of {2 * config.batch_groups}"
+            f"method.name={config.method.name} halves the {size} trusted images of each batch in "
+            f"{config.batch_groups} group(s): set trusted.batch_size to a multiple of {2 * config.batch_groups}"
         )
 
 
@@ -78,18 +84,20 @@ def correct(psi, features: jax.Array, label: jax.Array) -> jax.Array:
     return jax.nn.softmax(hidden @ psi["out"]["kernel"] + psi["out"]["bias"])
 
 
-def parted(ctx: Context, batch: dict[str, jax.Array]) -> tuple[dict[str, jax.Array] | None, dict[str, jax.Array]]:
-    """The trusted images that are learned from (None without `learn_trusted`) and those that judge V."""
-    probes = {name: batch[name] for name in ("probe_image", "probe_label")}
-    if not ctx.config.method.learn_trusted:
-        return None, probes
+def halves(ctx: Context, batch: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The first and the second half of the trusted images of each batch group, each as in a batch."""
 
     def half(array, number):
         groups = array.reshape(ctx.config.batch_groups, 2, -1, *array.shape[1:])
         return groups[:, number].reshape(-1, *array.shape[1:])
 
-    learned, judging = (jax.tree.map(lambda array, n=n: half(array, n), probes) for n in (0, 1))
-    return learned, judging
+    first, second = ({f"probe_{name}": half(batch[f"probe_{name}"], n) for name in ("image", "label")} for n in (0, 1))
+    return first, second
+
+
+def parted(ctx: Context, batch: dict[str, jax.Array]) -> tuple[dict[str, jax.Array] | None, dict[str, jax.Array]]:
+    """The trusted images that are learned from (None without `learn_trusted`) and those that judge V."""
+    return halves(ctx, batch) if ctx.config.method.learn_trusted else (None, batch)
 
 
 def terms_of(ctx: Context, params, state, batch, target: jax.Array, logits: jax.Array) -> dict[str, jax.Array]:

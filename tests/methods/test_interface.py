@@ -189,7 +189,7 @@ def test_each_method_reads_the_keys_that_it_has(name):
     "method, key, value, readers",
     [
         ("supervised", "method.temperature", 0.7, "dividemix, eg, ieg, mixmatch"),
-        ("supervised", "meta.learning_rate", 0.2, "fsr, ieg, l2b, l2r, meta_weight_net, mlc"),
+        ("supervised", "meta.learning_rate", 0.2, "emlc, fsr, ieg, l2b, l2r, meta_weight_net, mlc"),
         ("l2r", "meta.momentum", False, None),
         ("l2r", "meta.pseudo_label_gradient", True, None),
         ("gce", "method.forget_rate", 0.5, "co_teaching"),

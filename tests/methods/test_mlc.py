@@ -134,7 +134,7 @@ def test_the_halves_of_each_group():
 
 def test_halves_that_cannot_be_made(tiny_config):
     tiny_config.method.name, tiny_config.trusted.batch_size = "mlc", 9
-    with pytest.raises(UserError, match="halves the 9 trusted images of each batch in 1 group"):
+    with pytest.raises(UserError, match="method.name=mlc halves the 9 trusted images of each batch in 1 group"):
         check.validate(config_lib.resolve(tiny_config))
     tiny_config.method.learn_trusted = False
     check.validate(config_lib.resolve(tiny_config))

@@ -37,6 +37,7 @@ def counted(name, **keys):
         ("meta_weight_net", {}, 10),
         ("mlc", SMALL_CORRECTION, 8),
         ("mlc", SMALL_CORRECTION | {"method.learn_trusted": False}, 8),
+        ("emlc", {"method.label_units": 4, "method.enhancer_units": 4}, 14),
         ("gold_loss_correction", {}, 6),
         ("fsr", {}, 4),
         ("fsr", {"method.lookahead_layers": ".*"}, 10),

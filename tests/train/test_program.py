@@ -66,6 +66,7 @@ def plain():
             pytest.param(name, {"mesh.data": 8}, marks=pytest.mark.slow)
             for name in (
                 "dividemix",
+                "emlc",
                 "forward_correction",
                 "fsr",
                 "gold_loss_correction",
