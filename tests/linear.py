@@ -41,7 +41,7 @@ def make(name, step=0, rng=None, **keys):
     described = methods.get(name)
     context = base.Context(
         FrozenConfigDict(config), Linear(), optimizers.create(config.optimizer), CLASSES,
-        networks=described.networks, num_examples=ROWS,
+        networks=described.networks, num_examples=ROWS, image_shape=(1, 2, 1),
     )  # fmt: skip
     method = described.bind(context)
     state = create_state(context, method, jax.random.key(0), (1, 2, 1), ROWS)

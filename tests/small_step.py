@@ -55,6 +55,8 @@ def make_batch(dtype=np.float32, seed=0):
         "probe_label": np.arange(BATCH, dtype=np.int32) % CLASSES,
         "every_image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(dtype),
         "every_views": rng.uniform(-1, 1, (BATCH, 1, 8, 8, 1)).astype(dtype),
+        "reward_image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(dtype),
+        "reward_label": np.arange(BATCH, dtype=np.int32) % CLASSES,
     }
 
 

@@ -137,6 +137,8 @@ class _Stream:
         self._begin = epoch_start * batch_size_of(config, stream)
         count = self._reader.size if rows is None else len(rows)
         row_of = _balanced_rows if stream.balanced else _shuffled_rows
+        if stream.balanced and stream.source != TRUSTED:  # these are not interleaved by class
+            row_of = functools.partial(_rows_by_turns, shuffled=True)
         if config.class_weight == "balanced":
             keeps_order = stream.source == TRUSTED and stream.balanced and not config.trusted.shuffle
             row_of = functools.partial(_rows_by_turns, shuffled=not keeps_order)

@@ -13,6 +13,8 @@ A method is a module. Only `loss` is required:
     supervise(ctx, state, batch, rng) -> Supervision          nothing that a gradient flows through
     loss(ctx, params, state, batch, supervision, rng) -> (scalar, Aux)
     on_epoch(ctx, state, look) -> (state, rows)               on the host at the end of each epoch, see `train.look`
+    fit(ctx, look) -> memory                                  on the host before each evaluation, for the weights that
+                                                              are evaluated: what predictions of them need
     predict(ctx, variables, memory, images) -> [n, K]         probabilities; by default the mean over the networks
     passes(config) -> float                                   the cost of a step in forward passes of one network over a
                                                               batch, of which a backward pass costs two
@@ -62,8 +64,9 @@ class Stream:
       source: NOISY, the training set with its given labels, or TRUSTED, the trusted set.
       views: how many views of each example: 1 = the standard one; ALL_VIEWS = the standard one and
         `augment.num_views` − 1 strong ones.
-      balanced: False: each epoch shows every example once, in an order of its own. True: the classes take turns as long
-        as there are as many of each. With `class_weight=balanced` they take turns either way, whatever their sizes.
+      balanced: False: each epoch shows every example once, in an order of its own. True: the classes take turns, those
+        of trusted examples as long as there are as many of each, those of the others (by their given labels) whatever
+        their sizes. With `class_weight=balanced` they take turns either way, whatever their sizes.
       size: the key with the number of examples in a batch, `batch_size` or `trusted.batch_size`.
     """
 
@@ -341,8 +344,8 @@ class Method:
       keys: flat key -> Key.
       streams: name -> Stream.
       networks: R.
-      check, init, supervise, loss, on_epoch, predict, passes: the functions of the module; `on_epoch` is None where the
-        module has none.
+      check, init, supervise, loss, on_epoch, fit, predict, passes: the functions of the module; `on_epoch` and `fit`
+        are None where the module has none.
     """
 
     name: str
@@ -356,6 +359,7 @@ class Method:
     supervise: Callable[..., Supervision]
     loss: Callable[..., tuple[jax.Array, Aux]]
     on_epoch: Callable[..., Any] | None
+    fit: Callable[..., Any] | None
     predict: Callable[..., jax.Array]
     passes: Callable[[ConfigDict], float]
 
@@ -376,7 +380,7 @@ class Method:
     def bind(self, ctx: Context) -> "Method":
         """The same with all functions bound to a context."""
         ctx = dataclasses.replace(ctx, networks=self.networks)
-        names = ("init", "supervise", "loss", "predict", *(("on_epoch",) if self.on_epoch else ()))
+        names = ("init", "supervise", "loss", "predict", *(name for name in ("on_epoch", "fit") if getattr(self, name)))
         return dataclasses.replace(self, **{name: functools.partial(getattr(self, name), ctx) for name in names})
 
 
@@ -406,6 +410,7 @@ def read(name: str, module: ModuleType) -> Method:
         supervise=getattr(module, "supervise", labels_as_given),
         loss=module.loss,
         on_epoch=getattr(module, "on_epoch", None),
+        fit=getattr(module, "fit", None),
         predict=getattr(module, "predict", mean_of_networks),
         passes=getattr(module, "passes", _three_of_each(networks)),
     )

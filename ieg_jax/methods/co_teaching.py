@@ -35,21 +35,26 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
     method = ctx.config.method
     epochs = state.step / ctx.steps_per_epoch
     share = 1 - method.forget_rate * jnp.minimum(epochs / method.forget_epochs, 1)
-    rank = jnp.argsort(jnp.argsort(cross_entropy, -1), -1)
-    chosen = (rank < jnp.maximum(jnp.floor(share * rank.shape[-1]), 1)).astype(cross_entropy.dtype)
+    chosen = smallest(cross_entropy, share)
     # What the two networks together made of an example, for the metrics; it sums to 1 over the batch.
     weights = chosen.mean(0) / chosen.mean(0).sum()
     return Supervision(example_weights=weights, prepared=chosen[::-1], observed={"train/share_chosen": share})
 
 
+def smallest(cross_entropy: jax.Array, share: jax.Array) -> jax.Array:
+    """1 for the `share` of each row of losses `[R, B]` that is smallest, at least one, else 0."""
+    rank = jnp.argsort(jnp.argsort(cross_entropy, -1), -1)
+    return (rank < jnp.maximum(jnp.floor(share * rank.shape[-1]), 1)).astype(cross_entropy.dtype)
+
+
 def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
-    """For each network the mean CE over the examples that the other one has chosen + weight decay."""
+    """For each network the mean CE over the examples that were chosen for it (0 where none was) + weight decay."""
     del rng
     logits, batch_stats = ctx.forward(params, state.batch_stats, batch["image"])
     cross_entropy = losses.cross_entropy(logits, ctx.one_hot(batch["label"]))
     chosen = supervision.prepared
     terms = {
-        "cross_entropy": jnp.sum(jnp.sum(chosen * cross_entropy, -1) / jnp.sum(chosen, -1)),
+        "cross_entropy": jnp.sum(jnp.sum(chosen * cross_entropy, -1) / jnp.maximum(jnp.sum(chosen, -1), 1)),
         "weight_decay": ctx.weight_decay(params),
     }
     return total(terms), Aux(terms, logits.mean(0), batch_stats)

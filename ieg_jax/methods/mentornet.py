@@ -6,8 +6,8 @@ used as they are:
     v_i = min(max(1 − (CE_i − λ₁) / λ₂, 0), 1),   L = Σ_i v_i CE_i / Σ_i v_i + weight decay
 
 λ₁ is a moving average of the `loss_percentile` of the losses of a batch, as in the published code, λ₂ is
-`pace_width` · λ₁. For the first `burn_in_epochs` every weight is 1. The data-driven MentorNet, which learns such a
-curriculum from a trusted set with a recurrent network, is not here: `meta_weight_net` learns one from losses.
+`pace_width` · λ₁. For the first `burn_in_epochs` every weight is 1. `mentornet_dd` learns a curriculum from trusted
+labels.
 """
 
 import jax
@@ -38,14 +38,18 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
     method = ctx.config.method
     logits, _ = ctx.forward(state.params, state.batch_stats, batch["image"])
     cross_entropy = losses.cross_entropy(logits, ctx.one_hot(batch["label"]))
-    now = jnp.quantile(cross_entropy, method.loss_percentile)
-    old = state.method["pace"]
-    pace = jnp.where(old == 0, now, method.pace_decay * old + (1 - method.pace_decay) * now)
+    pace = moving_percentile(method, state.method["pace"], cross_entropy)
     weights = jnp.clip(1 - (cross_entropy - pace) / (method.pace_width * pace + 1e-12), 0, 1)
     weights = jnp.where(state.step < method.burn_in_epochs * ctx.steps_per_epoch, 1.0, weights)
     # The smallest loss always counts: of a batch of large ones nothing would be left.
     weights = jnp.where(jnp.sum(weights) > 0, weights, cross_entropy == jnp.min(cross_entropy))
     return Supervision(example_weights=weights / jnp.sum(weights), memory={"pace": pace}, observed={"train/pace": pace})
+
+
+def moving_percentile(method, old: jax.Array, cross_entropy: jax.Array) -> jax.Array:
+    """λ₁ after a batch of losses `[B]`, from its `old` value, 0 = none yet; `method` is that group of keys."""
+    now = jnp.quantile(cross_entropy, method.loss_percentile)
+    return jnp.where(old == 0, now, method.pace_decay * old + (1 - method.pace_decay) * now)
 
 
 def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:

@@ -78,6 +78,9 @@ _MODELS = {
     "resnet50": "resnet50", "inception_resnet_v2": "inception_resnet_v2",
 }  # fmt: skip
 
+# The paper's name of a method -> its name here, where that is another.
+_METHODS = {"chen2019": "incv"}
+
 # The components of IEG that Table 7 takes out -> the keys that do so.
 COMPONENTS = {
     "no consistency": {"method.consistency_weight": 0.0},
@@ -164,11 +167,12 @@ def mixmatch_keys(dataset: str) -> dict[str, Any]:
 def _paper_experiment(row: dict[str, Any]) -> Experiment | None:
     """Returns the experiment of a row of paper_results.json; None where its method is not implemented here."""
     dataset, table = row["dataset"], row["table"]
-    method, taken_out = ABLATION[row["method"]] if table == "7" else (row["method"], ())
+    named = _METHODS.get(row["method"], row["method"])
+    method, taken_out = ABLATION[named] if table == "7" else (named, ())
     if method not in methods.REGISTRY:
         return None
     if dataset.startswith("webvision"):
-        return _webvision(row)
+        return _webvision(row, method)
     # The paper names no network for numbers of other papers; the experiment has the network of most other rows.
     model = _MODELS[row.get("network", "wrn28_10")]
     classes = 10 if dataset == "cifar10" else 100
@@ -193,21 +197,21 @@ def _paper_experiment(row: dict[str, Any]) -> Experiment | None:
     return cifar(dataset, method, model, noise, rate, **more)
 
 
-def _webvision(row: dict[str, Any]) -> Experiment:
-    """Returns the experiment of a row of paper_results.json on WebVision."""
+def _webvision(row: dict[str, Any], method: str) -> Experiment:
+    """Returns the experiment of a row of paper_results.json on WebVision; `method` is its name here."""
     dataset, model = row["dataset"], _MODELS[row["network"]]
     keys, suffix = {}, ""
     # The configuration has AutoAugment in the strong view, which ieg uses. Supervised training uses the standard view
     # alone, so there AutoAugment is put into it where the paper has it (section 3.3: 64.0 with it, 57.2 without).
-    if row["method"] == "supervised" and dataset == "webvision_mini" and "without" not in row.get("note", ""):
+    if method == "supervised" and dataset == "webvision_mini" and "without" not in row.get("note", ""):
         augmented = "random_resized_crop({size})|flip|autoaugment_imagenet"
         keys["augment.standard"] = augmented.format(size=299 if model == "inception_resnet_v2" else 224)
         suffix = "-autoaugment"
-    if row["method"] == "supervised":  # in the authors' code it learns from the trusted images too
+    if method == "supervised":  # in the authors' code it learns from the trusted images too
         keys["trusted.join"] = True
     # The type is named, so that what a run has does not depend on the machine.
-    config = f"configs/{dataset}.py:method={row['method']},model={model},dtype=bfloat16"
-    name = f"{dataset}-{row['method']}-{model}{suffix}"
+    config = f"configs/{dataset}.py:method={method},model={model},dtype=bfloat16"
+    name = f"{dataset}-{method}-{model}{suffix}"
     return Experiment(name, config, keys, ("data.dir", "data.test", "data.trusted"))
 
 

@@ -17,6 +17,7 @@ def evaluate(
     evaluations: dict[str, Iterable[dict[str, jax.Array]]],
     eval_step: Callable[..., dict[str, metrics.WeightedAverage | metrics.ClassAccuracy]],
     alive: Callable[[], None] = lambda: None,
+    raw_memory: Any = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy, and the mean over the classes, of the averaged and of the raw weights.
 
@@ -25,18 +26,21 @@ def evaluate(
       evaluations: name -> batches as of `data.batches.EvalBatches`.
       eval_step: `step.eval_step`, compiled.
       alive: called after each batch.
+      raw_memory: what the method remembers for the raw weights, where it is not `state.method` (`look.fit`).
 
     Returns:
       E.g. `test/accuracy` (averaged weights), `test/accuracy_raw`, `test/balanced_accuracy`, `test/top5_accuracy`,
       `trusted/accuracy`. Each example counts exactly once. Without an average of the weights both are the raw ones.
     """
-    weights = {"": state.params if state.ema_params is None else state.ema_params, "_raw": state.params}
+    averaged = state.params if state.ema_params is None else state.ema_params
+    raw_memory = state.method if raw_memory is None else raw_memory
+    weights = {"": (averaged, state.method), "_raw": (state.params, raw_memory)}
     row = {}
     for name, batches in evaluations.items():
         sums = dict.fromkeys(weights)
         for batch in batches:
-            for suffix, params in weights.items():
-                hits = eval_step(params, state.batch_stats, state.method, batch)
+            for suffix, (params, memory) in weights.items():
+                hits = eval_step(params, state.batch_stats, memory, batch)
                 sums[suffix] = hits if sums[suffix] is None else {k: sums[suffix][k] + hits[k] for k in hits}
             alive()
         for suffix, hits in jax.device_get(sums).items():

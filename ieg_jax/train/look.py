@@ -3,6 +3,8 @@
 Only a method with `on_epoch` has such ends. There it may look at the predictions for the whole training set, change
 what it remembers, and choose which rows each of its streams draws from until the next end. What it chose is part of the
 state, so that a resumed run draws what an undisturbed one would.
+
+A method with `fit` sees the training set before each evaluation too, by the weights that are evaluated.
 """
 
 import dataclasses
@@ -80,14 +82,7 @@ def finish_epoch(
     Raises:
       UserError: where the method returns a memory of other shapes, or rows that do not exist.
     """
-
-    def predict(function: Callable) -> np.ndarray:
-        batches = EvalBatches(config, train, shardings.batch)
-        parts = [np.asarray(function(state.params, state.batch_stats, batch["image"])) for batch in batches]
-        return np.concatenate(parts, 1)[:, : len(train)]  # the padding is at the end
-
-    seed = (config.seed * 1_000_003 + epoch) % 2**31
-    look = Look(train.labels, epoch, is_last, seed, predict, program, state)
+    look = _look(config, train, shardings, program, state, epoch, is_last)
     changed, rows = program.method.on_epoch(state, look)
     memory = jax.tree.map(_fitted, changed.method, program.state.method)
     masks = {name: np.asarray(mask) for name, mask in jax.device_get(state.rows).items()}
@@ -105,6 +100,48 @@ def finish_epoch(
     return changed.replace(method=memory, rows=masks)
 
 
+def fit(
+    config: ConfigDict,
+    train: Split,
+    shardings: Shardings,
+    program: Program,
+    state: TrainState,
+    epoch: int,
+    is_last: bool,
+) -> tuple[Any, Any]:
+    """What the method remembers for the evaluation of the averaged and of the raw weights, see its `fit`.
+
+    Args: those of `finish_epoch`.
+    """
+    if not program.method.fit:
+        return state.method, state.method
+
+    def remembered(params):
+        seen = _look(config, train, shardings, program, state.replace(params=params), epoch, is_last)
+        return jax.tree.map(_fitted, program.method.fit(seen), program.state.method)
+
+    raw = remembered(state.params)
+    return (raw if state.ema_params is None else remembered(state.ema_params)), raw
+
+
+def _look(
+    config: ConfigDict,
+    train: Split,
+    shardings: Shardings,
+    program: Program,
+    state: TrainState,
+    epoch: int,
+    is_last: bool,
+) -> Look:
+    def predict(function: Callable) -> np.ndarray:
+        batches = EvalBatches(config, train, shardings.batch)
+        parts = [np.asarray(function(state.params, state.batch_stats, batch["image"])) for batch in batches]
+        return np.concatenate(parts, 1)[:, : len(train)]  # the padding is at the end
+
+    seed = (config.seed * 1_000_003 + epoch) % 2**31
+    return Look(train.labels, epoch, is_last, seed, predict, program, state)
+
+
 def chosen_rows(state: TrainState) -> dict[str, np.ndarray]:
     """Stream -> the rows that it draws from, increasing; {} for a method that does not choose."""
     return {name: np.flatnonzero(mask) for name, mask in jax.device_get(state.rows).items()}
@@ -119,5 +156,5 @@ def _fitted(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
         padding = np.zeros((like.shape[0] - len(array), *array.shape[1:]), array.dtype)
         array = np.concatenate([array, padding])
     if array.shape != like.shape:
-        raise UserError(f"on_epoch returned an array {array.shape} for one of {like.shape} that the method remembers")
+        raise UserError(f"the method returned an array {array.shape} for one of {like.shape} that the method remembers")
     return jax.device_put(array, like.sharding)

@@ -158,7 +158,10 @@ def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Rep
                     profiler.look(step)
             if step in steps.eval_steps:
                 with clock("evaluation"):
-                    row |= evaluation.evaluate(progress.state, run.evaluations, run.program.eval_step, watchdog.alive)
+                    averaged, raw = look.fit(*run.at_step(progress.state, step))
+                    progress.state = progress.state.replace(method=averaged)
+                    eval_step = run.program.eval_step
+                    row |= evaluation.evaluate(progress.state, run.evaluations, eval_step, watchdog.alive, raw)
                     row[RATE] = run.program.learning_rate(step)
             if logging:
                 seconds, parts = clock.lap()
@@ -171,10 +174,7 @@ def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Rep
                     _log(run, progress, step, row, reporter, checkpoints)
             if run.program.method.on_epoch and (steps.ends_epoch(step) or step == steps.num_steps):
                 with clock("compute"):
-                    progress.state = look.finish_epoch(
-                        config, run.data.train, run.shardings, run.program, progress.state, steps.epoch(step),
-                        is_last=step == steps.num_steps,
-                    )  # fmt: skip
+                    progress.state = look.finish_epoch(*run.at_step(progress.state, step))
                 batches = begin.batches(run, progress.state, step)
             if saving:
                 # After the row: whatever a checkpoint covers has been written down, a kill in between only

@@ -149,6 +149,18 @@ def test_classes_of_unequal_size_take_turns(config, data, shuffle):
     assert (len({tuple(one) for one in pairs}) == 1) is not shuffle
 
 
+def test_classes_of_chosen_training_examples_take_turns(config, data):
+    """Those of the stream `reward` of FSR, by given labels; from the step of the choice on, each of a class once."""
+    chosen = np.sort(np.concatenate([np.flatnonzero(data.train.labels == c)[: 6 + c] for c in range(10)]))
+    made = list(train_batches(config, data, methods.get("fsr").streams, 3, 8, SHARDING, {"reward": chosen}, 3))
+    labels, rows = (np.concatenate([batch[f"reward_{name}"] for batch in made]) for name in ("label", "row"))
+    np.testing.assert_array_equal(labels, np.arange(240) % 10)
+    np.testing.assert_array_equal(labels, data.train.labels[rows])
+    for c in range(10):
+        own = rows[labels == c]
+        assert set(own) == set(chosen[data.train.labels[chosen] == c]) == set(own[: 6 + c])
+
+
 def test_methods_get_what_they_need(config, data):
     for name, keys in (
         ("supervised", {"image", "label", "clean_label", "id", "row"}),

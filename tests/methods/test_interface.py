@@ -133,8 +133,8 @@ def test_only_the_loss_is_required():
 def test_who_needs_trusted_images():
     without = {name for name in methods.REGISTRY if not methods.get(name).needs_trusted}
     assert without == {
-        "supervised", "gce", "elr", "elr_plus", "co_teaching", "dividemix", "forward_correction", "m_correction",
-        "mentornet", "promix", "sop", "ssr", "ssr_plus",
+        "supervised", "gce", "elr", "elr_plus", "co_teaching", "dividemix", "forward_correction", "fsr", "incv",
+        "m_correction", "mentornet", "promix", "rog", "sop", "ssr", "ssr_plus",
     }  # fmt: skip
 
 
@@ -172,14 +172,16 @@ def test_each_method_reads_the_keys_that_it_has(name):
         lambda: method.loss(state.params, state, make_batch(), method.supervise(state, make_batch(), KEY), KEY)
     )
     jax.eval_shape(lambda: method.init(KEY, 50))
+    seen_of_all = np.random.default_rng(0).dirichlet(np.ones(CLASSES), (method.networks, 50))
+    look = types.SimpleNamespace(
+        epoch=1000, is_last=False, seed=0, labels=np.arange(50) % CLASSES, probabilities=lambda: seen_of_all,
+        features=lambda: seen_of_all, memory=lambda: jax.tree.map(lambda leaf: np.array(leaf[:50]) if leaf.ndim and
+            len(leaf) >= 50 else np.array(leaf), state.method),
+    )  # fmt: skip
     if method.on_epoch:
-        seen_of_all = np.random.default_rng(0).dirichlet(np.ones(CLASSES), (method.networks, 50))
-        look = types.SimpleNamespace(
-            epoch=1000, is_last=False, seed=0, labels=np.arange(50) % CLASSES, probabilities=lambda: seen_of_all,
-            features=lambda: seen_of_all, memory=lambda: jax.tree.map(lambda leaf: np.array(leaf[:50]) if leaf.ndim and
-                len(leaf) >= 50 else np.array(leaf), state.method),
-        )  # fmt: skip
         method.on_epoch(state, look)
+    if method.fit:
+        method.fit(look)
     assert {key for key in seen if key.startswith(("method.", "meta."))} == set(described.keys)
 
 
@@ -187,7 +189,7 @@ def test_each_method_reads_the_keys_that_it_has(name):
     "method, key, value, readers",
     [
         ("supervised", "method.temperature", 0.7, "dividemix, eg, ieg, mixmatch, promix"),
-        ("supervised", "meta.learning_rate", 0.2, "ieg, l2b, l2r, meta_weight_net"),
+        ("supervised", "meta.learning_rate", 0.2, "emlc, fsr, ieg, l2b, l2r, meta_weight_net, mlc"),
         ("l2r", "meta.momentum", False, None),
         ("l2r", "meta.pseudo_label_gradient", True, None),
         ("gce", "method.forget_rate", 0.5, "co_teaching"),

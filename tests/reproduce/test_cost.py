@@ -11,6 +11,9 @@ from ieg_jax import methods
 from ieg_jax.methods import ssr_plus
 from ieg_jax.reproduce import cost
 
+# The network of a few layers that is counted with is not much larger than V with the usual units.
+SMALL_CORRECTION = {"method.label_units": 4, "method.hidden_units": 4}
+
 
 def counted(name, **keys):
     """Returns the floating-point operations of a compiled step, in thirds of a supervised step."""
@@ -33,8 +36,17 @@ def counted(name, **keys):
         ("mixmatch", {}, 11),
         ("l2b", {}, 10),
         ("meta_weight_net", {}, 10),
+        ("mlc", SMALL_CORRECTION, 8),
+        ("mlc", SMALL_CORRECTION | {"method.learn_trusted": False}, 8),
+        ("emlc", {"method.label_units": 4, "method.enhancer_units": 4}, 14),
         ("gold_loss_correction", {}, 6),
+        ("fsr", {}, 4),
+        ("fsr", {"method.lookahead_layers": ".*"}, 10),
+        ("fsr", {"method.lookahead_layers": ".*", "method.reward_by": "margin"}, 11),
         ("mentornet", {}, 3),
+        ("mentornet_dd", {}, 4),
+        ("rog", {}, 3),
+        ("incv", {}, 6),
         ("sop", {}, 3),
         ("m_correction", {}, 4),
         ("ssr", {}, 3),

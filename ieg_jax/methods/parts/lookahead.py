@@ -50,12 +50,12 @@ KEYS = {
 }
 
 
-def check_layers(layers: str, params: Any) -> None:
-    """Raises UserError where the regular expression `meta.layers` matches no parameter: nothing would be looked at."""
+def check_layers(layers: str, params: Any, key: str = "meta.layers") -> None:
+    """Raises UserError where the regular expression of a key matches no parameter: nothing would be looked at."""
     paths = sorted("/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
     if not any(re.search(layers, path) for path in paths):
         raise UserError(
-            f"meta.layers={layers!r} matches none of the {len(paths)} parameters, such as {paths[0]} and {paths[-1]}"
+            f"{key}={layers!r} matches none of the {len(paths)} parameters, such as {paths[0]} and {paths[-1]}"
         )
 
 
