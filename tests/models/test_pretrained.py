@@ -341,7 +341,8 @@ def test_a_run_starts_from_the_weights_of_another(tiny_config, tmp_path, capsys)
     folder = tmp_path / "run"
     with pytest.raises(UserError, match=r"nothing\.npz cannot be read"):
         train_and_evaluate(tiny_config, str(folder))
-    assert not list(folder.iterdir()), "the folder is still free, for a command with the right file"
+    found = [path.name for path in folder.iterdir()]
+    assert found == ["failed.json"], "the folder is still free, for a command with the right file"
     tiny_config.model.pretrained = str(path)
     train_and_evaluate(tiny_config, str(folder))
     assert "starts from 12 arrays of" in capsys.readouterr().out

@@ -87,6 +87,7 @@ def data_config(name: str, place: str, image_size: int) -> ConfigDict:
             "train_size": 0,
             "folds": 0,
             "fold": 0,
+            "transfer": "float32",
             "cleaned": "",
         }
     )
