@@ -25,7 +25,7 @@ COLORS = {
 }  # fmt: skip
 OTHER_COLORS = (
     "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:red", "navy", "gold", "teal", "indigo", "coral", "black",
-    "crimson", "skyblue", "peru", "darkgreen", "plum", "orchid", "steelblue", "yellowgreen", "sienna", "slategray", 
+    "crimson", "skyblue", "peru", "darkgreen", "plum", "orchid", "steelblue", "yellowgreen", "sienna", "slategray",
     "slateblue",
 )  # fmt: skip
 
