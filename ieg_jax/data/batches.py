@@ -77,14 +77,22 @@ def train_batches(
 
 
 def assembled(batches: tf.data.Dataset, sharding: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
-    """Yields batches as global arrays; the next ones are made in the meantime.
+    """Yields batches as global arrays; the next ones are made in the meantime, and one is on its way to the devices.
+
+    So a step need not wait for its images where the loop has waited for the devices, as it does for metrics. One batch
+    more than the step's own is in device memory.
 
     Args:
       batches: the parts of them that this process holds.
       sharding: of the leading dimension.
     """
+    ahead = None
     for batch in _read(batches.prefetch(4)):
-        yield to_global(batch, sharding)
+        ready, ahead = ahead, to_global(batch, sharding)  # which does not wait until the devices have it
+        if ready is not None:
+            yield ready
+    if ahead is not None:
+        yield ahead
 
 
 def batch_size_of(config: ConfigDict, stream: Stream) -> int:

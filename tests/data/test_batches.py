@@ -199,6 +199,23 @@ def test_what_the_views_are_made_from(config, data):
         assert np.mean([np.array_equal(a, b) for a, b in zip(one, two, strict=True)]) < 0.2  # 1 of 25 windows is shared
 
 
+def test_the_next_batch_is_on_its_way_before_it_is_asked_for(config, data, monkeypatch):
+    whole, put, to_global = batches(config, data, 5, 9), [], batches_lib.to_global
+
+    def noted(batch, sharding):
+        put.append(batch["row"].tolist())
+        return to_global(batch, sharding)
+
+    monkeypatch.setattr(batches_lib, "to_global", noted)
+    made, counts = train_batches(config, data, streams(config), 5, 9, SHARDING), []
+    for expected in whole:
+        assert_equal(jax.device_get(next(made)), expected)
+        counts.append(len(put))
+    assert counts == [2, 3, 4, 4], "one more than was asked for, as long as there is one"
+    assert put == [batch["row"].tolist() for batch in whole]
+    assert list(made) == []
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_hosts_read_the_parts_of_the_same_batch(config, data, monkeypatch, processes):
     whole = batches(config, data, 5, 7)
