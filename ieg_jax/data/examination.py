@@ -147,8 +147,13 @@ def assembly(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, s
       seconds: for how long it is tried.
     """
     size = len(batch["image"])
-    example = {name: value[0] for name, value in batch.items()}
-    batches = assembled(tf.data.Dataset.from_tensors(example).repeat().batch(size, drop_remainder=True), sharding)
+    ready = {name: tf.constant(value) for name, value in batch.items()}
+
+    def example(position):  # a copy of its own, as augmentation leaves it: one that is in the cache is too fast
+        return {name: value[position % len(value)] for name, value in ready.items()}
+
+    examples = tf.data.Dataset.range(2**62).map(example, tf.data.AUTOTUNE, deterministic=True)
+    batches = assembled(examples.batch(size, drop_remainder=True), sharding)
     for _ in range(5):
         made = next(batches)
     began, count = time.perf_counter(), 0
