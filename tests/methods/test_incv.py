@@ -113,19 +113,20 @@ def test_too_many_rounds(tiny_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("noise, selected, right", [(0.0, 0.9, 0.999), (0.4, 0.4, 0.93)])
-def test_a_round_selects_right_labels(tiny_config, tmp_path, noise, selected, right):
+@pytest.mark.parametrize("noise, epochs, selected, right", [(0.0, 30.0, 0.9, 1.0), (0.4, 10.0, 0.4, 0.93)])
+def test_a_round_selects_right_labels(tiny_config, tmp_path, noise, epochs, selected, right):
     """Of clean labels nearly all; of labels that are wrong in 36 of 100, few of these."""
     config = tiny_config
+    steps = round(80 * epochs) + 10  # an epoch is 79.8 steps
     config.method.name, config.noise.rate, config.model.name = "incv", noise, "mlp"
     config.update_from_flattened_dict({
-        "method.selection_rounds": 1, "method.selection_epochs": 6.0, "num_train_steps": 480, "batch_size": 16,
-        "schedule.name": "constant", "schedule.base_lr": 0.02, "checkpoint_every_steps": 480, "eval_every_steps": 480,
-        "log_every_steps": 480,
+        "method.selection_rounds": 1, "method.selection_epochs": epochs, "num_train_steps": steps, "batch_size": 16,
+        "schedule.name": "constant", "schedule.base_lr": 0.05, "checkpoint_every_steps": steps,
+        "eval_every_steps": steps, "log_every_steps": steps, "augment.standard": "",
     })  # fmt: skip
     train_and_evaluate(config, str(tmp_path))
     data = load_data(config).train
-    part = variables(tmp_path, 480)["[0]['method']['part']"][: len(data)]
+    part = variables(tmp_path, steps)["[0]['method']['part']"][: len(data)]
     chosen = part == S
     assert chosen.mean() > selected
-    assert (data.labels == data.clean_labels)[chosen].mean() > right
+    assert (data.labels == data.clean_labels)[chosen].mean() >= right
