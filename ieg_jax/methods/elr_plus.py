@@ -1,7 +1,7 @@
-"""ELR+: early-learning regularisation by two networks, with averaged weights and mixup (Liu et al. 2020, 2007.00151).
+"""ELR+: early-learning regularisation by two networks, with averaged weights and mixup (Liu et al. 2020).
 
-As `elr`, but the targets of a network come from the other one, from the moving average Θ̄ of its weights, and images
-are mixed in pairs, x = δ x_a + (1 − δ) x_b with δ = max(β, 1 − β), β ~ Beta(α, α):
+As `elr` (arXiv 2007.00151), but the targets of a network come from the other one, from the moving average Θ̄ of its
+weights, and images are mixed in pairs, x = δ x_a + (1 − δ) x_b with δ = max(β, 1 − β), β ~ Beta(α, α):
 
     t_i ← β t_i + (1 − β) softmax(Φ(x_i; Θ̄ of the other network))
     L = CE(δ y_a + (1 − δ) y_b, Φ(x)) + λ mean log(1 − ⟨p, δ t_a + (1 − δ) t_b⟩) + weight decay
@@ -11,8 +11,8 @@ anyway (`ema.decay`; with 0 the weights themselves), in training mode, so that b
 
 The published code trains the networks in turns, an epoch each, on orders of their own; here both see the same batch,
 each with a mixture of its own. There the average has γ = 0.997, times a factor that rises from e⁻⁵ in 40,000 steps;
-here `ema.warmup` has that part. Its settings: α = 1 everywhere; β = 0.7, λ = 3 for CIFAR-10 with uniform noise and
-WebVision; 0.9 and 1 for CIFAR-10 with asymmetric noise; 0.9 and 7 for CIFAR-100, where it has two things more that are
+here `ema.warmup` has that part. Its settings: α = 1; β = 0.7, λ = 3 for CIFAR-10 with uniform noise and WebVision;
+0.9 and 1 for CIFAR-10 with asymmetric noise; 0.9 and 7 for CIFAR-100, where it has two things more that are
 not done here: λ rises in 40,000 steps, and the mixed labels are multiplied with the targets. With λ = 0 and α = 0 this
 is the cross-entropy of each network.
 """

@@ -10,8 +10,8 @@ norm, ReLU, dense; 256 units, 128 outputs) that are trained along (`parts/heads.
 form of the published code: one direction, the strong view towards the standard one.
 
 There what is selected is mixed in two strong views of each image, here in its standard view, as in `ssr`; and there the
-views of this term move the averages of batch norm too. λ_fc = 1 in all published runs, with θ_r = 0.9 and θ_s = 1 for
-CIFAR-10, θ_r = 0.8 for CIFAR-100 with half of the labels wrong or more. With λ_fc = 0 this is `ssr`.
+views of this term move the averages of batch norm too. Its settings for CIFAR-10 and CIFAR-100: λ_fc = 1, θ_s = 1,
+k = 200, and θ_r = 0.9, but 0.8 for CIFAR-100 with half of the labels wrong or more. With λ_fc = 0 this is `ssr`.
 """
 
 import jax
