@@ -315,7 +315,7 @@ def _retrain(folder: epath.Path, workdir: str, trained: Trained, data: Data) -> 
     """
     places = {(trained.config.method.name, "given"): str(workdir)}
     for source in ("given", "cleaned"):
-        config, place = retrained.other_run(trained.config, retrained.METHOD), str(folder / "retrained" / source)
+        config, place = retrained.other_run(trained.config, retrained.METHOD), str(folder / retrained.NAME / source)
         config.data.cleaned = str(folder / CLEANED) if source == "cleaned" else ""
         train_and_evaluate(config, place)
         places[retrained.METHOD, source] = place

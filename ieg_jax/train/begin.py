@@ -45,10 +45,10 @@ class Run:
     rng: jax.Array  # of the initial weights
     step_rng: jax.Array  # of the steps
 
-    def at_step(self, state: TrainState, step: int) -> tuple[Any, ...]:
-        """The arguments of `look.finish_epoch` and `look.fit` after a step, counted from 1."""
-        is_last = step == self.steps.num_steps
-        return self.config, self.data.train, self.shardings, self.program, state, self.steps.epoch(step), is_last
+    def seen_after(self, state: TrainState, step: int) -> look.Look:
+        """A look at the training set after a step, counted from 1."""
+        epoch, is_last = self.steps.epoch(step), step == self.steps.num_steps
+        return look.at(self.config, self.data.train, self.shardings, self.program, state, epoch, is_last)
 
 
 @dataclasses.dataclass

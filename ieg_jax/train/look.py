@@ -8,7 +8,8 @@ A method with `fit` sees the training set before each evaluation too, by the wei
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ class Look:
     epoch: int
     is_last: bool
     seed: int
-    _predict: Callable[[Callable], np.ndarray]
+    _batches: Callable[[], Iterable[dict[str, jax.Array]]]
     _program: Program
     _state: TrainState
 
@@ -58,73 +59,17 @@ class Look:
         """What goes into the last layer of each network: `[R, N, D]` float32."""
         return self._predict(self._program.features)
 
+    def by(self, params: Any) -> "Look":
+        """The same by other weights."""
+        return dataclasses.replace(self, _state=self._state.replace(params=params))
 
-def finish_epoch(
-    config: ConfigDict,
-    train: Split,
-    shardings: Shardings,
-    program: Program,
-    state: TrainState,
-    epoch: int,
-    is_last: bool,
-) -> TrainState:
-    """Calls the method's `on_epoch`; returns the state with what it remembers and which rows it chose.
-
-    Args:
-      config: of the run.
-      train: the noisy training set.
-      shardings: on the devices.
-      program: of the run.
-      state: at the end of the epoch.
-      epoch: epochs that are over.
-      is_last: whether this is the end of the run.
-
-    Raises:
-      UserError: where the method returns a memory of other shapes, or rows that do not exist.
-    """
-    look = _look(config, train, shardings, program, state, epoch, is_last)
-    changed, rows = program.method.on_epoch(state, look)
-    memory = jax.tree.map(_fitted, changed.method, program.state.method)
-    masks = {name: np.asarray(mask) for name, mask in jax.device_get(state.rows).items()}
-    for name, chosen in (rows or {}).items():
-        if name not in masks:
-            raise UserError(f"method.name={config.method.name} chose rows of {name}, expected {', '.join(masks)}")
-        chosen = np.asarray(chosen, np.int64)
-        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(masks[name]):
-            raise UserError(
-                f"method.name={config.method.name} chose rows of {name} outside 0 to {len(masks[name]) - 1}"
-            )
-        masks[name] = np.zeros_like(masks[name])
-        masks[name][chosen] = True
-    masks = {name: jax.device_put(mask, program.state.rows[name].sharding) for name, mask in masks.items()}
-    return changed.replace(method=memory, rows=masks)
+    def _predict(self, function: Callable) -> np.ndarray:
+        variables = self._state.params, self._state.batch_stats
+        parts = [np.asarray(function(*variables, batch["image"])) for batch in self._batches()]
+        return np.concatenate(parts, 1)[:, : len(self.labels)]  # the padding is at the end
 
 
-def fit(
-    config: ConfigDict,
-    train: Split,
-    shardings: Shardings,
-    program: Program,
-    state: TrainState,
-    epoch: int,
-    is_last: bool,
-) -> tuple[Any, Any]:
-    """What the method remembers for the evaluation of the averaged and of the raw weights, see its `fit`.
-
-    Args: those of `finish_epoch`.
-    """
-    if not program.method.fit:
-        return state.method, state.method
-
-    def remembered(params):
-        seen = _look(config, train, shardings, program, state.replace(params=params), epoch, is_last)
-        return jax.tree.map(_fitted, program.method.fit(seen), program.state.method)
-
-    raw = remembered(state.params)
-    return (raw if state.ema_params is None else remembered(state.ema_params)), raw
-
-
-def _look(
+def at(
     config: ConfigDict,
     train: Split,
     shardings: Shardings,
@@ -133,13 +78,56 @@ def _look(
     epoch: int,
     is_last: bool,
 ) -> Look:
-    def predict(function: Callable) -> np.ndarray:
-        batches = EvalBatches(config, train, shardings.batch)
-        parts = [np.asarray(function(state.params, state.batch_stats, batch["image"])) for batch in batches]
-        return np.concatenate(parts, 1)[:, : len(train)]  # the padding is at the end
+    """A look at the training set.
 
+    Args:
+      config: of the run.
+      train: the noisy training set.
+      shardings: on the devices.
+      program: of the run.
+      state: after a step.
+      epoch: epochs that are over then.
+      is_last: whether this is the end of the run.
+    """
     seed = (config.seed * 1_000_003 + epoch) % 2**31
-    return Look(train.labels, epoch, is_last, seed, predict, program, state)
+    batches = functools.partial(EvalBatches, config, train, shardings.batch)
+    return Look(train.labels, epoch, is_last, seed, batches, program, state)
+
+
+def finish_epoch(seen: Look) -> TrainState:
+    """Calls the method's `on_epoch`; returns the state with what it remembers and which rows it chose.
+
+    Raises:
+      UserError: where the method returns a memory of other shapes, or rows that do not exist.
+    """
+    program, state = seen._program, seen._state
+    changed, rows = program.method.on_epoch(state, seen)
+    memory = jax.tree.map(_fitted, changed.method, program.state.method)
+    masks = {name: np.asarray(mask) for name, mask in jax.device_get(state.rows).items()}
+    for name, chosen in (rows or {}).items():
+        if name not in masks:
+            raise UserError(f"method.name={program.method.name} chose rows of {name}, expected {', '.join(masks)}")
+        chosen = np.asarray(chosen, np.int64)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(masks[name]):
+            raise UserError(
+                f"method.name={program.method.name} chose rows of {name} outside 0 to {len(masks[name]) - 1}"
+            )
+        masks[name] = np.zeros_like(masks[name])
+        masks[name][chosen] = True
+    masks = {name: jax.device_put(mask, program.state.rows[name].sharding) for name, mask in masks.items()}
+    return changed.replace(method=memory, rows=masks)
+
+
+def fit(seen: Look) -> tuple[Any, Any]:
+    """What the method remembers for the evaluation of the averaged and of the raw weights, see its `fit`."""
+    program, state = seen._program, seen._state
+    if not program.method.fit:
+        return state.method, state.method
+    raw, averaged = (
+        None if params is None else jax.tree.map(_fitted, program.method.fit(seen.by(params)), program.state.method)
+        for params in (state.params, state.ema_params)
+    )
+    return raw if averaged is None else averaged, raw
 
 
 def chosen_rows(state: TrainState) -> dict[str, np.ndarray]:

@@ -158,7 +158,7 @@ def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Rep
                     profiler.look(step)
             if step in steps.eval_steps:
                 with clock("evaluation"):
-                    averaged, raw = look.fit(*run.at_step(progress.state, step))
+                    averaged, raw = look.fit(run.seen_after(progress.state, step))
                     progress.state = progress.state.replace(method=averaged)
                     eval_step = run.program.eval_step
                     row |= evaluation.evaluate(progress.state, run.evaluations, eval_step, watchdog.alive, raw)
@@ -174,7 +174,7 @@ def _train(run: Run, progress: Progress, checkpoints: Checkpoints, reporter: Rep
                     _log(run, progress, step, row, reporter, checkpoints)
             if run.program.method.on_epoch and (steps.ends_epoch(step) or step == steps.num_steps):
                 with clock("compute"):
-                    progress.state = look.finish_epoch(*run.at_step(progress.state, step))
+                    progress.state = look.finish_epoch(run.seen_after(progress.state, step))
                 batches = begin.batches(run, progress.state, step)
             if saving:
                 # After the row: whatever a checkpoint covers has been written down, a kill in between only
