@@ -135,19 +135,49 @@ def test_audit_and_predictions_there(bucket, environment, killed_and_resumed):
     ]
 
 
-def test_records_of_images_there_are_those_of_images_here(bucket, environment, tmp_path):
-    for number in range(6):
-        name = f"photos/{'ab'[number % 2]}/{number}.png"
-        image_trees.save(tmp_path / name, image_trees.picture(number))
-        bucket.put(f"bucket/{name}", (tmp_path / name).read_bytes())
-    flags = ["--config=configs/default.py", "--config.data.name=image_folder", "--examples_per_shard=4"]
-    for place in (str(tmp_path), "gs://bucket"):
-        images = f"--config.data.train={place}/photos"
-        call(environment, "ieg_jax.data.prepare", *flags, images, f"--out={place}/records")
-    here = {file.name: file.read_bytes() for file in (tmp_path / "records").iterdir() if file.is_file()}
-    assert len([name for name in here if ".tfrecord" in name]) == 2
+SLOW = 0.05  # seconds that an answer takes from another continent
+RECORDS = {"photos": 12, "checked": 4}  # images
+
+
+@pytest.fixture(scope="module")
+def records(bucket, environment, tmp_path_factory):
+    """Records made of images on this disk, and there of those there; the folder here."""
+    folder = tmp_path_factory.mktemp("records")
+    for part, count in RECORDS.items():
+        for number in range(count):
+            name = f"{part}/{'ab'[number % 2]}/{number}.png"
+            image_trees.save(folder / name, image_trees.picture(number + 100 * (part == "checked"), (16, 16)))
+            bucket.put(f"bucket/{name}", (folder / name).read_bytes())
+    config = "--config=configs/own_data.py:source=image_folder,size=0,backbone=none"
+    for place in (str(folder), "gs://bucket"):
+        images = [f"--config.data.train={place}/photos", f"--config.data.trusted={place}/checked"]
+        out = f"--out={place}/records"
+        call(environment, "ieg_jax.data.prepare", config, *images, out, "--examples_per_shard=5")
+    return folder
+
+
+def test_records_of_images_there_are_those_of_images_here(bucket, records):
+    here = {file.name: file.read_bytes() for file in (records / "records").glob("photos-train.*")}
+    assert len(here) == 3
     for name, content in here.items():
         assert bucket.objects[f"bucket/records/{name}"] == content, name
+
+
+def test_training_from_records_there_is_training_from_records_here(bucket, environment, records):
+    """Though answers are slow; and what is fetched is the records a few times, not 64 MB for each file."""
+    keys = runs.SMALL | {
+        "num_train_steps": 6, "log_every_steps": 2, "eval_every_steps": 6, "checkpoint_every_steps": 6, "mesh.data": 1,
+        "audit.epochs": 0.0, "data.name": "records", "trusted.source": "separate", "data.image_size": 0,
+        "augment.standard": "random_resized_crop(8)|flip", "augment.evaluation": "resize(8)|center_crop(8)",
+    }  # fmt: skip
+    config, before = "configs/own_data.py:backbone=none,method=supervised", bucket.bytes_out
+    bucket.latency = SLOW
+    for place, workdir in ((str(records), records / "run"), ("gs://bucket", "gs://bucket/from_records")):
+        arguments = runs.main_arguments(config, workdir, keys | {"data.dir": f"{place}/records"})
+        call(environment, "ieg_jax.main", *arguments[2:])
+    bucket.latency = 0.0
+    assert rows(bucket, "bucket/from_records") == runs.rows(records / "run")
+    assert bucket.bytes_out - before < 10e6
 
 
 REFUSED = {
