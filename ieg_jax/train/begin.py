@@ -70,6 +70,10 @@ class Progress:
         """Of all starts together."""
         return self.seconds_before + time.monotonic() - self.began
 
+    def images_per_second(self, step: int, batch_size: int) -> float:
+        """Of this start, up to a step."""
+        return (step - self.start) * batch_size / max(self.training_seconds, 1e-9)
+
 
 def prepare(
     config: ConfigDict, folder: WorkFolder, shardings: mesh.Shardings, network: nn.Module | None, quiet: bool = False

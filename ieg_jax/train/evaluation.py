@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
+from ieg_jax.data.splits import UNKNOWN, Split
 from ieg_jax.runtime.workdir import RATE, rank
 from ieg_jax.train import metrics
+from ieg_jax.train.look import Look
 from ieg_jax.train.step import TrainState
 
 METRICS = ("accuracy", "balanced_accuracy", "top5_accuracy")  # what `step.eval_step` measures
@@ -81,6 +84,26 @@ def accuracies(rows: list[dict[str, Any]], name: str, reported: int) -> dict[str
         "trusted_accuracy": trusted[-1]["trusted/accuracy"],
         "weight_auroc": auroc[-1] if auroc else None,
     }
+
+
+def label_auroc(seen: Look, train: Split) -> float | None:
+    """Area under the ROC curve of P(given label) as a detector of right labels in the training set.
+
+    It is that of the networks' mean prediction, by the averaged weights where there are any; a network that has learnt
+    the wrong labels by heart is at 1/2, whatever its method.
+
+    Args:
+      seen: at the end of a run.
+      train: what it sees, with true labels.
+
+    Returns:
+      None where true labels are not known, or not both kinds are there.
+    """
+    known = train.clean_labels != UNKNOWN
+    if not known.any():
+        return None
+    given = seen.averaged().probabilities().mean(0)[np.arange(len(train)), train.labels]
+    return metrics.detection_auroc(given, np.where(known, train.clean_labels == train.labels, -1))
 
 
 def headline(row: dict[str, Any], name: str) -> dict[str, float]:

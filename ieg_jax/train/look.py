@@ -63,6 +63,10 @@ class Look:
         """The same by other weights."""
         return dataclasses.replace(self, _state=self._state.replace(params=params))
 
+    def averaged(self) -> "Look":
+        """The same by the averaged weights, where the run has them."""
+        return self if self._state.ema_params is None else self.by(self._state.ema_params)
+
     def _predict(self, function: Callable) -> np.ndarray:
         variables = self._state.params, self._state.batch_stats
         parts = [np.asarray(function(*variables, batch["image"])) for batch in self._batches()]

@@ -245,12 +245,10 @@ def _result(run: Run, progress: Progress, network: nn.Module | None) -> dict[str
         "seed": config.seed,
         "steps": steps.num_steps,
         **evaluation.accuracies(progress.rows, data.evaluation_name, steps.reported),
+        "label_auroc": evaluation.label_auroc(run.seen_after(progress.state, steps.num_steps), data.train),
         "wall_seconds": progress.wall_seconds,
         "compile_seconds": progress.compile_seconds,
-        # Of this start.
-        "images_per_second": (steps.num_steps - progress.start)
-        * config.batch_size
-        / max(progress.training_seconds, 1e-9),
+        "images_per_second": progress.images_per_second(steps.num_steps, config.batch_size),
         "device_kind": jax.devices()[0].device_kind,
         "num_devices": run.shardings.num_devices,
         **provenance(),

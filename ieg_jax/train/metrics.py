@@ -133,7 +133,7 @@ def summarize(window: Window) -> dict[str, float]:
     averages = {name: value.compute() for name, value in window.averages.items()}
     if window.examples is not None:
         examples = window_examples(window)
-        averages["weight/auroc"] = weight_auroc(examples.weights, examples.clean)
+        averages["weight/auroc"] = detection_auroc(examples.weights, examples.clean)
     return {name: value for name, value in averages.items() if value is not None}
 
 
@@ -142,11 +142,11 @@ def window_examples(window: Window) -> Examples:
     return jax.tree.map(lambda rows: np.ravel(rows[: int(window.count)]), window.examples)
 
 
-def weight_auroc(weights: np.ndarray, clean: np.ndarray) -> float | None:
-    """Area under the ROC curve of ω as a detector of true labels; 1/2 = chance.
+def detection_auroc(scores: np.ndarray, clean: np.ndarray) -> float | None:
+    """Area under the ROC curve of a score, such as ω, as a detector of true labels; 1/2 = chance.
 
     Args:
-      weights: `[n]`.
+      scores: `[n]`, large where the label is taken for right.
       clean: `[n]`, 1 = true label, 0 = wrong label, -1 = not known, which does not count.
 
     Returns:
@@ -155,7 +155,7 @@ def weight_auroc(weights: np.ndarray, clean: np.ndarray) -> float | None:
     known = clean >= 0
     if len(set(clean[known].tolist())) < 2:
         return None
-    return float(roc_auc_score(clean[known], weights[known]))
+    return float(roc_auc_score(clean[known], scores[known]))
 
 
 def accuracy(scores: jax.Array, label: jax.Array, weights: jax.Array | float = 1.0, top: int = 1) -> WeightedAverage:

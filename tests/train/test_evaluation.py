@@ -2,9 +2,11 @@
 
 import types
 
+import numpy as np
 import pytest
 
 from configs import default
+from ieg_jax.data.splits import UNKNOWN, make_split
 from ieg_jax.errors import UserError
 from ieg_jax.runtime.workdir import RATE
 from ieg_jax.train import begin, evaluation
@@ -50,6 +52,34 @@ def test_best_steps_by_hand():
     assert found["test_accuracy_best_on_trusted"] == 0.7, "the last of the steps 1 and 4, which are equally good"
     assert found["reported"] == {"step": 5, "rule": "the last step", "learning_rate": None}
     assert found["weight_auroc"] == pytest.approx(0.6)
+
+
+class Seen:
+    """What two networks make of four examples of two classes."""
+
+    def averaged(self):
+        return self
+
+    def probabilities(self):
+        return np.array(
+            [[[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6]], [[0.7, 0.3], [0.2, 0.8], [0.1, 0.9], [0, 1]]]
+        )
+
+
+@pytest.mark.parametrize(
+    ("true", "expected"),
+    # P(given) is 0.8, 0.5, 0.8 and 0.2.
+    [
+        ([0, 1, 1, 1], 1.0),
+        ([1, 0, 1, 1], 2.5 / 4),
+        ([0, 0, 0, 0], 0.5 / 3),
+        ([UNKNOWN] * 4, None),
+        ([0, 0, 1, 0], None),
+    ],
+)
+def test_the_given_labels_that_are_believed(true, expected):
+    train = make_split(np.zeros((4, 1, 1, 1), np.uint8), [0, 0, 1, 0], true)
+    assert evaluation.label_auroc(Seen(), train) == pytest.approx(expected)
 
 
 def test_the_end_of_a_cycle_counts_and_a_low_rate_breaks_ties():

@@ -80,6 +80,7 @@ def test_result_and_files(config, undisturbed):
         "best_chosen_on",
         "trusted_accuracy",
         "weight_auroc",
+        "label_auroc",
         "wall_seconds",
         "compile_seconds",
         "images_per_second",
@@ -202,7 +203,10 @@ def test_resuming_changes_nothing(config, undisturbed, tmp_path, monkeypatch, wh
     result = train_and_evaluate(config, str(tmp_path))
     assert_same_run(tmp_path, undisturbed[0], step=6)
     assert result["test_accuracy"] == undisturbed[1]["test_accuracy"]
-    assert result["weight_auroc"] == undisturbed[1]["weight_auroc"]
+    assert (result["weight_auroc"], result["label_auroc"]) == (
+        undisturbed[1]["weight_auroc"],
+        undisturbed[1]["label_auroc"],
+    )
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(config, undisturbed, tmp_path, monkeypatch):

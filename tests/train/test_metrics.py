@@ -32,8 +32,8 @@ def test_accuracy_by_hand():
 def test_auroc_by_hand():
     # pairs (clean, noisy): 0.9 > 0.5, 0.9 > 0.1, 0.4 < 0.5, 0.4 > 0.1 -> 3 of 4
     weights, clean = np.array([0.9, 0.4, 0.5, 0.1, 7.0]), np.array([1, 1, 0, 0, -1])
-    assert metrics.weight_auroc(weights, clean) == pytest.approx(0.75)
-    assert metrics.weight_auroc(weights[:2], clean[:2]) is None
+    assert metrics.detection_auroc(weights, clean) == pytest.approx(0.75)
+    assert metrics.detection_auroc(weights[:2], clean[:2]) is None
 
 
 def test_window_averages_and_finds_the_first_bad_step():
