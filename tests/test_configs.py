@@ -22,7 +22,7 @@ from ieg_jax.data import shards
 from ieg_jax.data.sources import cifar
 from ieg_jax.errors import UserError
 from ieg_jax.models import pretrained
-from ieg_jax.reproduce import experiments, results
+from ieg_jax.reproduce import catalogue, results
 from ieg_jax.train import check
 from ieg_jax.train.loop import train_and_evaluate
 
@@ -112,7 +112,7 @@ def test_one_step(name, arguments, tmp_path, monkeypatch):
 def structures():
     """One experiment of those that differ by numbers alone: noise rate, size of the trusted set, weights of losses."""
     found = {}
-    for table in experiments.tables().values():
+    for table in (table for name, table in catalogue.tables().items() if not name.startswith("tune-")):
         for experiment in table.experiments.values():
             signature = re.sub(r"\d+\.?\d*", "", experiment.name.replace("wrn28_2", "wrn28_10"))
             found.setdefault(signature, experiment)

@@ -4,10 +4,10 @@
     python -m ieg_jax.reproduce run TABLE[.EXPERIMENT]  runs what is not finished; a run that was stopped goes on
     python -m ieg_jax.reproduce table TABLE             shows mean ± std over the seeds beside the paper's number
     python -m ieg_jax.reproduce figure NAME             draws our curves beside the paper's, as PNG and SVG
+    python -m ieg_jax.reproduce leaderboard [tune-DATA] prints docs/leaderboard.md, or what a search for settings found
 
-The tables are those of the paper, the runs of its figures (figure-1, ...), fashion, cifar10n, digits-sweep,
-digits-ablation and quick. Each run has its own work folder below --workdir. When it is finished, a small JSON file is
-also kept in --results.
+The tables are the paper's, those of its figures (figure-1, ...), fashion, cifar10n, digits-sweep, digits-ablation and
+quick, and of every method leaderboard-DATA and tune-DATA. Finished runs are also kept in --results, as small files.
 """
 
 import sys
@@ -21,7 +21,7 @@ from ieg_jax.errors import UserError, check_choice
 from ieg_jax.reproduce import submit
 
 INTERRUPTED = "each run saved its state; the same command goes on from there"
-COMMANDS = ("list", "run", "table", "figure")
+COMMANDS = ("list", "run", "table", "figure", "leaderboard")
 
 
 def define_flags() -> None:
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     check_choice("the first argument", command, COMMANDS)
     cluster = submit.cluster(flags.FLAGS) if command == "run" else None
     # These import jax, which takes seconds, so it happens only after the flags have been checked.
-    from ieg_jax.reproduce import experiments, figures, jobs, listing, results, tables
+    from ieg_jax.reproduce import catalogue, figures, jobs, leaderboard, listing, results, tables
 
     values = flags.FLAGS
     tiny = values.scale == "tiny"
@@ -62,13 +62,14 @@ def main(argv: list[str]) -> None:
     workdir, kept = epath.Path(values.workdir), epath.Path(values.results) if values.results else None
     store = results.Store(workdir / "tiny", None) if tiny else results.Store(workdir, kept)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if not target and command != "list":
-        raise UserError(f"{command}: the name of a table is missing, one of {', '.join(experiments.tables())}")
-    if command == "figure":
-        for path in figures.draw(target, store, values.seeds, epath.Path(values.out)):
-            console.print(path)
+    if command == "leaderboard":
+        print(leaderboard.choose(target, store) if target else leaderboard.page(store, values.seeds), end="")
         return
-    chosen = [experiments.find(target)] if target else [(table, {}) for table in experiments.tables().values()]
+    if not target and command != "list":
+        raise UserError(f"{command}: the name of a table is missing, one of {', '.join(catalogue.tables())}")
+    if command == "figure":
+        return console.print(*figures.draw(target, store, values.seeds, epath.Path(values.out)), sep="\n")
+    chosen = [catalogue.find(target)] if target else [(table, {}) for table in catalogue.tables().values()]
     if command == "list":
         wanted = [table for table, _ in chosen]
         listing.show_list(wanted, store, values.seeds, changes, values.chip, values.chips, console)

@@ -11,7 +11,6 @@ import json
 from typing import Any
 
 from ieg_jax import methods
-from ieg_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +22,18 @@ class Experiment:
       config: the configuration file, with arguments behind a colon.
       keys: further keys of the configuration that are set, with their values.
       needs: keys that only the user can set, such as where the data are, see the flag --set of `reproduce`.
+      first_seed: is added to each seed.
     """
 
     name: str
     config: str
     keys: dict[str, Any] = dataclasses.field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    first_seed: int = 0
 
     def specification(self, seed: int) -> str:
         """Returns the value of the flag --config for one seed."""
-        return f"{self.config}{',' if ':' in self.config else ':'}seed={seed}"
+        return f"{self.config}{',' if ':' in self.config else ':'}seed={self.first_seed + seed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,10 @@ _TITLES = {
 OPEN_SET_RATE = 0.6  # the paper does not print the rate
 
 
+def _name(*parts: str) -> str:
+    return "-".join(filter(None, parts))
+
+
 def cifar(dataset: str, method: str, model: str = "wrn28_10", noise: str = "uniform", rate: float = 0.0, **more):
     """Returns an experiment of configs/cifar10.py or configs/cifar100.py.
 
@@ -154,8 +159,9 @@ def cifar(dataset: str, method: str, model: str = "wrn28_10", noise: str = "unif
     if method == "mixmatch":
         keys = mixmatch_keys(dataset) | keys
     arguments = f"noise={noise},noise_rate={rate:g},model={model},trusted_per_class={trusted},method={method}"
-    parts = [dataset, method, model, more.get("noise_name", noise), f"{rate:g}", f"{trusted}", more.get("suffix", "")]
-    name = "-".join(part for part in parts if part)
+    name = _name(
+        dataset, method, model, more.get("noise_name", noise), f"{rate:g}", f"{trusted}", more.get("suffix", "")
+    )
     return Experiment(name, f"configs/{dataset}.py:{arguments}", keys, ("data.dir", *more.get("needs", ())))
 
 
@@ -284,10 +290,12 @@ FASHION_NOISE = (("uniform", 0.2), ("uniform", 0.4), ("uniform", 0.8), ("asymmet
 FASHION_METHODS = ("supervised", "l2r", "ieg")
 
 
-def fashion(method: str, noise: str = "uniform", rate: float = 0.0) -> Experiment:
+def fashion(
+    method: str, noise: str = "uniform", rate: float = 0.0, keys: dict[str, Any] | None = None, suffix: str = ""
+) -> Experiment:
     """Returns an experiment of configs/fashion_mnist.py."""
     config = f"configs/fashion_mnist.py:method={method},noise={noise},noise_rate={rate:g}"
-    return Experiment(f"fashion-{method}-{noise}-{rate:g}", config, needs=("data.dir",))
+    return Experiment(_name("fashion", method, noise, f"{rate:g}", suffix), config, keys or {}, ("data.dir",))
 
 
 def _fashion_table() -> Table:
@@ -309,13 +317,20 @@ CIFAR10N_NOISE = (("uniform", 0.4), ("uniform", 0.8), ("asymmetric", 0.4))
 CIFAR10N_METHODS = ("supervised", "gce", "elr", "l2r", "dividemix", "ieg")
 
 
-def cifar10n(method: str, labels: str = "none", noise: str = "none", rate: float = 0.0) -> Experiment:
+def cifar10n(
+    method: str,
+    labels: str = "none",
+    noise: str = "none",
+    rate: float = 0.0,
+    keys: dict[str, Any] | None = None,
+    suffix: str = "",
+) -> Experiment:
     """Returns an experiment of configs/cifar10n.py."""
     arguments, needs = f"method={method},labels={labels}", ("data.dir", "noise.file")
     if labels == "none":
         arguments, needs = f"{arguments},noise={noise},noise_rate={rate:g}", ("data.dir",)
-    name = "-".join(["cifar10n", method, labels if labels != "none" else f"{noise}-{rate:g}"])
-    return Experiment(name, f"configs/cifar10n.py:{arguments}", needs=needs)
+    name = _name("cifar10n", method, labels if labels != "none" else f"{noise}-{rate:g}", suffix)
+    return Experiment(name, f"configs/cifar10n.py:{arguments}", keys or {}, needs)
 
 
 def _cifar10n_table() -> Table:
@@ -342,7 +357,7 @@ _DIGITS_COMPONENTS = COMPONENTS | {"no AutoAugment": {"augment.strong": "crop(pa
 
 def digits(method: str, rate: float, keys: dict[str, Any] | None = None, suffix: str = "") -> Experiment:
     """Returns an experiment of configs/digits.py."""
-    name = "-".join(filter(None, ["digits", method, f"{rate:g}", suffix]))
+    name = _name("digits", method, f"{rate:g}", suffix)
     return Experiment(name, f"configs/digits.py:method={method},noise_rate={rate:g}", keys or {})
 
 
@@ -369,33 +384,6 @@ def _digits_tables() -> list[Table]:
     ]
 
 
-@functools.cache
-def tables() -> dict[str, Table]:
-    """Returns all tables by name, in the order in which they are listed."""
-    found = [*_paper_tables(), *_figure_tables(), _fashion_table(), _cifar10n_table(), *_digits_tables()]
-    return {table.name: table for table in found}
-
-
-def find(target: str) -> tuple[Table, dict[str, Experiment]]:
-    """Finds what `TABLE` or `TABLE.EXPERIMENT` names.
-
-    Args:
-      target: the name.
-
-    Returns:
-      The table, and those of its experiments that are meant, by name.
-
-    Raises:
-      UserError: for a name that does not exist; the message lists those that do.
-    """
-    # The target cannot be split at a point, for names of tables and experiments can have points (text-3.3, rates).
-    names = [name for name in tables() if target == name or target.startswith(f"{name}.")]
-    if not names:
-        raise UserError(f"{target!r}: no such table, expected one of {', '.join(tables())}, or TABLE.EXPERIMENT")
-    table = tables()[max(names, key=len)]
-    wanted = target[len(table.name) + 1 :]
-    if not wanted:
-        return table, table.experiments
-    if wanted not in table.experiments:
-        raise UserError(f"{target!r}: table {table.name} has no {wanted!r}, but {', '.join(table.experiments)}")
-    return table, {wanted: table.experiments[wanted]}
+def own_tables() -> list[Table]:
+    """Returns every table here: the paper's, those of its figures, and the smaller ones."""
+    return [*_paper_tables(), *_figure_tables(), _fashion_table(), _cifar10n_table(), *_digits_tables()]

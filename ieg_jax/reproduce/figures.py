@@ -14,7 +14,7 @@ from etils import epath
 
 from ieg_jax import methods
 from ieg_jax.errors import check_choice
-from ieg_jax.reproduce import experiments, results
+from ieg_jax.reproduce import catalogue, experiments, results
 from ieg_jax.reproduce.experiments import Experiment
 
 matplotlib.use("Agg")
@@ -110,7 +110,7 @@ def _figure_1(finished: Finished) -> plt.Figure:
         rows = [r for r in rows if all(r.get(key) == value for key, value in more.items())]
         return np.array([(r["ratio"], r["top1"], r.get("std", 0)) for r in rows])
 
-    tables = experiments.tables()
+    tables = catalogue.tables()
     _rates(axes, "ieg", finished.points(_rated(tables["A2"])), paper("A2", "ieg"))
     for method in ("supervised", "l2r"):
         rated = {rate: experiments.cifar("cifar100", method, rate=rate) for rate in (0.0, 0.2, 0.4, 0.8)}
@@ -149,7 +149,7 @@ def _figure_a1(finished: Finished) -> plt.Figure:
 
 
 def _figure_a2(finished: Finished) -> plt.Figure:
-    by_name = experiments.tables()["figure-A2"].experiments.values()
+    by_name = catalogue.tables()["figure-A2"].experiments.values()
     curves = {f"k = {k}": e for k, e in zip(experiments.CONSISTENCY_WEIGHTS, by_name, strict=True)}
     return _training_curves(finished, curves, "CIFAR-100, 80 % uniform noise")
 
@@ -163,7 +163,7 @@ def _digits(finished: Finished) -> plt.Figure:
         _level(left, method, finished.runs(experiments.digits(method, 0.0)))
     left.set(xlabel="noise rate (uniform)", ylabel="test accuracy, %", title="Digits: noise", ylim=(0, 102))
     _legend(left)
-    rows = experiments.tables()["digits-ablation"].rows
+    rows = catalogue.tables()["digits-ablation"].rows
     names = list(dict.fromkeys(row.columns["what"] for row in rows))
     for rate, shade in ((0.4, "tab:olive"), (0.8, "tab:green")):
         of_rate = [results.spread(finished.runs(row.experiment)) for row in rows if row.columns["rate"] == rate]

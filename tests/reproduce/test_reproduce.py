@@ -16,7 +16,7 @@ from runs import CACHE, FAST_COMPILATION, ROOT
 
 from ieg_jax import methods
 from ieg_jax.errors import UserError
-from ieg_jax.reproduce import experiments, figures, results, tables
+from ieg_jax.reproduce import catalogue, experiments, figures, results, tables
 from ieg_jax.reproduce.experiments import Experiment, Row, Table
 from ieg_jax.reproduce.jobs import Changes, check_places
 
@@ -211,7 +211,7 @@ def test_figures_without_runs_say_so(name, store, tmp_path):
 
 def test_figures_show_the_paper_and_ours(store, tmp_path):
     written = [experiments.digits(method, rate) for method in ("ieg", "l2r") for rate in (0.0, 0.8)]
-    written += [row.experiment for row in experiments.tables()["digits-ablation"].rows]
+    written += [row.experiment for row in catalogue.tables()["digits-ablation"].rows]
     for experiment in written:
         for seed in range(2):
             write_run(store, experiment, seed)

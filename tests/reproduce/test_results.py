@@ -9,7 +9,7 @@ from finished_runs import EXPERIMENT, write_run
 from runs import ROOT
 
 from ieg_jax.errors import UserError
-from ieg_jax.reproduce import experiments, results
+from ieg_jax.reproduce import catalogue, results
 from ieg_jax.reproduce.experiments import Experiment
 
 
@@ -116,7 +116,7 @@ def test_keys_that_nothing_reads_are_no_other_setting(store):
 def test_the_runs_of_the_docs_are_those_of_the_experiments(tmp_path):
     store = results.Store(epath.Path(tmp_path), epath.Path(ROOT / "results"))
     for name, seeds in (("quick", 1), ("fashion", 3)):
-        for experiment in experiments.tables()[name].experiments.values():
+        for experiment in catalogue.tables()[name].experiments.values():
             assert [store.state(experiment, seed) for seed in range(seeds)] == ["done"] * seeds, experiment.name
 
 
