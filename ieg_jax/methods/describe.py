@@ -18,15 +18,17 @@ views and as many trusted images as noisy ones.
 
 Memory is what a method remembers of each training example, in bytes, with ten classes and float32: how much `init` of
 the module grows with each further example (which rows the streams draw from, a byte for each example and stream where a
-method chooses them, is not in it). It stands in device memory, split over the devices, and in every checkpoint; the
-memory of a method that does not grow with the training set is not counted, nor are its networks.
+method chooses them, is not in it, nor is what the audit sums up by example). It stands in device memory, split over the
+devices, and in every checkpoint. What does not grow with the training set is not counted.
 """
 PUBLISHED = """## Published
 
 What papers print, in percent of test accuracy. **None of it was measured with this code**, and no number can be set
-beside another without care: these are networks that were trained from scratch for hundreds of epochs, each method with
-settings of its own, on noise that is not drawn in the same way, and many report the best of their epochs on the test
-images. What was measured here is in [results.md](results.md), which also sets some of it beside these numbers.
+beside another without care: these are networks that were trained from scratch, most of them for hundreds of epochs,
+with settings that differ from paper to paper and often from cell to cell, on noise that is not drawn in the same way,
+and many report the best of their epochs on the test images. (EMLC's networks begin with self-supervised training.) What
+was measured here is in [results.md](results.md), which sets some of it
+[beside these numbers](results.md#published-beside-measured-here).
 
 b is the best epoch on the test images, h one that was chosen on other images, l the last one; where there is no letter
 the source does not say. The number in brackets is the source, listed below; * = not by the method's own authors. A cell
@@ -112,39 +114,47 @@ def section(method: Method) -> str:
     return "\n\n".join(parts)
 
 
+def _cited(sources: dict[str, published.Source], source: str, method: str) -> str:
+    """The number of a source, with a star where it is not by the method's own authors."""
+    return f"[{list(sources).index(source) + 1}]{'' if method in sources[source].of else '*'}"
+
+
 def published_lines(name: str) -> list[str]:
-    """What is published for a method, a line for each source, network and variant."""
+    """What is published for a method, a line for each source, data set and way in which it was trained."""
     sources, rows = published.load()
-    names = list(sources)
-    lines: dict[tuple, list[str]] = {}
+    lines: dict[tuple, list[published.Row]] = {}
     for row in rows:
         if row.method == name:
-            noise = row.noise if row.rate is None else f"{row.noise} {row.rate:g}"
-            kind = (row.source, row.variant, row.network, row.trusted, row.flips, row.epoch, row.dataset)
-            lines.setdefault(kind, []).append(f"{noise}: {row.accuracy}")
+            kind = (row.source, row.dataset, row.variant, row.network, row.trusted, row.epoch)
+            lines.setdefault(kind, []).append(row)
     said = []
-    for (source, variant, network, trusted, flips, epoch, dataset), cells in lines.items():
+    for (source, dataset, variant, network, trusted, epoch), found in lines.items():
+        drawn = {row.flips for row in found} - {None}
         what = [
-            f"[{names.index(source) + 1}]{'' if name in sources[source].of else '*'}",
-            variant, network, f"{trusted} trusted images" if trusted else None, f"{epoch} epoch" if epoch else None,
-            f"symmetric labels of {flips} class{'es' * (flips == 'other')}" if flips else None,
+            variant, network, trusted and f"{trusted} trusted images", epoch and f"{epoch} epoch",
+            *(f"symmetric = from {'any class' if flips == 'any' else 'the other classes'}" for flips in drawn),
         ]  # fmt: skip
-        said.append(f"- Published, {DATASETS[dataset]} ({', '.join(filter(None, what))}): {', '.join(cells)}.")
+        cells = [
+            f"{row.noise}{'' if row.rate is None else f' {row.rate:g}'}: {row.accuracy}"
+            + ("" if row.std is None else f" ± {row.std:g}")
+            for row in found
+        ]
+        how = "; ".join(filter(None, what))
+        where = f"{DATASETS[dataset]} {_cited(sources, source, name)}"
+        said.append(f"- Published, {where}: {', '.join(cells)}{how and f' ({how})'}.")
     return said
 
 
 def published_section() -> str:
     """The table of published numbers and the list of their sources."""
-    sources, rows = published.load()
-    names = list(sources)
+    sources, _ = published.load()
 
     def cell(name: str, setting: tuple) -> str:
-        row = next((row for row in rows if (row.method, row.setting) == (name, setting)), None)
+        row = published.first(name, setting)
         if row is None:
             return ""
-        by_others = "" if name in sources[row.source].of else "*"
-        mark = f" {published.EPOCHS[row.epoch]}".rstrip()
-        return f"{row.top1:g}{mark} [{names.index(row.source) + 1}]{by_others}"
+        parts = [row.accuracy, published.EPOCHS[row.epoch], row.variant, _cited(sources, row.source, name)]
+        return " ".join(filter(None, parts))
 
     lines = [[f"`{name}`", *(cell(name, setting) for setting in COLUMNS.values())] for name in methods.REGISTRY]
     listed = "\n".join(f"{number}. {source.text}: <{source.url}>" for number, source in enumerate(sources.values(), 1))

@@ -1,7 +1,7 @@
 """Accuracies on CIFAR that papers print for the methods: published.json, and the tables of IEG's own paper.
 
-No number here was measured with this code. published.json has `sources`, see `Source`, and `rows`, see `Row`. What IEG's
-paper prints is in paper_results.json, which `ieg_jax.reproduce` repeats.
+No number here was measured with this code. published.json has `sources`, see `Source`, and `rows`, see `Row`. What
+IEG's paper prints is in paper_results.json, which `ieg_jax.reproduce` repeats.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 from ieg_jax import methods
 
-# Data set -> the kinds of noise that a row may have. Those of cifar10n are the labels that people gave: they have no rate.
+# Data set -> the kinds of noise that a row may have. Those of cifar10n are labels that people gave: they have no rate.
 NOISE = {
     "cifar10": ("symmetric", "asymmetric"),
     "cifar10n": ("aggre", "random1", "worse"),
@@ -47,8 +47,8 @@ class Row:
       top1: test accuracy in percent.
       rate: nominal share of the labels that are drawn anew; None for human labels.
       std: over repetitions, where it is printed.
-      epoch: `best`: that with the best accuracy on the test images, over the epochs; `held out`: chosen on other images;
-        `last`; None where the source does not say.
+      epoch: `best`, the one with the best accuracy on the test images; `held out`, chosen on other images; `last`; None
+        where the source does not say.
       flips: what a symmetric label is drawn from, `any` class or the `other` ones; None where the source does not say.
       network: None where the source does not say.
       trusted: number of trusted images, where it is said.
@@ -75,9 +75,8 @@ class Row:
 
     @property
     def accuracy(self) -> str:
-        """The accuracy as it is printed, with its spread."""
-        shown = f"{self.top1:g}" if round(self.top1, 1) != self.top1 else f"{self.top1:.1f}"
-        return shown if self.std is None else f"{shown} ± {self.std:g}"
+        """The accuracy with one decimal, or with two where they are printed."""
+        return f"{self.top1:.1f}" if round(self.top1, 1) == self.top1 else f"{self.top1:.2f}"
 
 
 @functools.cache
@@ -85,11 +84,16 @@ def load() -> tuple[dict[str, Source], tuple[Row, ...]]:
     """The sources by name, and all rows, those of a method's own authors before others.
 
     Raises:
-      ValueError: for a row or a source with a field that is missing, unknown or not allowed, and for a row that is there
-        twice.
+      ValueError: for a row or a source with a field that is missing, unknown or not allowed, and for a row that is
+        there twice.
     """
     text = json.loads((importlib.resources.files("ieg_jax.methods") / "published.json").read_text())
     return parse(text["sources"], [*text["rows"], *_of_the_paper()])
+
+
+def first(method: str, setting: tuple[str, str, float | None]) -> Row | None:
+    """The row that stands for a method and a `setting` in tables; None where there is none."""
+    return next((row for row in load()[1] if (row.method, row.setting) == (method, setting)), None)
 
 
 def parse(sources: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> tuple[dict[str, Source], tuple[Row, ...]]:
@@ -129,8 +133,8 @@ def paper_rows() -> list[dict[str, Any]]:
 
 
 def _of_the_paper() -> list[dict[str, Any]]:
-    """The rows of IEG's paper that fit in here, in the form of published.json."""
-    rows = []
+    """The rows of IEG's paper that fit in here: the larger network and ten trusted images per class first."""
+    rows: list[dict[str, Any]] = []
     for printed in paper_rows():
         repeated = printed["table"] == "6" and printed["method"] == "ieg"  # Tables 1 and 2 have it
         if printed["table"] not in ("1", "2", "3", "6") or repeated or not printed["ratio"]:
@@ -139,4 +143,5 @@ def _of_the_paper() -> list[dict[str, Any]]:
         noise = {"uniform": "symmetric"}.get(printed["noise"], printed["noise"])
         rows.append(row | {"noise": noise, "rate": printed["ratio"], "trusted": printed.get("trusted_total"),
                            "source": "ieg"})  # fmt: skip
-    return rows
+    usual = {"cifar10": 100, "cifar100": 1000}
+    return sorted(rows, key=lambda row: (row["network"] != "wrn28_10", row["trusted"] != usual[row["dataset"]]))

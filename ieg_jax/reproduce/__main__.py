@@ -43,6 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_string("results", "results", 'Where finished runs are kept as JSON files; "" = nowhere.')
     flags.DEFINE_enum("format", "text", ["text", "markdown", "csv", "latex"], "How the table is printed.")
     flags.DEFINE_bool("wide", False, "Table: one line for each method, one column for each noise.")
+    flags.DEFINE_bool("published", False, "Table cifar10n: beside what papers print for networks trained from scratch.")
     flags.DEFINE_string("out", "figures", "Folder for the figures.")
     flags.DEFINE_string("chip", "", "List: estimate the time on this chip: v5e, A100, H100, ...")
     flags.DEFINE_integer("chips", 1, "List: how many of these chips.", lower_bound=1)
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
         wanted = map(changes.of, named.values())
         jobs.run(wanted, store, values.seeds, values.jobs, values["dry-run"].value, console, cluster)
     else:
-        tables.show_table(table, store, values.seeds, changes, values.wide, values.format, console)
+        tables.show_table(table, store, values.seeds, changes, values.wide, values.format, console, values.published)
 
 
 if __name__ == "__main__":
