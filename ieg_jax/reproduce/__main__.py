@@ -43,6 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_string("results", "results", 'Where finished runs are kept as JSON files; "" = nowhere.')
     flags.DEFINE_enum("format", "text", ["text", "markdown", "csv", "latex"], "How the table is printed.")
     flags.DEFINE_bool("wide", False, "Table: one line for each method, one column for each noise.")
+    flags.DEFINE_bool("published", False, "Table cifar10n: beside what papers print for networks trained from scratch.")
     flags.DEFINE_string("out", "figures", "Folder for the figures.")
     flags.DEFINE_string("chip", "", "List: estimate the time on this chip: v5e, A100, H100, ...")
     flags.DEFINE_integer("chips", 1, "List: how many of these chips.", lower_bound=1)
@@ -59,8 +60,7 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     tiny = values.scale == "tiny"
     changes = jobs.Changes(tiny, values.set, values.foreign)
-    workdir, kept = epath.Path(values.workdir), epath.Path(values.results) if values.results else None
-    store = results.Store(workdir / "tiny", None) if tiny else results.Store(workdir, kept)
+    store = results.store(values.workdir, values.results, tiny)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if command == "leaderboard":
         print(leaderboard.choose(target, store) if target else leaderboard.page(store, values.seeds), end="")
@@ -68,7 +68,8 @@ def main(argv: list[str]) -> None:
     if not target and command != "list":
         raise UserError(f"{command}: the name of a table is missing, one of {', '.join(catalogue.tables())}")
     if command == "figure":
-        return console.print(*figures.draw(target, store, values.seeds, epath.Path(values.out)), sep="\n")
+        console.print(*figures.draw(target, store, values.seeds, epath.Path(values.out)), sep="\n")
+        return
     chosen = [catalogue.find(target)] if target else [(table, {}) for table in catalogue.tables().values()]
     if command == "list":
         wanted = [table for table, _ in chosen]
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
         wanted = map(changes.of, named.values())
         jobs.run(wanted, store, values.seeds, values.jobs, values["dry-run"].value, console, cluster)
     else:
-        tables.show_table(table, store, values.seeds, changes, values.wide, values.format, console)
+        tables.show_table(table, store, values.seeds, changes, values.wide, values.format, console, values.published)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ paper prints for it. The same experiment may stand in several tables and figures
 
 import dataclasses
 import functools
-import importlib.resources
-import json
 from typing import Any
 
 from ieg_jax import methods
+from ieg_jax.methods import published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,16 +220,10 @@ def _webvision(row: dict[str, Any], method: str) -> Experiment:
     return Experiment(name, config, keys, ("data.dir", "data.test", "data.trusted"))
 
 
-def paper_rows() -> list[dict[str, Any]]:
-    """Returns every number that the paper prints, with what it belongs to: the rows of paper_results.json."""
-    file = importlib.resources.files("ieg_jax.reproduce") / "paper_results.json"
-    return json.loads(file.read_text())["rows"]
-
-
 def _paper_tables() -> list[Table]:
     """Returns the tables of the paper."""
     rows: dict[str, list[Row]] = {}
-    for printed in paper_rows():
+    for printed in published.paper_rows():
         experiment = _paper_experiment(printed)
         trusted = printed.get("trusted_per_class")
         if trusted is None and "trusted_total" in printed:

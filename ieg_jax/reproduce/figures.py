@@ -14,6 +14,7 @@ from etils import epath
 
 from ieg_jax import methods
 from ieg_jax.errors import check_choice
+from ieg_jax.methods import published
 from ieg_jax.reproduce import catalogue, experiments, results
 from ieg_jax.reproduce.experiments import Experiment
 
@@ -103,7 +104,7 @@ def draw(name: str, store: results.Store, seeds: int, folder: epath.Path) -> lis
 
 def _figure_1(finished: Finished) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    printed = [row for row in experiments.paper_rows() if row["dataset"] == "cifar100" and row["noise"] == "uniform"]
+    printed = [row for row in published.paper_rows() if row["dataset"] == "cifar100" and row["noise"] == "uniform"]
 
     def paper(table, method, **more):
         rows = [r for r in printed if (r["table"], r["method"]) == (table, method)]
@@ -134,7 +135,7 @@ def _figure_2(finished: Finished) -> plt.Figure:
         points = finished.points(rated)
         if len(points):
             bottom.errorbar(*points.T, fmt=f"o{style}", color=color("ieg"), label=label)
-    paper = [(r["ratio"], r["top1"]) for r in experiments.paper_rows() if r["table"] == "A2"]
+    paper = [(r["ratio"], r["top1"]) for r in published.paper_rows() if r["table"] == "A2"]
     extreme = np.array([point for point in paper if point[0] in experiments.EXTREME_RATES])
     bottom.plot(*extreme.T, "o", mfc="none", color=color("ieg"), label="with λ, paper (Table A2)")
     bottom.set(xlabel="noise rate (uniform)", ylabel="test accuracy, %", title="CIFAR-100, extreme noise")

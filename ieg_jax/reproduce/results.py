@@ -126,6 +126,13 @@ class Store:
         return file is not None and not file.exists() and (self.work_folder(experiment, seed) / "result.json").exists()
 
 
+def store(workdir: str, kept: str, tiny: bool = False) -> Store:
+    """The places that the flags name: `kept` = "" keeps nothing, and nothing of runs that are `tiny` is kept."""
+    if tiny:
+        return Store(epath.Path(workdir) / "tiny", None)
+    return Store(epath.Path(workdir), epath.Path(kept) if kept else None)
+
+
 def _keep_labels(folder: epath.Path, place: epath.Path) -> str:
     """Keeps what makes another training see the same labels and the same trusted examples; returns how it is named.
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from ieg_jax.reproduce import jobs, results
+from ieg_jax.reproduce import compared, jobs, results
 from ieg_jax.reproduce.experiments import Row, Table
 
 TEXTS = ("markdown", "csv", "latex")
@@ -21,6 +21,7 @@ def show_table(
     across: bool,
     form: str,
     console: Console,
+    beside: bool = False,
 ) -> None:
     """Prints a table.
 
@@ -32,12 +33,16 @@ def show_table(
       across: True = one line for each method (`wide`); False = one line for each row (`long`).
       form: one of TEXTS, which go to standard output, or text for a table on the console.
       console: for the latter.
+      beside: each method beside what papers print for it, in place of these (`compared.beside_published`).
     """
     gathered = {
         name: [run for seed in range(seeds) if (run := store.find(changes.of(experiment), seed)) is not None]
         for name, experiment in table.experiments.items()
     }
-    lines = wide(table, gathered, seeds) if across else long(table, gathered)
+    if beside:
+        lines = compared.beside_published(table, gathered, seeds)
+    else:
+        lines = wide(table, gathered, seeds) if across else long(table, gathered)
     if form in TEXTS:
         print({"markdown": markdown, "csv": as_csv, "latex": latex}[form](lines), end="")
         return

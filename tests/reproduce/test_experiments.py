@@ -7,6 +7,7 @@ from runs import ROOT
 
 from ieg_jax import methods
 from ieg_jax.errors import UserError
+from ieg_jax.methods import published
 from ieg_jax.reproduce import catalogue, experiments, results
 from ieg_jax.train import check
 
@@ -31,7 +32,7 @@ def config_of(row):
 
 
 def test_every_printed_number_has_a_row():
-    printed = experiments.paper_rows()
+    printed = published.paper_rows()
     assert len(printed) == 148
     tables = catalogue.tables()
     assert {row["table"] for row in printed} <= tables.keys()
