@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from ml_collections import FrozenConfigDict
 
 from configs import default
@@ -17,6 +18,12 @@ from ieg_jax.train.durations import Durations
 from ieg_jax.train.step import create_state, train_step
 
 BATCH, CLASSES = 16, 4
+USUAL = ("supervised", "ieg", "dividemix")  # a plain one, the largest step, and two networks with a memory
+
+
+def each_method():
+    """Parameters of a test of every method; those of other methods than USUAL are slow, as they are many."""
+    return [pytest.param(name, marks=[] if name in USUAL else [pytest.mark.slow]) for name in methods.REGISTRY]
 
 
 def make(method_name, groups=1, dtype=jnp.float32, network=None, **overrides):

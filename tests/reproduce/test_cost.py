@@ -15,52 +15,58 @@ from ieg_jax.reproduce import cost
 SMALL_CORRECTION = {"method.label_units": 4, "method.hidden_units": 4}
 
 
-def counted(name, **keys):
-    """Returns the floating-point operations of a compiled step, in thirds of a supervised step."""
+def flops(name, **keys):
+    """The floating-point operations of a compiled step."""
+    _, _, state, step = make(name, **{"model.width": 4.0}, **keys)
+    batch = make_batch()
+    batch["views"] = batch["views"][:, :1]
+    return jax.jit(step).lower(state, batch, jax.random.key(0)).compile().cost_analysis()["flops"]
 
-    def flops(name, **keys):
-        _, _, state, step = make(name, **{"model.width": 4.0}, **keys)
-        batch = make_batch()
-        batch["views"] = batch["views"][:, :1]
-        return jax.jit(step).lower(state, batch, jax.random.key(0)).compile().cost_analysis()["flops"]
 
-    return 3 * flops(name, **keys) / flops("supervised")
+@pytest.fixture(scope="module")
+def one_pass():
+    """The operations of a forward pass."""
+    return flops("supervised") / 3
+
+
+FAST = ("l2r", "fsr", "dividemix")
+PASSES = [
+    ("ieg", {}, 22),
+    ("l2r", {}, 10),
+    ("eg", {}, 13),
+    ("mixmatch", {}, 11),
+    ("l2b", {}, 10),
+    ("meta_weight_net", {}, 10),
+    ("mlc", SMALL_CORRECTION, 8),
+    ("mlc", SMALL_CORRECTION | {"method.learn_trusted": False}, 8),
+    ("emlc", {"method.label_units": 4, "method.enhancer_units": 4}, 14),
+    ("gold_loss_correction", {}, 6),
+    ("fsr", {}, 4),
+    ("fsr", {"method.lookahead_layers": ".*"}, 10),
+    ("fsr", {"method.lookahead_layers": ".*", "method.reward_by": "margin"}, 11),
+    ("mentornet", {}, 3),
+    ("mentornet_dd", {}, 4),
+    ("rog", {}, 3),
+    ("incv", {}, 6),
+    ("sop", {}, 3),
+    ("m_correction", {}, 4),
+    ("ssr", {}, 3),
+    ("ssr_plus", {}, 7),
+    ("elr_plus", {}, 8),
+    ("promix", {}, 18),
+    ("dividemix", {}, 16),
+    ("forward_correction", {}, 3),
+    ("ieg", {"method.consistency_weight": 0.0}, 20),
+    ("ieg", {"method.mixup": False}, 13),
+    ("ieg", {"method.relabel": False, "method.mixup": False, "method.consistency_weight": 0.0}, 11),
+]
 
 
 @pytest.mark.parametrize(
     "name, keys, passes",
-    [
-        ("ieg", {}, 22),
-        ("l2r", {}, 10),
-        ("eg", {}, 13),
-        ("mixmatch", {}, 11),
-        ("l2b", {}, 10),
-        ("meta_weight_net", {}, 10),
-        ("mlc", SMALL_CORRECTION, 8),
-        ("mlc", SMALL_CORRECTION | {"method.learn_trusted": False}, 8),
-        ("emlc", {"method.label_units": 4, "method.enhancer_units": 4}, 14),
-        ("gold_loss_correction", {}, 6),
-        ("fsr", {}, 4),
-        ("fsr", {"method.lookahead_layers": ".*"}, 10),
-        ("fsr", {"method.lookahead_layers": ".*", "method.reward_by": "margin"}, 11),
-        ("mentornet", {}, 3),
-        ("mentornet_dd", {}, 4),
-        ("rog", {}, 3),
-        ("incv", {}, 6),
-        ("sop", {}, 3),
-        ("m_correction", {}, 4),
-        ("ssr", {}, 3),
-        ("ssr_plus", {}, 7),
-        ("elr_plus", {}, 8),
-        ("promix", {}, 18),
-        ("dividemix", {}, 16),
-        ("forward_correction", {}, 3),
-        ("ieg", {"method.consistency_weight": 0.0}, 20),
-        ("ieg", {"method.mixup": False}, 13),
-        ("ieg", {"method.relabel": False, "method.mixup": False, "method.consistency_weight": 0.0}, 11),
-    ],
+    [pytest.param(*case, marks=[] if case[0] in FAST and case[1] == {} else [pytest.mark.slow]) for case in PASSES],
 )
-def test_passes_of_a_step(monkeypatch, name, keys, passes):
+def test_passes_of_a_step(monkeypatch, one_pass, name, keys, passes):
     # Beside this network f and h are not small.
     monkeypatch.setattr(ssr_plus, "UNITS", 8)
     monkeypatch.setattr(ssr_plus, "OUTPUTS", 4)
@@ -68,7 +74,7 @@ def test_passes_of_a_step(monkeypatch, name, keys, passes):
     config.update_from_flattened_dict(keys)
     config.method.name = name
     assert methods.get(name).passes(config) == passes
-    assert counted(name, **keys) == pytest.approx(passes, rel=0.06)
+    assert flops(name, **keys) / one_pass == pytest.approx(passes, rel=0.06)
 
 
 def test_flops_of_a_training(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import x64
 from jax.sharding import PartitionSpec
-from small_step import fixed_durations
+from small_step import each_method, fixed_durations
 
 from ieg_jax import config as config_lib
 from ieg_jax import methods
@@ -176,10 +176,17 @@ def test_microbatches_need_less_memory(tiny_config):
     assert temporary(8) < temporary(1) / 3
 
 
-@pytest.mark.parametrize(
-    "method, transfer", [*((name, "float32") for name in methods.REGISTRY), ("ieg", "bfloat16"), ("ieg", "uint8")]
-)
-def test_shapes_are_those_of_the_pipeline(tiny_config, method, transfer):
+@pytest.mark.parametrize("method", each_method())
+def test_shapes_are_those_of_the_pipeline(tiny_config, method):
+    check_shapes(tiny_config, method, "float32")
+
+
+@pytest.mark.parametrize("transfer", ["bfloat16", "uint8"])
+def test_shapes_of_packed_images_are_those_of_the_pipeline(tiny_config, transfer):
+    check_shapes(tiny_config, "ieg", transfer)
+
+
+def check_shapes(tiny_config, method, transfer):
     tiny_config.method.name, tiny_config.trusted.batch_size, tiny_config.data.transfer = method, 8, transfer
     data = load_data(tiny_config)
     shardings = mesh.create(tiny_config)

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from conftest import x64
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from small_step import BATCH, make, make_batch
+from small_step import BATCH, each_method, make, make_batch
 
 from configs import default
-from ieg_jax import methods
 from ieg_jax.methods import base, ieg, l2r
 from ieg_jax.methods.parts import mixup
 from ieg_jax.train import metrics
@@ -93,7 +92,7 @@ def test_each_step_draws_anew(monkeypatch):
     assert drawn[1] == drawn[2] and len({str(key) for key in drawn}) == 3
 
 
-@pytest.mark.parametrize("name", methods.REGISTRY)
+@pytest.mark.parametrize("name", each_method())
 def test_no_key_is_used_twice(name):
     """JAX follows each key through the step, and raises an error where one is used again."""
     _, _, state, step = make(name)
