@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from runs import ROOT, assert_same_run, variables
-from small_step import CLASSES, make, make_batch
+from small_step import CLASSES, each_method, make, make_batch
 
 from configs import default
 from ieg_jax import methods
@@ -267,19 +267,28 @@ def test_everything_at_once_and_again_after_a_stop(toy_config, tmp_path, monkeyp
     assert state["[0]['params']['head']['kernel']"].shape[0] == 2
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["promix", pytest.param("elr_plus", marks=pytest.mark.slow), pytest.param("ssr_plus", marks=pytest.mark.slow)],
-)
-def test_memory_goes_on_after_a_stop(tiny_config, tmp_path, monkeypatch, name):
-    """Stopped within an epoch and at the end of one: what was selected, targets, and heads with their momentum."""
+# Every phase of a method begins in a training of a few short epochs.
+EARLY = {"confidence_threshold": 0.3, "neighbours": 5, "selection_rounds": 1, "reward_size": 20} | dict.fromkeys(
+    (
+        "pretrain_epochs", "guess_after_epochs", "divide_epochs", "warmup_epochs", "bootstrap_epochs", "gold_epochs",
+        "transition_epochs", "reweight_epochs", "forget_epochs", "selection_epochs", "burn_in_epochs",
+    ),
+    1.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", each_method())
+def test_each_method_goes_on_after_a_stop_and_can_be_taken_along(tiny_config, tmp_path, monkeypatch, name):
+    """Stopped within an epoch and at the end of one; then predicted with, and exported as weights and as a function."""
+    from ieg_jax import inference
+    from ieg_jax.data.load import load_data
     from ieg_jax.errors import Interrupted
     from ieg_jax.runtime import processes
 
     tiny_config.method.name, tiny_config.data.train_size, tiny_config.num_train_steps = name, 64, 10
     tiny_config.checkpoint_every_steps, tiny_config.eval_every_steps = 10, 5
-    methods.tune(tiny_config, pretrain_epochs=1.0, guess_after_epochs=1.0, confidence_threshold=0.3, neighbours=5)
-    train_and_evaluate(tiny_config, str(tmp_path / "whole"))
+    methods.tune(tiny_config, **EARLY)
+    result = train_and_evaluate(tiny_config, str(tmp_path / "whole"))
     for stop in (4, 7):
         monkeypatch.setattr(processes.StopRequest, "requested", lambda self, step, stop=stop: step == stop)
         with pytest.raises(Interrupted):
@@ -287,8 +296,18 @@ def test_memory_goes_on_after_a_stop(tiny_config, tmp_path, monkeypatch, name):
     monkeypatch.setattr(processes.StopRequest, "requested", lambda self, step: False)
     train_and_evaluate(tiny_config, str(tmp_path / "parts"))
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 10)
-    memory = {path: array for path, array in variables(tmp_path / "whole", 10).items() if "'method'" in path}
-    assert memory and all(np.isfinite(array).all() for array in memory.values())
+    assert all(
+        np.isfinite(array).all() for array in variables(tmp_path / "whole", 10).values() if array.dtype.kind == "f"
+    )
+
+    trained, evaluation = inference.load(tmp_path / "whole"), load_data(tiny_config).evaluation
+    found = inference.predict(trained, evaluation)
+    assert np.mean(found.argmax(-1) == evaluation.labels) == pytest.approx(result["test_accuracy_last"])
+    inference.export(trained, tmp_path / "weights")
+    np.testing.assert_allclose(inference.predict(inference.load(tmp_path / "weights"), evaluation), found, atol=1e-6)
+    inference.export_stablehlo(trained, tmp_path / "function")
+    served = inference.load_stablehlo(tmp_path / "function")
+    np.testing.assert_allclose(served(evaluation.images[:20]), found[:20], atol=1e-5)
 
 
 def test_the_prediction_of_a_method_is_used_everywhere(toy_config, tmp_path):

@@ -12,6 +12,7 @@ import runs
 from conftest import x64
 
 from configs import quickstart
+from ieg_jax import methods
 from ieg_jax.errors import Interrupted, UserError
 from ieg_jax.runtime import processes
 from ieg_jax.train.loop import train_and_evaluate
@@ -45,10 +46,7 @@ def test_processes_agree_and_fail_together(tmp_path):
     [
         (2, "ieg"),
         pytest.param(4, "ieg", marks=pytest.mark.slow),
-        *(
-            pytest.param(2, method, marks=pytest.mark.slow)
-            for method in ("gce", "elr", "co_teaching", "sop", "meta_weight_net")
-        ),
+        *(pytest.param(2, method, marks=pytest.mark.slow) for method in methods.REGISTRY if method != "ieg"),
     ],
 )
 def test_several_processes_do_what_one_does(tmp_path, monkeypatch, count, method):
