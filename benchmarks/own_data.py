@@ -155,7 +155,8 @@ def main() -> None:
     parser.add_argument("--features", default="", help=".npz files, separated by commas")
     parser.add_argument("--fashion", default="", help="folder of Fashion-MNIST")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many: first_seed, first_seed + 1, ...")
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--noise", default=",".join(NOISE))
     parser.add_argument("--show", action="store_true", help="print the tables and do nothing else")
     arguments = parser.parse_args()
@@ -163,9 +164,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     names = [pathlib.Path(file).stem for file in arguments.features.split(",") if file] + ["digits"]
     names += ["fashion"] if arguments.fashion else []
-    cells = [
-        (seed, name, noise) for seed in range(arguments.seeds) for noise in arguments.noise.split(",") for name in names
-    ]
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    cells = [(seed, name, noise) for seed in seeds for noise in arguments.noise.split(",") for name in names]
     for seed, name, noise in [] if arguments.show else cells:
         file = out / f"{name}_{noise}_{seed}.json"
         if not file.exists():
