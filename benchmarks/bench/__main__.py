@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--compare", default="", metavar="OLD.json", help="print ratios to an earlier file too")
     found.add_argument("--read", default="", metavar="FILE.json", help="show a file and measure nothing")
     found.add_argument("--markdown", action="store_true", help="print the table for a page")
-    found.add_argument("--cache", default="", help="folder of compiled programs; '' = compile all")
+    found.add_argument(
+        "--cache", default=".cache/xla", help="folder of compiled programs, '' = compile all (default: %(default)s)"
+    )
     return found
 
 

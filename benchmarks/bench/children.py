@@ -101,11 +101,10 @@ def start(method: str, network: str, cache: str) -> list[float]:
 
 
 def measure_devices(options: Options) -> Rows:
-    """Rows `growth/devices/<number>`: IEG on a tiny network, a batch of 64 over simulated devices that share the cores."""
-    devices = DEVICES[:2] if options.quick else DEVICES
-    options.say(f"growth: {devices} simulated devices")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(devices)}"
-    printed = output_of(["-c", SPLIT, str(options.few), json.dumps(devices)], XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    """Rows `growth/devices/<n>`: IEG on a tiny network, a batch of 64 over n simulated devices that share the cores."""
+    options.say(f"growth: {', '.join(map(str, DEVICES))} simulated devices")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(DEVICES)}"
+    printed = output_of(["-c", SPLIT, str(options.few), json.dumps(DEVICES)], XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return {
         f"growth/devices/{number}": measure.row(taken, base="growth/devices/1", **facts)
@@ -114,10 +113,10 @@ def measure_devices(options: Options) -> Rows:
 
 
 def measure_examples(options: Options) -> Rows:
-    """Rows `growth/examples, <what>/<N>`: loading, batches, a checkpoint and, up to a million, an audit of N examples."""
+    """Rows `growth/<what>/N = <N>`: loading, batches, a checkpoint and, up to a million, an audit of N examples."""
     rows = {}
     for n in EXAMPLES[:1] if options.quick else EXAMPLES:
-        kinds = "load,batch,checkpoint" + ",audit" * (n <= 1_000_000)
+        kinds = "load,batch" if options.quick else "load,batch,checkpoint" + ",audit" * (n <= 1_000_000)
         options.say(f"growth: {n:,} examples")
         before, mine, began = measure.busy(), measure.own(), time.perf_counter()
         printed = output_of(["-m", "benchmarks.scale", f"--n={n}", f"--rows={kinds}"], JAX_PLATFORMS="cpu")

@@ -1,4 +1,4 @@
-"""Samples of a call: its seconds, and what else the processor did meanwhile. Standard library alone, for the peers too."""
+"""Samples of a call: its seconds, and what other processes did meanwhile. For the peers too: standard library alone."""
 
 import gc
 import os

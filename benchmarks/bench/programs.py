@@ -13,7 +13,7 @@ from benchmarks.bench import measure
 from configs import default
 from ieg_jax import config as config_lib
 from ieg_jax import methods
-from ieg_jax.runtime import mesh
+from ieg_jax.runtime import mesh, watch
 from ieg_jax.train import durations, program
 
 RATE = 0.01  # learning rate, constant
@@ -46,7 +46,7 @@ class Step:
       run: the program.
       config: of it, resolved.
       compiled: `run.train_step`.
-      compile_seconds: tracing and compiling.
+      compile_seconds: tracing and compiling; little where the program was in the cache.
       batch: random numbers.
       state, window: as the last call left them.
     """
@@ -124,7 +124,7 @@ def step_of(
     began = time.perf_counter()
     run = build(config, network.size, classes, examples)
     # Not `run.compiled_step()`, which is kept as long as the program is.
-    compiled = run.lowered_step.compile()
+    compiled = watch.compile_step(run.lowered_step)
     return Step(run, config, compiled, time.perf_counter() - began, random_batch(run, classes, examples))
 
 

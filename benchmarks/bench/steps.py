@@ -40,7 +40,7 @@ def measure_networks(options: Options) -> tuple[Rows, list[str]]:
 
 def measure_network(network: Network, options: Options, rounds: int) -> tuple[Rows, list[str]]:
     """The same of one network."""
-    names = [name for name in IMPORTANT if name in options.methods]
+    names = [name for name in (("supervised", "ieg") if options.quick else IMPORTANT) if name in options.methods]
     has_peers = "peers" in options.parts and peers.has(network)
     if has_peers:
         names = [name for name in names if "steps" in options.parts or name in ("supervised", "ieg")]
@@ -66,7 +66,7 @@ def measure_network(network: Network, options: Options, rounds: int) -> tuple[Ro
     for name, samples in taken.items():
         method = name.split("/")[-1]
         if method in steps:
-            facts = steps[method].facts | {"base": f"{where}/supervised"} * ("supervised" in steps)
+            facts = steps[method].facts | {"base": f"{where}/supervised"}
         elif name in bases:
             framework = name.split(", ")[-1]
             facts = {"base": bases[name], "version": versions[framework]}
@@ -86,14 +86,14 @@ def _begun(name: str, network: Network, options: Options) -> Step:
 def measure_methods(options: Options) -> tuple[Rows, list[str]]:
     """Every method on the small network: rows `method/<name>`. Each is compiled, measured and let go by itself."""
     network = programs.TINY if options.quick else programs.SMALL
-    names = [name for name in IMPORTANT if name in options.methods and options.quick] or options.methods
+    names = ("supervised", "l2r") if options.quick else options.methods
     names = sorted(names, key=lambda name: name != "supervised")
     rows = {}
     for name in names:
         step = _begun(name, network, options)
         taken = measure.interleaved({name: step.sample}, options.few)[name]
-        base = {"base": "method/supervised"} if "supervised" in names else {}
-        rows[f"method/{name}"] = measure.row(taken, batch=network.batch, network=network.title, **base, **step.facts)
+        facts = {"batch": network.batch, "network": network.title, "base": "method/supervised"} | step.facts
+        rows[f"method/{name}"] = measure.row(taken, **facts)
         del step
         gc.collect()
     return rows, []
