@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+SHORTEST = 0.1  # seconds
+
 Row = dict[str, Any]
 """What was measured, as it stands in the file: `unit`, `samples`, and perhaps
 
@@ -35,13 +37,14 @@ def sample(function: Callable[[], Any]) -> dict[str, float | None]:
     """Calls a function once.
 
     Returns:
-      `seconds`, `others`: how many cores other processes used meanwhile; None where that is not known.
+      `seconds`, `others`: how many cores other processes used meanwhile; None where that is not known, as of a call
+      that took less than a tenth of a second: the system counts in hundredths.
     """
     before, mine, began = busy(), own(), time.perf_counter()
     function()
     seconds, mine, after = time.perf_counter() - began, own() - mine, busy()
-    others = None if before is None or after is None else max(0.0, (after - before - mine) / seconds)
-    return {"seconds": seconds, "others": others}
+    known = before is not None and after is not None and seconds >= SHORTEST
+    return {"seconds": seconds, "others": max(0.0, (after - before - mine) / seconds) if known else None}
 
 
 def interleaved(

@@ -22,7 +22,7 @@ ROWS = {
         "mib": 30.0, "base": "step/N/supervised",
     },
     "step/N/ieg, torch": {
-        "unit": "s", "samples": [4.0, 7.0, 40.0], "others": [0, 0, 0], "base": "step/N/ieg", "version": "9.9",
+        "unit": "s", "samples": [4.0, 7.0, 40.0], "others": [0.2, 0.2, 0.2], "base": "step/N/ieg", "version": "9.9",
     },
     "predict/N": {"unit": "images/s", "samples": [123.456789]},
 }  # fmt: skip
@@ -43,7 +43,7 @@ def test_medians_quartiles_and_what_it_was_measured_on():
     row = found["rows"]["step/N/supervised"]
     assert row["median"] == 2.0 and row["quartiles"] == [1.5, 3.0]
     assert found["rows"]["predict/N"]["samples"] == [123.46]
-    assert found["load"] == {"median": 0.05, "most": 1.0}
+    assert found["load"] == {"median": 0.2, "most": 1.0}
     assert found["versions"]["torch"] == "9.9" and found["versions"]["jax"] and found["machine"]["cores"] >= 1
     assert found["seconds"] == {"steps": 1.2}
 
@@ -136,7 +136,7 @@ def test_samples_alternate_and_the_first_of_each_does_not_count():
 def test_a_sample_knows_its_seconds():
     found = measure.sample(lambda: sum(range(10**6)))
     assert 0 < found["seconds"] < 60
-    assert found["others"] is None or 0 <= found["others"]
+    assert found["others"] is None or found["others"] >= 0
 
 
 def test_settings_are_read_by_their_type():
@@ -170,6 +170,7 @@ def test_the_table_of_scale_is_read():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_tiny_network(tmp_path, monkeypatch, capsys):
     asked = ["bench", "--quick", "--rounds=2", "--part=steps", "--networks=tiny", "--cache=", f"--out={tmp_path}"]
     monkeypatch.setattr("sys.argv", asked)
@@ -184,7 +185,7 @@ def test_the_steps_of_a_tiny_network(tmp_path, monkeypatch, capsys):
         assert len(row["samples"]) == 2 and min(row["samples"]) > 0 and row["mib"] > 0
     ieg, supervised = rows["step/tiny/ieg"], rows["step/tiny/supervised"]
     assert ieg["passes"] == 22 and 4 < ieg["gflop"] / supervised["gflop"] < 11
-    assert rows["step/tiny/matrix product"]["gflop"] == 2 * 64**3 / 1e9
+    assert rows["step/tiny/matrix product"]["gflop"] == pytest.approx(2 * 64**3 / 1e9, rel=1e-4)
     assert f"written: {tmp_path}" in capsys.readouterr().out.replace("\n", "")
     monkeypatch.setattr("sys.argv", ["bench", f"--read={written}", f"--compare={written}", "--markdown"])
     command.main()
