@@ -1,5 +1,6 @@
 """How fast the input pipeline is, and what a step waits for it."""
 
+import dataclasses
 import itertools
 import pathlib
 import statistics
@@ -44,7 +45,7 @@ def measure_pipeline(options: Options) -> tuple[Rows, list[str]]:
 
     Returns:
       Rows `pipeline/<data>/<augmentation>`, in images (views and trusted ones too) a second and core; and
-      `pipeline/waited, WRN-10-1/<method>`, the share of a step that waits for the next batch.
+      `pipeline/waited, <network>/<augmentation>`, the share of a step that waits for the next batch.
     """
     rows = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -59,10 +60,11 @@ def measure_pipeline(options: Options) -> tuple[Rows, list[str]]:
                 rows[f"pipeline/{title}/{name}"] = speed(
                     configuration(data, standard, strong, method, batch), options
                 ) | {"base": f"pipeline/{title}/plain"}
+        network = dataclasses.replace(programs.TINY, size=32, batch=64) if options.quick else programs.SMALL
         for name, standard, strong, method in CIFAR[1:]:
             options.say(f"pipeline: a step of {method} waits for it")
-            rows[f"pipeline/waited, WRN-10-1/{name}"] = waited(
-                configuration(small, standard, strong, method, 64), options
+            rows[f"pipeline/waited, {network.title}/{name}"] = waited(
+                configuration(small, standard, strong, method, network.batch), network, options
             )
     return rows, []
 
@@ -94,10 +96,10 @@ def speed(config: Any, options: Options) -> measure.Row:
     }
 
 
-def waited(config: Any, options: Options) -> measure.Row:
+def waited(config: Any, network: programs.Network, options: Options) -> measure.Row:
     """The share of each step of a run, in percent, that waits for the next batch."""
     data = load_data(config)
-    step = programs.step_of(config.method.name, programs.SMALL, options.settings, examples=len(data.train))
+    step = programs.step_of(config.method.name, network, options.settings, examples=len(data.train))
     step.begin()
     place = mesh.create(config).batch
     shares, steps = [], 4 if options.quick else STEPS

@@ -80,9 +80,9 @@ def test_the_same_steps(framework, title, tmp_path):
     assert 0 < theirs["trust"].sum() < BATCH
     ours = left_by(step)
     moved = [np.abs(ours[name] - arrays[name]).max() for name in ours if name.startswith("params")]
-    assert min(moved) > 1e-5
+    assert np.median(moved) > 5e-4, "far more than what is let pass below"
     for name, value in ours.items():
-        np.testing.assert_allclose(theirs[name], value, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(theirs[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
     supervised = begun("supervised", network)
     with started(framework, network, arrays | programs.arrays_of(supervised)) as other:
@@ -92,4 +92,4 @@ def test_the_same_steps(framework, title, tmp_path):
     np.testing.assert_allclose(answer["loss"], loss, rtol=1e-4)
     theirs = dict(np.load(tmp_path / "supervised.npz"))
     for name, value in left_by(supervised).items():
-        np.testing.assert_allclose(theirs[name], value, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(theirs[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
