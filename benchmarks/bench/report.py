@@ -91,10 +91,13 @@ def _rounded(value: Any) -> Any:
 
 
 def ratio(rows: Mapping[str, measure.Row], name: str) -> float | None:
-    """A row as a multiple of its base: the median over the rounds, where both were measured in the same ones."""
+    """A row as a multiple of its base: the median over the rounds, where both were measured in the same ones.
+
+    None without a base, and where the base is 0, as hundredths of a second can be.
+    """
     row = rows[name]
     base = rows.get(row.get("base"))
-    if base is None:
+    if base is None or not min(base["samples"]):
         return None
     if len(base["samples"]) != len(row["samples"]):
         return row["median"] / base["median"]
@@ -191,7 +194,7 @@ def cells(rows: Mapping[str, measure.Row], name: str) -> list[str]:
         number(row["median"]),
         "–".join(map(number, row["quartiles"])) if len(row["samples"]) > 1 else "",
         row["unit"],
-        f"{times:.2f}" if times else "",
+        "" if times is None else f"{times:.2f}",
         number(gflop),
         f"{of_base['gflop']:.2f}" if of_base["gflop"] else "",
         f"{of_base['passes']:.2f}" if of_base["passes"] else "",

@@ -56,6 +56,8 @@ def test_ratios_are_medians_over_rounds_that_both_were_measured_in():
     rows["step/N/ieg"]["samples"] = [8.0, 8.0]
     rows["step/N/ieg"]["median"] = 8.0
     assert report.ratio(rows, "step/N/ieg") == 4.0, "of the medians, where rounds are not the same"
+    rows["step/N/supervised"]["samples"][0] = 0.0
+    assert report.ratio(rows, "step/N/ieg") is None
 
 
 def test_the_table_has_a_line_for_each_row_and_what_was_skipped():
