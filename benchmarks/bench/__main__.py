@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--part", default=",".join(options.PARTS), help="what is measured (default: %(default)s)")
-    found.add_argument("--rounds", type=int, default=7, help="samples of each large step (default: %(default)s)")
+    found.add_argument("--rounds", type=int, help="samples of each large step (default: 7, with --quick 3)")
     found.add_argument("--quick", action="store_true", help="about a minute: small networks, few samples")
     found.add_argument("--methods", default="all", help="all, or names: all of them on the small network")
     found.add_argument("--networks", default="", help="of the steps: WRN-28-2,ResNet29,ResNet-50,WRN-10-1")
@@ -58,7 +58,7 @@ def measured(values: argparse.Namespace, console: Console) -> report.Report:
     """Measures what the flags ask for."""
     chosen = options.Options(
         parts=tuple(values.part.split(",")),
-        rounds=3 if values.quick and values.rounds == 7 else values.rounds,
+        rounds=(3 if values.quick else 7) if values.rounds is None else values.rounds,
         quick=values.quick,
         methods=tuple(methods.REGISTRY) if values.methods == "all" else tuple(values.methods.split(",")),
         networks=tuple(filter(None, values.networks.split(","))),
@@ -68,12 +68,14 @@ def measured(values: argparse.Namespace, console: Console) -> report.Report:
     )
     watch.enable_compilation_cache(values.cache)
     rows, seconds, notes = {}, {}, []
-    for part, function in PARTS.items():
-        if part in chosen.parts or (part == "steps" and "peers" in chosen.parts):
+    asked = {part for part in PARTS if part in chosen.parts or (part == "steps" and "peers" in chosen.parts)}
+    try:
+        for part in filter(asked.__contains__, PARTS):
             began = time.perf_counter()
-            found, said = function(chosen)
-            rows, notes = rows | found, notes + said
-            seconds[part] = time.perf_counter() - began
+            found, said = PARTS[part](chosen)
+            rows, notes, seconds[part] = rows | found, notes + said, time.perf_counter() - began
+    except KeyboardInterrupt:  # what was measured before is not lost
+        notes.append(f"stopped in the part {part}")
     shown = ("part", "rounds", "quick", "methods", "networks", "set")
     arguments = {name: getattr(values, name) for name in shown} | {"rounds": chosen.rounds}
     return report.make(rows, seconds, notes, arguments)

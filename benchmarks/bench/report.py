@@ -173,9 +173,10 @@ def table(report: Report) -> Table:
         found.add_column(heading, justify="left" if heading in ("what", "unit") else "right", no_wrap=True)
     rows, section = report["rows"], None
     for name in rows:
-        if section not in (None, name.rpartition("/")[0]):
+        ours = name.rpartition("/")[0] if name.startswith("step/") else name.split("/")[0]
+        if section not in (None, ours):
             found.add_section()
-        section = name.rpartition("/")[0]
+        section = ours
         found.add_row(*cells(rows, name))
     return found
 
