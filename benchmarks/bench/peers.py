@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -47,10 +48,19 @@ class Peer(contextlib.AbstractContextManager):
         np.savez(file, **arrays)
         command = [interpreter, "-m", f"benchmarks.peer_{framework}", f"--arrays={file}"]
         command += [f"--network={json.dumps(network.keys)}", f"--threads={measure.cores()}"]
+        # OpenMP's threads, those of PyTorch, would else turn in circles for one that does not get a core: beside other
+        # load its steps took ten times as long.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
         self._errors = open(pathlib.Path(self._folder.name) / "errors.txt", "w+")  # noqa: SIM115 (closed with self)
         try:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
+                command,
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
             )
         except OSError as error:
             self._close_files()
