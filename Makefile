@@ -1,5 +1,6 @@
 # Each target makes .venv when it is missing, and installs again when pyproject.toml or constraints.txt changed.
 # Needs Python >= 3.11 and pip. Another interpreter: make PYTHON=python3.13 test
+# Flags of the benchmark: make BENCH="--quick --torch_python=/elsewhere/bin/python" bench
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,9 +42,7 @@ docs: $(STAMP)
 	$(BIN)/python -m ieg_jax.methods > docs/methods.md
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.bench
-	$(BIN)/python -m benchmarks.layouts
-	$(BIN)/python -m benchmarks.precision
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 clean:
 	rm -rf $(VENV) .venvs .cache build *.egg-info

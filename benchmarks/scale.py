@@ -54,7 +54,7 @@ def measured(name: str) -> Iterator[None]:
     before, start, processor = memory("VmRSS"), time.monotonic(), time.process_time()
     yield
     seconds, processor = time.monotonic() - start, time.process_time() - processor
-    print(f"| {name} | {seconds:.1f} | {processor:.1f} | {before:,.0f} | {memory('VmHWM'):,.0f} |", flush=True)
+    print(f"| {name} | {seconds:.2f} | {processor:.2f} | {before:,.0f} | {memory('VmHWM'):,.0f} |", flush=True)
 
 
 def memory(field: str) -> float:
