@@ -26,6 +26,7 @@ from ieg_jax.data import examination
 from ieg_jax.data.load import load_data
 from ieg_jax.methods import base
 from ieg_jax.methods.parts import optimizers
+from ieg_jax.models import convolution
 from ieg_jax.train.step import create_state, train_step
 
 LEAST = {"supervised": 3 / 3, "trusted_only": 3 / 3, "l2r": 10 / 3, "ieg": 22 / 3}
@@ -57,7 +58,7 @@ def bench_steps(console: Console) -> None:
     for heading in ("method", "GFLOP", "× supervised", "least possible", "ms", "× supervised"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     programs = {name: compiled_step(name, 32, 2.0) for name in LEAST}
-    flops = {name: run.cost_analysis()["flops"] for name, (run, _) in programs.items()}
+    flops = {name: convolution.flops(run) for name, (run, _) in programs.items()}
     seconds = dict.fromkeys(LEAST, float("inf"))
     for round_number in range(ROUNDS + 1):
         for name, (run, arguments) in programs.items():

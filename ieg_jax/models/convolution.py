@@ -12,7 +12,7 @@ devices, which XLA could not divide, and in exported ones.
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,25 +26,31 @@ from ieg_jax.models.onednn import INPUT_GRADIENT, KERNEL_GRADIENT, OUTPUT
 
 FORMS = ("auto", "lax", "onednn")
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+# With `auto` one of fewer operations is XLA's: to call oneDNN takes 0.03 to 0.2 ms, about as long as these. One with a
+# kernel for each channel takes XLA longer for its operations.
+SMALLEST, SMALLEST_DEPTHWISE = 8e6, 2e6
 UNROLLED = 8  # at most so many convolutions stand side by side in a program for one that `vmap` maps
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
-def uses_onednn(form: str, dtype: jnp.dtype) -> bool:
-    """Whether a convolution becomes one for oneDNN, where it is in a program for one processor.
+def of_form(form: str) -> Callable[..., jax.Array] | None:
+    """What `nn.Conv` takes as its `conv_general_dilated`.
 
     Args:
-      form: `model.convolutions`.
-      dtype: of its operands.
+      form: one of FORMS. lax: lax's; auto: oneDNN's where it can be had and where it is faster; onednn: where it can be
+        had. It can in programs for one processor, for float32.
     """
-    return form != "lax" and dtype == jnp.float32 and jax.default_backend() == "cpu" and not onednn.missing()
+    return None if form == "lax" else functools.partial(_conv_general_dilated, form)
 
 
-def conv_general_dilated(x, w, window_strides, padding, *, dimension_numbers, feature_group_count=1, **others):
-    """`lax.conv_general_dilated` as `nn.Conv` calls it; by oneDNN where `uses_onednn` and this module can.
+def _conv_general_dilated(
+    form: str, x, w, window_strides, padding, *, dimension_numbers, feature_group_count=1, **others
+):
+    """`lax.conv_general_dilated` as `nn.Conv` calls it.
 
     Args:
+      form: one of FORMS.
       x: images `[n, H, W, C]`.
       w: kernel `[h, w, C / feature_group_count, D]`.
       window_strides: along both axes.
@@ -64,7 +70,7 @@ def conv_general_dilated(x, w, window_strides, padding, *, dimension_numbers, fe
         and all(tuple(dilation) == (1, 1) for dilation in dilations)
         and feature_group_count in (1, x.shape[-1])
     )
-    if plain and uses_onednn("auto", x.dtype):
+    if plain and _suits(form, x, w, window_strides, padding):
         return convolve(x, w, window_strides, padding, feature_group_count)
     return lax.conv_general_dilated(
         x, w, window_strides, padding,
@@ -85,15 +91,55 @@ def convolve(x: jax.Array, w: jax.Array, strides: Sequence[int], padding, groups
     Returns:
       `[n, H', W', D]`.
     """
+    strides, pads = tuple(map(int, strides)), _pads(x, w, strides, padding)
+    shape = _shape(x, w, strides, pads)
+    return _p.bind(x, w, role=OUTPUT, shape=shape, strides=strides, pads=pads, groups=groups)
+
+
+def depthwise(x: jax.Array, w: jax.Array, strides: Sequence[int], padding, form: str) -> jax.Array:
+    """The convolution of each channel with a kernel of its own.
+
+    Args:
+      x: images `[n, H, W, C]`.
+      w: kernel `[h, w, 1, C]`, of the same type.
+      strides: along both axes.
+      padding: a name or a pair for each axis, as lax takes it.
+      form: one of FORMS.
+
+    Returns:
+      `[n, H', W', C]`.
+    """
+    if _suits(form, x, w, strides, padding):
+        return convolve(x, w, strides, padding, x.shape[-1])
+    geometry = {"strides": tuple(strides), "pads": _pads(x, w, strides, padding), "groups": x.shape[-1]}
+    by_sum, by_lax = (functools.partial(function, **geometry) for function in (written_out, _by_lax))
+    return lax.platform_dependent(x, w, cpu=by_sum, default=by_lax)
+
+
+def _suits(form: str, x: jax.Array, w: jax.Array, strides: Sequence[int], padding) -> bool:
+    """Whether a convolution is left to oneDNN, should its program be for one processor."""
+    if form == "lax" or x.dtype != jnp.float32 or jax.default_backend() != "cpu" or onednn.missing():
+        return False
+    if form == "onednn":
+        return True
+    pads = _pads(x, w, strides, padding)
+    y = _shape(x, w, strides, pads)
+    smallest = SMALLEST if w.shape[2] == x.shape[-1] else SMALLEST_DEPTHWISE
+    return _flops(x.shape, w.shape, y, strides, [low for low, _ in pads]) >= smallest
+
+
+def _pads(x: jax.Array, w: jax.Array, strides: Sequence[int], padding) -> Pads:
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], w.shape[:2], strides, padding)
-    pads = tuple((int(low), int(high)) for low, high in padding)
+    return tuple((int(low), int(high)) for low, high in padding)
+
+
+def _shape(x: jax.Array, w: jax.Array, strides: Sequence[int], pads: Pads) -> tuple[int, ...]:
     sides = [
         (side + low + high - k) // stride + 1
         for side, k, stride, (low, high) in zip(x.shape[1:3], w.shape[:2], strides, pads, strict=True)
     ]
-    shape = (x.shape[0], *sides, w.shape[-1])
-    return _p.bind(x, w, role=OUTPUT, shape=shape, strides=tuple(map(int, strides)), pads=pads, groups=groups)
+    return (x.shape[0], *sides, w.shape[-1])
 
 
 def definition(a: jax.Array, b: jax.Array, *, role: int, shape, strides, pads: Pads, groups: int, of=None) -> jax.Array:
@@ -122,9 +168,7 @@ def definition(a: jax.Array, b: jax.Array, *, role: int, shape, strides, pads: P
 
 
 def _by_lax(x, w, *, strides, pads, groups):
-    return lax.conv_general_dilated(
-        x, w, strides, pads, dimension_numbers=DIMENSIONS, feature_group_count=groups
-    )
+    return lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=DIMENSIONS, feature_group_count=groups)
 
 
 def written_out(x: jax.Array, w: jax.Array, *, strides, pads: Pads, groups: int = 0) -> jax.Array:
@@ -156,28 +200,30 @@ def written_out(x: jax.Array, w: jax.Array, *, strides, pads: Pads, groups: int 
     )  # fmt: skip
 
 
-def uncounted_flops(program: str) -> float:
-    """The operations of oneDNN's convolutions in a program, of which XLA counts none.
+def flops(program: jax.stages.Lowered | jax.stages.Compiled) -> float:
+    """The operations of a program, as XLA counts them; 0 where it does not.
 
-    A product and its addition are two, and products with the zeros of the padding are none, as XLA counts its own. What
-    is in a loop counts once.
-
-    Args:
-      program: its text, of `jax.stages.Lowered` or `Compiled`.
+    XLA counts nothing for what it only calls. oneDNN's convolutions are counted here as it counts its own: a product
+    and its addition are two, and products with the zeros of the padding none. What is in a loop counts once.
     """
-    total = 0
-    for line in program.splitlines():
+    counted = (program.cost_analysis() or {}).get("flops", 0.0)
+    if not counted or onednn.missing():
+        return counted
+    for line in program.as_text().splitlines():
         if onednn.TARGET in line and (found := re.search(r'convolution = "(\[.*?\])"', line)):
-            _, x, w, y, strides, low, _, _ = json.loads(found[1])
-            places = x[0] * w[2] * w[3]
-            for axis in (0, 1):
-                places *= sum(
-                    0 <= out * strides[axis] + k - low[axis] < x[1 + axis]
-                    for out in range(y[1 + axis])
-                    for k in range(w[axis])
-                )
-            total += 2 * places
-    return float(total)
+            counted += 1 + _flops(*json.loads(found[1])[1:6])  # XLA's count of a call is -1
+    return counted
+
+
+def _flops(x, w, y, strides, low) -> int:
+    """Those of the three roles alike, by the shapes of images, kernel and output."""
+    pairs = [  # of a pixel and a place of the kernel that meet
+        sum(
+            0 <= out * strides[axis] + k - low[axis] < x[1 + axis] for out in range(y[1 + axis]) for k in range(w[axis])
+        )
+        for axis in (0, 1)
+    ]
+    return 2 * x[0] * pairs[0] * pairs[1] * w[2] * w[3]
 
 
 # ---- The operation. Its operands by role, and its result last:
@@ -202,29 +248,22 @@ ad.defbilinear(_p, functools.partial(_derivative, 0), functools.partial(_derivat
 
 def _mapped(operands, axes, *, role, shape, **geometry):
     """`vmap`: over images alone it is a larger batch; networks side by side have a convolution each."""
-    size = next(
-        operand.shape[axis]
-        for operand, axis in zip(operands, axes, strict=True)
-        if axis is not batching.not_mapped
-    )
-    bind = functools.partial(_p.bind, role=role, shape=shape, **geometry)
+    mapped = [axis is not batching.not_mapped for axis in axes]
     a, b = (
-        operand if axis is batching.not_mapped else jnp.moveaxis(operand, axis, 0)
-        for operand, axis in zip(operands, axes, strict=True)
+        jnp.moveaxis(operand, axis, 0) if is_mapped else operand
+        for operand, axis, is_mapped in zip(operands, axes, mapped, strict=True)
     )
-    is_mapped = [axis is not batching.not_mapped for axis in axes]
-    if role != KERNEL_GRADIENT and is_mapped == [True, False]:
-        y = _p.bind(a.reshape(-1, *a.shape[2:]), b, role=role, shape=(size * shape[0], *shape[1:]), **geometry)
-        return y.reshape(size, *shape), 0
-    if size > UNROLLED:
-        def one(given):
-            parts = iter(given)
-            return bind(*(next(parts) if mapped else whole for mapped, whole in zip(is_mapped, (a, b), strict=True)))
+    size = a.shape[0] if mapped[0] else b.shape[0]
+    if role != KERNEL_GRADIENT and mapped == [True, False]:
+        images = a.reshape(-1, *a.shape[2:])
+        result = _p.bind(images, b, role=role, shape=(size * shape[0], *shape[1:]), **geometry)
+        return result.reshape(size, *shape), 0
 
-        return lax.map(one, tuple(whole for mapped, whole in zip(is_mapped, (a, b), strict=True) if mapped)), 0
-    parts = [bind(*(whole[i] if mapped else whole for mapped, whole in zip(is_mapped, (a, b), strict=True)))
-             for i in range(size)]
-    return jnp.stack(parts), 0
+    def one(i):
+        parts = (whole[i] if is_mapped else whole for whole, is_mapped in zip((a, b), mapped, strict=True))
+        return _p.bind(*parts, role=role, shape=shape, **geometry)
+
+    return (lax.map(one, jnp.arange(size)) if size > UNROLLED else jnp.stack([one(i) for i in range(size)])), 0
 
 
 batching.primitive_batchers[_p] = _mapped
