@@ -248,7 +248,7 @@ ad.defbilinear(_p, functools.partial(_derivative, 0), functools.partial(_derivat
 
 def _mapped(operands, axes, *, role, shape, **geometry):
     """`vmap`: over images alone it is a larger batch; networks side by side have a convolution each."""
-    mapped = [axis is not batching.not_mapped for axis in axes]
+    mapped = [axis is not None for axis in axes]
     a, b = (
         jnp.moveaxis(operand, axis, 0) if is_mapped else operand
         for operand, axis, is_mapped in zip(operands, axes, mapped, strict=True)
