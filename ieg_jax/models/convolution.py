@@ -207,7 +207,7 @@ def flops(program: jax.stages.Lowered | jax.stages.Compiled) -> float:
     and its addition are two, and products with the zeros of the padding none. What is in a loop counts once.
     """
     counted = (program.cost_analysis() or {}).get("flops", 0.0)
-    if not counted or onednn.missing():
+    if not counted or jax.default_backend() != "cpu" or onednn.missing():
         return counted
     for line in program.as_text().splitlines():
         if onednn.TARGET in line and (found := re.search(r'convolution = "(\[.*?\])"', line)):

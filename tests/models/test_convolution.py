@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
