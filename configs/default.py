@@ -138,6 +138,10 @@ def get_config(arguments: str = "") -> ConfigDict:
     # float64 is for checks, slow, and needs JAX_ENABLE_X64=1.
     model.dtype = "float32"
     model.remat = False  # keep only the inputs of each block, and compute it once more in the backward pass
+    # auto | lax | onednn: who computes convolutions of float32 on one processor, XLA (lax) or oneDNN, which
+    # pip install 'ieg_jax[cpu]' brings. auto = oneDNN where it is there and faster; onednn = an error where it is not
+    # there. Several devices, other ones and exported programs have XLA's.
+    model.convolutions = "auto"
     # .safetensors or .npz file of the weights at step 0: of another run (ieg_jax.export) or as torchvision, timm,
     # transformers and others publish them; docs/running.md. A later start does without it. "" = random weights
     model.pretrained = ""

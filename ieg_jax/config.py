@@ -63,6 +63,7 @@ FREE = (
     "mesh.",
     "microbatches",
     "model.remat",
+    "model.convolutions",
     "eval_batch_size",
     "checkpoint",
     "audit.suspects",
@@ -397,6 +398,7 @@ ADDED = {
     "finetune.layer_decay": 1.0,
     "finetune.probe_epochs": 0.0,
     "meta.weight_decay_on": "loss",
+    "model.convolutions": "auto",
     "trusted.join": False,
     "schedule.warmup_epochs": 0.0,
 }

@@ -36,6 +36,12 @@ def define_flags() -> None:
         "~/.cache/ieg_jax/xla",
         "Folder that keeps compiled programs, local or on a bucket, so that a restart compiles nothing; '' = none.",
     )
+    flags.DEFINE_boolean(
+        "keep_memory",
+        False,
+        "On a processor, with glibc: temporary arrays of a step stay with the process, which saves page faults; a step "
+        "then runs in the thread that asks for it.",
+    )
     flags.adopt_module_key_flags(cli)
 
 
@@ -46,9 +52,11 @@ def main(argv: list[str]) -> None:
     import jax
 
     # These import TensorFlow, which takes seconds, so it happens only after the flags have been checked.
-    from ieg_jax.runtime import processes, watch
+    from ieg_jax.runtime import allocation, processes, watch
     from ieg_jax.train.loop import train_and_evaluate
 
+    if values.keep_memory:
+        allocation.prepare()
     watch.enable_compilation_cache(values.compilation_cache)
     processes.initialize(values.coordinator, values.num_processes, values.process_id, values.distributed)
     try:

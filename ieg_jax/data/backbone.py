@@ -132,6 +132,7 @@ def _model(backbone: ConfigDict) -> ConfigDict:
             "pretrained": backbone.pretrained,
             "dtype": "float32",
             "remat": False,
+            "convolutions": "auto",
         }
     )
 

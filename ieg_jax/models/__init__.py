@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax.config import above, at_least, boolean, check_unread, check_values, one_of
 from ieg_jax.errors import UserError, check_choice
-from ieg_jax.models import pretrained
+from ieg_jax.models import convolution, onednn, pretrained
 from ieg_jax.models.registry import REGISTRY, create
 
 __all__ = ["REGISTRY", "UNSET", "create", "forget_unread", "validate"]
@@ -22,6 +22,7 @@ CHECKS = {
     "variant": one_of("authors", "standard"),
     "dtype": one_of("float32", "bfloat16", "float64"),
     "remat": boolean,
+    "convolutions": one_of(*convolution.FORMS),
     "conventions": one_of(*dict.fromkeys(value for values in CONVENTIONS.values() for value in values)),
 }
 
@@ -34,7 +35,8 @@ def validate(model: ConfigDict) -> None:
 
     Raises:
       UserError: for a network that does not exist, for a value that is not allowed, for a key that is set and that the
-        network does not read, for float64 where jax has none, and for a file of weights that is not read.
+        network does not read, for float64 where jax has none, for oneDNN's convolutions where they cannot be had, and
+        for a file of weights that is not read.
     """
     check_values(model, CHECKS, "model.")
     reads = {name: family.READS for name, family in REGISTRY.items()}
@@ -43,6 +45,10 @@ def validate(model: ConfigDict) -> None:
         check_choice(f"model.conventions of {model.name}", model.conventions, CONVENTIONS[model.name])
     if model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError("model.dtype=float64: set the environment variable JAX_ENABLE_X64=1, without it jax has none")
+    if model.convolutions == "onednn" and (reason := onednn.missing()):
+        raise UserError(f"model.convolutions=onednn: {reason}; or set auto, which does without it")
+    if model.convolutions == "onednn" and model.dtype != "float32":
+        raise UserError(f"model.convolutions=onednn is for model.dtype=float32, got {model.dtype}; set auto")
     pretrained.validate(model)
 
 

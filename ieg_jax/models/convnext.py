@@ -70,7 +70,7 @@ class ConvNeXt(Network):
             for number in range(blocks):
                 make = functools.partial(
                     Block, features=features, second=self.second, dtypes=self.dtypes,
-                    name=f"stage{stage}_block{number}",
+                    convolutions=self.convolutions, name=f"stage{stage}_block{number}",
                 )  # fmt: skip
                 x = self.run_block(lambda x, make=make: make()(x), x)
         return self.logits(_norm("norm", self.dtypes)(x.mean((1, 2))))
@@ -91,18 +91,23 @@ class Block(nn.Module):
       features: the channels.
       second: whether it is of V2.
       dtypes: `dtype` and `param_dtype` of a layer.
+      convolutions: see `Network`.
     """
 
     features: int
     second: bool
     dtypes: dict
+    convolutions: str = "lax"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[n, H, W, features]` -> the same shape."""
         dense = functools.partial(nn.Dense, kernel_init=normal, **self.dtypes)
         sides = (KERNEL, KERNEL)
-        y = DepthwiseConv(sides, padding=KERNEL // 2, use_bias=True, name="depthwise", **self.dtypes)(x)
+        depthwise = DepthwiseConv(
+            sides, padding=KERNEL // 2, use_bias=True, convolutions=self.convolutions, name="depthwise", **self.dtypes
+        )
+        y = depthwise(x)
         y = dense(EXPANSION * self.features, name="dense1")(_norm("norm", self.dtypes)(y))
         y = nn.gelu(y, approximate=False)
         if self.second:

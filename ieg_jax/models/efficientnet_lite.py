@@ -71,6 +71,7 @@ class EfficientNetLite0(Network):
                     conv=self.conv,
                     norm=norm,
                     dtypes=self.dtypes,
+                    convolutions=self.convolutions,
                     padding=side // 2 if symmetric else "SAME",
                     name=f"block{number}",
                 )
@@ -94,6 +95,7 @@ class MobileBlock(nn.Module):
       conv: makes a convolution without biases, as `Network.conv` does.
       norm: makes a batch norm, as `Network.norm` does.
       dtypes: `dtype` and `param_dtype` of a layer.
+      convolutions: of the depthwise convolution, see `Network`.
       padding: of the depthwise convolution, as `nn.Conv` takes it.
     """
 
@@ -104,6 +106,7 @@ class MobileBlock(nn.Module):
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
     dtypes: dict
+    convolutions: str = "lax"
     padding: int | str = "SAME"
 
     @nn.compact
@@ -115,7 +118,10 @@ class MobileBlock(nn.Module):
             y = self.conv(inner, (1, 1), name="expand_conv")(y)
             y = nn.relu6(self.norm("expand_norm")(y, train))
         sides = (self.side, self.side)
-        y = DepthwiseConv(sides, self.stride, self.padding, name="depthwise_conv", **self.dtypes)(y)
+        depthwise = DepthwiseConv(
+            sides, self.stride, self.padding, convolutions=self.convolutions, name="depthwise_conv", **self.dtypes
+        )
+        y = depthwise(y)
         y = nn.relu6(self.norm("depthwise_norm")(y, train))
         y = self.norm("project_norm")(self.conv(self.channels, (1, 1), name="project_conv")(y), train)
         return x + y if x.shape == y.shape else y

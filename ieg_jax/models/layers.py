@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ieg_jax.errors import UserError
+from ieg_jax.models import convolution
 
 DType = jnp.dtype | type
 Initializer = Callable[..., jax.Array]
@@ -82,6 +83,7 @@ class Network(nn.Module):
       dtype: the type that layers compute in: float32, bfloat16 or float64. The last layer is float32 or better.
       param_dtype: the type of the parameters and the moving averages: float32 or float64.
       remat: whether the backward pass computes each block again, which saves memory and costs time. See `run_block`.
+      convolutions: who computes them on a processor, `convolution.FORMS`.
     """
 
     num_classes: int
@@ -90,6 +92,7 @@ class Network(nn.Module):
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
     remat: bool = False
+    convolutions: str = "lax"
 
     # Flax takes a method for a part of the network, with a scope and outputs of its own, unless it is marked `nowrap`.
     # A layer that a marked method makes belongs to the module that is being called at that moment. Inside a block this
@@ -136,6 +139,7 @@ class Network(nn.Module):
             use_bias=use_bias,
             kernel_init=kernel_init,
             name=name,
+            conv_general_dilated=convolution.of_form(self.convolutions),
             **self.dtypes,
         )
 
@@ -169,9 +173,7 @@ class Network(nn.Module):
 class DepthwiseConv(nn.Module):
     """A convolution of each channel with a kernel of its own.
 
-    XLA's convolution for processors takes up to a hundred times as long for these as for others of the same work. There
-    the sum over the places of the kernel is written out, k² shifted images times k² numbers per channel, which XLA
-    makes one loop of: 2 to 40 times faster, and the same but for rounding.
+    On a processor it is computed by oneDNN or, where this is not to be had, by `convolution.written_out`.
 
     Attributes:
       kernel_size: (height, width) in pixels.
@@ -180,6 +182,7 @@ class DepthwiseConv(nn.Module):
       dtype: the type that it computes in.
       param_dtype: the type of the parameters.
       use_bias: whether there is a bias for each channel; it starts at 0.
+      convolutions: see `Network`.
     """
 
     kernel_size: tuple[int, int]
@@ -188,43 +191,16 @@ class DepthwiseConv(nn.Module):
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
     use_bias: bool = False
+    convolutions: str = "lax"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[n, H, W, C]` -> `[n, ⌈H / stride⌉, ⌈W / stride⌉, C]`; `kernel` is `[h, w, 1, C]`, `bias` `[C]`."""
         shape = (*self.kernel_size, 1, x.shape[-1])
         kernel = self.param("kernel", nn.linear.default_kernel_init, shape, self.param_dtype).astype(self.dtype)
-        x, window = x.astype(self.dtype), tuple(zip(x.shape[1:3], self.kernel_size, strict=True))
-        if self.padding == "SAME":
-            whole = [max((-(-side // self.stride) - 1) * self.stride + k - side, 0) for side, k in window]
-            pads = [(pad // 2, pad - pad // 2) for pad in whole]
-        else:
-            pads = [(self.padding, self.padding)] * 2
-
-        def convolved(x, kernel):
-            return jax.lax.conv_general_dilated(
-                x, kernel, (self.stride, self.stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=x.shape[-1],
-            )  # fmt: skip
-
-        def written_out(x, kernel):
-            x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-            last = [
-                (side - k) // self.stride * self.stride for side, k in zip(x.shape[1:3], self.kernel_size, strict=True)
-            ]
-            return sum(
-                jax.lax.slice(
-                    x,
-                    (0, i, j, 0),
-                    (len(x), i + last[0] + 1, j + last[1] + 1, x.shape[3]),
-                    (1, self.stride, self.stride, 1),
-                )
-                * kernel[i, j, 0]
-                for i in range(self.kernel_size[0])
-                for j in range(self.kernel_size[1])
-            )
-
-        y = jax.lax.platform_dependent(x, kernel, cpu=written_out, default=convolved)
+        x, strides = x.astype(self.dtype), (self.stride, self.stride)
+        padding = self.padding if self.padding == "SAME" else [(self.padding, self.padding)] * 2
+        y = convolution.depthwise(x, kernel, strides, padding, self.convolutions)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(self.dtype)
         return y

@@ -264,7 +264,7 @@ def _check_network(file: File, model: ConfigDict) -> None:
     about = epath.Path(file.path).parent / MODEL
     if not about.exists():
         return
-    free = {"dtype": model.dtype, "remat": model.remat, "pretrained": model.pretrained}  # these may differ
+    free = {key: model[key] for key in ("dtype", "remat", "convolutions", "pretrained")}  # these may differ
     theirs = {**model.to_dict(), **json.loads(about.read_text())["config"]["model"], **free}
     # Keys may differ that the network does not read, so networks are compared, and not keys.
     if registry.create(ConfigDict(theirs), num_classes=2) != registry.create(model, num_classes=2):

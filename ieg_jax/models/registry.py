@@ -59,4 +59,5 @@ def create(model: ConfigDict, num_classes: int, batch_groups: int = 1) -> Networ
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.promote_types(model.dtype, jnp.float32),
         remat=model.remat,
+        convolutions=model.convolutions,
     )

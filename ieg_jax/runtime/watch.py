@@ -20,6 +20,7 @@ from ieg_jax import config as config_lib
 from ieg_jax import files, hardware
 from ieg_jax.config import at_least
 from ieg_jax.errors import first_line
+from ieg_jax.runtime import allocation
 
 
 def validate(config: ConfigDict) -> None:
@@ -228,7 +229,13 @@ def enable_compilation_cache(folder: str) -> None:
 
 
 def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a program; on a processor one of more than LARGEST_KEPT operations is not kept in the cache."""
+    """Compiles a train step; on a processor one of more than LARGEST_KEPT operations is not kept in the cache."""
+    compiled = _compile(lowered)
+    allocation.keep_freed()
+    return compiled
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     if jax.default_backend() != "cpu" or lowered.as_text().count(" = ") <= LARGEST_KEPT:
         return lowered.compile()
     shortest = jax.config.jax_persistent_cache_min_compile_time_secs

@@ -26,7 +26,7 @@ from ieg_jax import config as config_lib
 from ieg_jax import files
 from ieg_jax.errors import Interrupted, NonFiniteError, StorageError, first_line
 from ieg_jax.lazy import asynclib
-from ieg_jax.models import pretrained
+from ieg_jax.models import convolution, pretrained
 from ieg_jax.runtime import mesh, processes, watch
 from ieg_jax.runtime.checkpoints import Checkpoints, checkpoints_exist
 from ieg_jax.runtime.claim import Claim
@@ -196,7 +196,7 @@ def _compile(run: Run, progress: Progress, reporter: Reporter, stop: processes.S
     progress.compile_seconds = time.monotonic() - began
     reporter.compiled(progress.compile_seconds, progress.start)
     # XLA counts what is in a loop once, so that parts of a batch would be missing.
-    flops = (train_step.cost_analysis() or {}).get("flops", 0.0) if run.config.microbatches == 1 else 0.0
+    flops = convolution.flops(train_step) if run.config.microbatches == 1 else 0.0
     return train_step, flops
 
 

@@ -12,6 +12,7 @@ from ieg_jax.data.batches import train_batches
 from ieg_jax.data.features import Trial, try_out
 from ieg_jax.data.load import Data, uses_backbone
 from ieg_jax.data.splits import Split
+from ieg_jax.models import convolution
 from ieg_jax.runtime import mesh
 from ieg_jax.runtime.progress import TIMED, duration_text
 from ieg_jax.train import durations, program
@@ -92,8 +93,7 @@ def _of_steps(config: ConfigDict, data: Data) -> Rehearsal:
     steps = durations.in_steps(config, len(data.train))
     built = program.build(config, shardings, program.data_shape(config, data), steps)
     if jax.devices()[0].platform == "cpu":
-        cost = built.lowered_step.cost_analysis() or {}
-        fastest = cost.get("flops", 0.0) / _operations_per_second()
+        fastest = convolution.flops(built.lowered_step) / _operations_per_second()
         if fastest > LONGEST_STEP:
             return Rehearsal(steps.num_steps, fastest, None)
     began = time.monotonic()

@@ -18,6 +18,7 @@ from configs import default
 from ieg_jax.methods import base, ieg
 from ieg_jax.methods.parts import lookahead, mixup, optimizers
 from ieg_jax.methods.parts.pseudo_labels import normalize_logits
+from ieg_jax.models import onednn
 from ieg_jax.models.wide_resnet import WideResNet
 from ieg_jax.train.step import TrainState, train_step
 
@@ -55,11 +56,12 @@ def tree(golden, prefix):
     return nested
 
 
-def setup(golden, pseudo_label_gradient):
+def setup(golden, pseudo_label_gradient, convolutions="lax"):
     config = default.get_config("reference=authors")
     config.meta.pseudo_label_gradient = pseudo_label_gradient
     optimizer = optimizers.create(config.optimizer)
-    context = base.Context(FrozenConfigDict(config), WideResNet(num_classes=10, depth=28, width=1.0), optimizer, 10)
+    network = WideResNet(num_classes=10, depth=28, width=1.0, convolutions=convolutions)
+    context = base.Context(FrozenConfigDict(config), network, optimizer, 10)
     params = tree(golden, "before/var/")
     state = TrainState(
         step=jnp.asarray(40, jnp.int32),
@@ -113,13 +115,19 @@ def test_forward_and_pseudo_labels(golden):
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(True, id="through pseudo labels"),
-        pytest.param(False, id="pseudo labels stopped", marks=pytest.mark.slow),
+        pytest.param((True, "lax"), id="through pseudo labels"),
+        pytest.param((False, "lax"), id="pseudo labels stopped", marks=pytest.mark.slow),
+        pytest.param(
+            (True, "onednn"),
+            id="through pseudo labels, by oneDNN",
+            marks=pytest.mark.skipif(bool(onednn.missing()), reason=f"oneDNN: {onednn.missing()}"),
+        ),
     ],
 )
 def result(request, golden):
     """Everything of one step with the authors' random choices, and the names their numbers go by."""
-    context, state, batch = setup(golden, request.param)
+    pseudo_label_gradient, convolutions = request.param
+    context, state, batch = setup(golden, pseudo_label_gradient, convolutions)
     coefficient = golden["out/mix_coef"]
     draw = mixup.Draw(
         jnp.asarray(golden["out/probe_mix_idx"])[None],
@@ -137,7 +145,7 @@ def result(request, golden):
     def run(state, batch):
         supervision = ieg.supervise(context, state, batch, None)
         _, aux = ieg.loss(context, state.params, state, batch, supervision, None)
-        if not request.param:  # the file has the variables after one step only, the one with the gradient
+        if not pseudo_label_gradient:  # the file has the variables after one step only, the one with the gradient
             return supervision, gradients[0], aux.terms, None, None
         after, observed = train_step(
             state,
@@ -152,7 +160,9 @@ def result(request, golden):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixup, "draw", lambda *args, **kwargs: draw)
         patch.setattr(lookahead, "meta_gradient", spy)
-        return request.param, *jax.device_get(jax.jit(run)(state, batch))
+        compiled = jax.jit(run).lower(state, batch).compile()
+        assert (onednn.TARGET in compiled.as_text()) == (convolutions == "onednn")
+        return pseudo_label_gradient, *jax.device_get(compiled(state, batch))
 
 
 def test_supervision(golden, result):

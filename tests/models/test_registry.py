@@ -13,7 +13,7 @@ from ieg_jax import models
 from ieg_jax.errors import UserError
 from ieg_jax.models.layers import Network
 
-COMMON = {"name", "dtype", "remat", "pretrained"}  # what all networks read
+COMMON = {"name", "dtype", "remat", "convolutions", "pretrained"}  # what all networks read
 
 
 def group(**keys):

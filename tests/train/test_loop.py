@@ -24,6 +24,7 @@ from ieg_jax.data.batches import train_batches
 from ieg_jax.data.load import load_data
 from ieg_jax.errors import Interrupted, NonFiniteError, UserError
 from ieg_jax.methods import supervised
+from ieg_jax.models import onednn
 from ieg_jax.runtime import processes
 from ieg_jax.runtime.checkpoints import Checkpoints
 from ieg_jax.train import begin, evaluation, metrics
@@ -207,6 +208,19 @@ def test_resuming_changes_nothing(config, undisturbed, tmp_path, monkeypatch, wh
         undisturbed[1]["weight_auroc"],
         undisturbed[1]["label_auroc"],
     )
+
+
+@pytest.mark.skipif(bool(onednn.missing()), reason=f"oneDNN: {onednn.missing()}")
+def test_resuming_changes_nothing_with_onednn(config, undisturbed, tmp_path, monkeypatch):
+    config.model.convolutions = "onednn"
+    train_and_evaluate(config, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.StopRequest, "requested", lambda self, step: step >= 2)
+        with pytest.raises(Interrupted):
+            train_and_evaluate(config, str(tmp_path / "stopped"))
+    train_and_evaluate(config, str(tmp_path / "stopped"))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole", step=6)
+    assert rows(tmp_path / "whole") != rows(undisturbed[0]), "which was not by oneDNN: its bits are others"
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(config, undisturbed, tmp_path, monkeypatch):
