@@ -20,9 +20,10 @@ def work(x):
     return x.sum()
 step = watch.compile_step(jax.jit(work).lower(x))
 assert allocation.keep_freed() == (sys.argv[1] == "kept")
-jax.block_until_ready(step(x))
+for _ in range(5):  # until the heap has grown
+    jax.block_until_ready(step(x))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(20):
     jax.block_until_ready(step(x))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, float(step(x)))
 """
@@ -38,5 +39,5 @@ def test_steps_touch_the_same_pages_again():
         faults, counts["result " + form] = ran.stdout.split()
         counts[form] = int(faults)
     assert counts["result kept"] == counts["result given back"]
-    # A page has 4 kB, an array of 4 MB a thousand, which are touched afresh in each of the five steps.
-    assert counts["given back"] > 2000 and counts["kept"] < 200, counts
+    # A page has 4 kB, an array of 4 MB a thousand, which some of which are touched afresh in each step.
+    assert counts["given back"] > 1000 and counts["kept"] < 100, counts
