@@ -120,6 +120,8 @@ def _suits(form: str, x: jax.Array, w: jax.Array, strides: Sequence[int], paddin
     """Whether a convolution is left to oneDNN, should its program be for one processor."""
     if form == "lax" or x.dtype != jnp.float32 or jax.default_backend() != "cpu" or onednn.missing():
         return False
+    if not all(isinstance(side, int) for side in (*x.shape, *w.shape)):  # exported for batches of any size
+        return False
     if form == "onednn":
         return True
     pads = _pads(x, w, strides, padding)

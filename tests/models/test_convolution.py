@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -194,6 +195,20 @@ def test_several_devices_and_exported_programs_have_lax():
     exported = jax.export.export(jax.jit(gradient(ours)), platforms=("cpu", "tpu", "cuda"))(x, w)
     assert TARGET not in exported.mlir_module()
     assert_close(exported.call(x, w), jax.jit(gradient(theirs))(x, w))
+
+
+@here
+@pytest.mark.parametrize("form", convolution.FORMS)
+def test_a_program_for_batches_of_any_size_has_lax(form):
+    """As `ieg_jax.export` makes it: its number of images is a symbol, which no threshold can be compared with."""
+    network = nn.Conv(16, (3, 3), conv_general_dilated=convolution.of_form(form))
+    x = draw((64, 16, 16, 16))[0]
+    variables = network.init(jax.random.key(0), x)
+    assert (calls(lambda x: network.apply(variables, x), x) == 0) == (form == "lax"), "large enough for oneDNN"
+    images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *x.shape[1:]), x.dtype)
+    exported = jax.export.export(jax.jit(lambda x: network.apply(variables, x)))(images)
+    for count in (1, 64):
+        assert_close(exported.call(x[:count]), network.apply(variables, x[:count]))
 
 
 @here
