@@ -13,22 +13,23 @@ import jax, jax.numpy as jnp
 from ieg_jax.runtime import allocation, watch
 if sys.argv[1] == "kept":
     allocation.prepare()
-x = jnp.ones((1000, 1000))
+x = jnp.ones((3000, 3000))
 def work(x):
-    for i in range(4):  # temporary arrays of 4 MB each
+    for i in range(2):  # temporary arrays of 36 MB each
         x = jnp.sort(x * (1.0 + i), axis=i % 2)
     return x.sum()
 step = watch.compile_step(jax.jit(work).lower(x))
 assert allocation.keep_freed() == (sys.argv[1] == "kept")
-for _ in range(5):  # until the heap has grown
+for _ in range(3):  # until the heap has grown
     jax.block_until_ready(step(x))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
+for _ in range(3):
     jax.block_until_ready(step(x))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, float(step(x)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is meant")
 def test_steps_touch_the_same_pages_again():
     counts = {}
@@ -39,5 +40,5 @@ def test_steps_touch_the_same_pages_again():
         faults, counts["result " + form] = ran.stdout.split()
         counts[form] = int(faults)
     assert counts["result kept"] == counts["result given back"]
-    # A page has 4 kB, an array of 4 MB a thousand, which some of which are touched afresh in each step.
-    assert counts["given back"] > 1000 and counts["kept"] < 100, counts
+    # glibc takes arrays above 32 MiB from the system each time: of 36 MB, 9,000 pages of 4 kB
+    assert counts["given back"] > 3 * 5000 and counts["kept"] < counts["given back"] / 2, counts
