@@ -256,10 +256,9 @@ label) in the end, and by the method's own weights in the last steps where it we
 forward passes; seconds are those of a run, beside other work. `python -m ieg_jax.reproduce leaderboard` makes this page
 of `results/`; the runs of a table are `python -m ieg_jax.reproduce run leaderboard-DATA`.
 
-No setting is chosen by a test set, nor by a noise rate that one could not know. Each method has {trials} settings,
-those that it comes with and {others} more. They were compared on examples taken out of the training set (seed {seed}),
-by the mean over two kinds of noise. This is the whole budget of the search; what it found is below each table. A method
-whose settings are not those that it comes with has a star."""
+Where a search is shown below, each method had {trials} settings, those that it comes with and {others} more, compared
+on examples taken out of the training set (seed {seed}) by the mean over two kinds of noise. This is the whole budget of
+the search, and a method whose settings are not those that it comes with has a star."""
 
 
 def page(store: results.Store, seeds: int) -> str:
@@ -270,6 +269,10 @@ def page(store: results.Store, seeds: int) -> str:
         shown = {noise: lines for noise, lines in shown.items() if len(lines) > 1}
         if shown:
             parts.append(f"## {data.title}")
+        if shown and not searched(data.settings_of or name):
+            parts.append(
+                "No search has been run: each method has the settings that it comes with in this configuration."
+            )
         parts += [f"### {noise}\n\n{tables.markdown(lines)}".rstrip() for noise, lines in shown.items()]
         if shown and searched(name):
             parts.append(
