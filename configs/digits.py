@@ -19,7 +19,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         arguments, method="ieg", noise_rate=0.8, trusted_per_class=3, seed=0, reference="default"
     )
     config = quickstart.get_config(",".join(f"{name}={value}" for name, value in vars(args).items()))
-    # Four cycles of 60, 90, 135 and 202 steps.
-    config.num_train_steps = 487
-    config.checkpoint_every_steps = 487
+    # Four cycles of 60, 90, 135 and 203 steps.
+    config.num_train_steps = 488
+    config.checkpoint_every_steps = 488
     return config

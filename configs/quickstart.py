@@ -30,7 +30,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.schedule.base_lr = 0.05
     methods.tune(config, consistency_weight=5.0)
     config.augment.strong = "affine(rotate=10,shear=0.1,zoom=0.1,translate=0.1)|intensity(0.2)|cutout(0.25)"
-    # Five cycles of 60, 90, 135, 202 and 304 steps.
+    # Five cycles of 60, 90, 135, 203 and 303 steps.
     config.schedule.first_cycle_epochs = 0
     config.schedule.first_cycle_steps = 60
     config.num_train_epochs = 0

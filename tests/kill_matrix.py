@@ -20,6 +20,7 @@ import time
 
 import bucket as buckets
 import numpy as np
+from compilation import FAST_COMPILATION
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import runs  # imports jax
@@ -59,7 +60,7 @@ class Run:
             return runs.start(arguments, log=self.folder, environment=self._environment)[0]
         with open(self.folder / "0.txt", "a") as log:
             command = [*map(str, self._launcher), "--", *arguments[2:]]
-            environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": runs.FAST_COMPILATION}
+            environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": FAST_COMPILATION}
             environment |= self._environment
             return subprocess.Popen(command, cwd=runs.ROOT, env=environment, stdout=log, stderr=log)
 

@@ -10,10 +10,10 @@ import sys
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from compilation import FAST_COMPILATION
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMINGS = ("speed/", "time/")
-FAST_COMPILATION = "--xla_backend_optimization_level=0"
 CACHE = ROOT / ".cache" / "xla"
 
 

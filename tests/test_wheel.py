@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from compilation import FAST_COMPILATION
 from runs import CACHE, ROOT
 
 
@@ -40,7 +41,7 @@ def site(tmp_path_factory):
 
 
 def run(site, folder, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(site), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "PYTHONPATH": str(site), "XLA_FLAGS": FAST_COMPILATION}
     done = subprocess.run(
         [sys.executable, "-P", *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )

@@ -9,10 +9,11 @@ import time
 
 import numpy as np
 import pytest
+from compilation import FAST_COMPILATION
 from etils import epath
 from finished_runs import write_run
 from PIL import Image
-from runs import CACHE, FAST_COMPILATION, ROOT
+from runs import CACHE, ROOT
 
 from ieg_jax import methods
 from ieg_jax.errors import UserError

@@ -14,6 +14,7 @@ import image_trees
 import numpy as np
 import pytest
 import runs
+from compilation import FAST_COMPILATION
 from PIL import Image
 
 from ieg_jax import buckets as preparation
@@ -38,9 +39,7 @@ def environment(bucket):
     try:
         with buckets.environment(bucket) as made:
             yield (
-                os.environ
-                | made
-                | {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": runs.FAST_COMPILATION}
+                os.environ | made | {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILATION}
             )
     except OSError as error:  # the cache is on another disk than TensorFlow
         pytest.skip(f"TensorFlow cannot be copied by hard links: {error}")
