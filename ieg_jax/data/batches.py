@@ -280,11 +280,12 @@ def _batched(
     # From a bucket most of the time is latency, so many are read at once, each in a thread that waits.
     calls = READS_IN_FLIGHT if is_remote else tf.data.AUTOTUNE
     examples = positions.map(at, num_parallel_calls=calls, deterministic=True).batch(local, drop_remainder=True)
+    options = tf.data.Options()
+    # These write the whole pipeline down each time that it is iterated, with the images that are in memory.
+    options.experimental_optimization.apply_default_optimizations = False
     if is_remote:
-        options = tf.data.Options()
         options.threading.private_threadpool_size = READS_IN_FLIGHT
-        examples = examples.with_options(options)
-    return examples
+    return examples.with_options(options)
 
 
 def _shuffled_rows(config: ConfigDict, stream: int, size: int, labels: np.ndarray) -> RowOf:
@@ -360,19 +361,18 @@ def _fold(seed: tf.Tensor, data: tf.Tensor | int) -> tf.Tensor:
 
 
 class _Reader:
-    """A split as TensorFlow tensors, made once: a tf.data function would copy numpy arrays into its graph."""
+    """A split as TensorFlow tensors: a tf.data function would copy numpy arrays into its graph."""
 
     def __init__(self, split: Split):
         self.size = len(split)
         if split.in_memory:
-            pixels = tf.constant(split.images)
+            pixels = split.images_tensor
             # Images of one pixel in floats are features (`sources.arrays.features`), which are not scaled.
             convert = tf.identity if split.is_features and split.images.dtype != np.uint8 else to_float
             self.image = lambda row: convert(pixels[row])
         else:
             self.image = split.images.reader()
-        self.has_views = split.views is not None
-        self._views = tf.constant(split.views) if self.has_views else None
+        self._split, self.has_views = split, split.views is not None
         # The ids of a data set fit in 32 bits; jax has no 64-bit integers by default.
         ids = split.ids.astype(np.int32)
         self._labels = {"label": split.labels, "clean_label": split.clean_labels, "id": ids}
@@ -382,9 +382,10 @@ class _Reader:
         """The image, or of features that have views one of these, the first one among them."""
         if not self.has_views:
             return self.image(row)
-        count = self._views.shape[1]
+        views = self._split.views_tensor
+        count = views.shape[1]
         number = tf.random.stateless_uniform([], seed, 0, count + 1, tf.int32)
-        return tf.cond(number == count, lambda: self.image(row), lambda: self._views[tf.cast(row, tf.int32), number])
+        return tf.cond(number == count, lambda: self.image(row), lambda: views[tf.cast(row, tf.int32), number])
 
     def labels(self, row: tf.Tensor) -> dict[str, tf.Tensor]:
         return {name: values[row] for name, values in self._labels.items()} | {"row": tf.cast(row, tf.int32)}

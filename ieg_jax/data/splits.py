@@ -1,6 +1,7 @@
 """What a data set is made of: splits of images with labels, and the checks that every source makes."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from ieg_jax.data.images import JoinedImages, StoredImages, readable
 from ieg_jax.errors import UserError
+from ieg_jax.lazy import tf
 
 UNKNOWN = -1  # as a clean label: the true class is not known
 NO_CLASS = -2  # as a clean label: the true class is known to be none of the classes, or only not to be the given one
@@ -71,6 +73,16 @@ class Split:
         """Whether there are images that can be looked at."""
         return self.pictures is not None or not self.is_features
 
+    @functools.cached_property
+    def images_tensor(self) -> "tf.Tensor":
+        """Images in memory as TensorFlow's, a copy that is made once."""
+        return _eager(self.images)
+
+    @functools.cached_property
+    def views_tensor(self) -> "tf.Tensor":
+        """`views` likewise."""
+        return _eager(self.views)
+
     def originals(self, rows: Iterable[int]) -> Iterator[np.ndarray]:
         """The images in these rows without augmentation, `[H, W, 1 or 3]` uint8, one after the other.
 
@@ -85,6 +97,11 @@ class Split:
             else:
                 image = readable(lambda number: reader(number).whole(), row, self.names[row]).numpy()
             yield image if image.dtype == np.uint8 else np.clip(np.round(image * 255), 0, 255).astype(np.uint8)
+
+
+def _eager(array: np.ndarray) -> "tf.Tensor":
+    with tf.init_scope():  # whoever asks first may be tracing a function, and the tensor outlives that
+        return tf.constant(array)
 
 
 @dataclasses.dataclass(frozen=True)

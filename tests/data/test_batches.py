@@ -4,6 +4,7 @@ import image_trees
 import jax
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from configs import default
 from ieg_jax import methods
@@ -485,3 +486,31 @@ def test_the_fingerprint_changes_with_what_it_is_of(config, data):
         if (changed != getattr(data.evaluation, column)).any():
             differs = {name for name, value in other.fingerprint().items() if value != same[name]}
             assert differs == {"test"}, column
+
+
+def test_images_and_views_are_copied_once(config, data, monkeypatch):
+    """By many readers of a split: a copy of 50,000 features of 1,280 numbers took a second each time."""
+    rng = np.random.default_rng(0)
+    feature, views = (
+        rng.normal(size=(len(data.train), *shape)).astype(np.float32) for shape in ((1, 1, 5), (3, 1, 1, 5))
+    )
+    train = dataclasses.replace(data.train, images=feature, views=views)
+    trusted = data.trusted.take(np.arange(20))
+    trusted = dataclasses.replace(trusted, images=feature[:20], views=views[:20])
+    features = dataclasses.replace(data, train=train, trusted=trusted)
+    config = config.copy_and_resolve_references()
+    config.augment.update(standard="", strong="", evaluation="")
+    copied, constant = [], tf.constant
+
+    def counting(value, *arguments, **keys):
+        copied.extend(name for name, array in (("image", feature), ("views", views)) if value is array)
+        return constant(value, *arguments, **keys)
+
+    monkeypatch.setattr(tf, "constant", counting)
+    drawn = [batches(config, features, start, start + 2) for start in (0, 1)]
+    assert_equal(drawn[0][1], drawn[1][0])
+    shown = EvalBatches(config, train, SHARDING)
+    for _ in range(2):
+        seen = np.concatenate([np.asarray(batch["image"]) for batch in shown])
+        np.testing.assert_array_equal(seen[: len(train)], feature)
+    assert sorted(copied) == ["image", "views"]
