@@ -15,9 +15,9 @@ are better evidence on their labels. So the two take turns:
    or has learnt wrong labels by heart, has less say in these. The network's own predictions take part as a third,
    unless it has: it then agrees with the given labels more often than it is right on held-out trusted examples.
 4. The best classifier is trained on all cleaned examples. That is the final one, unless the network is better on the
-   held-out trusted examples by more than two standard errors, for these are few; of images, on whose pixels a plain
-   classifier knows little, and of the features of a backbone, on several views of which the network was trained, it has
-   to be better than the network, by more than one.
+   held-out trusted examples by more than two standard errors, for these are few, and does not know labels by heart; of
+   images, on whose pixels a plain classifier knows little, and of the features of a backbone, on several views of which
+   the network was trained, it has to be better than the network, by more than one.
 
 The classifiers are scikit-learn's, which are well tested and fast. Where classes of unequal size are to count alike
 (`class_weight=balanced`), those of 2 and 4 are weighted by the labels that they are trained on, and the expected
@@ -228,7 +228,8 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
         quality = _audit(task, *by_cleaned)
     by_given = _out_of_fold(task, best, noisy.labels, np.ones(len(fold), bool), fold)
     sources = [by_cleaned, by_given]
-    if held_out is not None and not _knows_by_heart(task):
+    by_heart = held_out is not None and _knows_by_heart(task)
+    if held_out is not None and not by_heart:
         sources.append((_floored(noisy.predictions), _floored(held_out.predictions)))
     out_of_fold, elsewhere = (pooled(all_of) for all_of in zip(*sources, strict=True))
     quality = _audit(task, out_of_fold, elsewhere)
@@ -243,7 +244,7 @@ def fit(task: Task, quality: Quality, method: str, images: bool, names: Sequence
         if images:
             final = best if clearly_better(hits[1], hits[0]) else NETWORK
         else:
-            final = NETWORK if clearly_better(*hits, errors=2.0) else best
+            final = NETWORK if clearly_better(*hits, errors=2.0) and not by_heart else best
     model = model if components is None else make_pipeline(components, model)
     return Final(final, best, model, task.num_classes, quality, by_cleaned[0], tuple(lines))
 
