@@ -621,6 +621,15 @@ def test_the_log_of_tensorflow_is_silent():
     assert (done.returncode, done.stderr) == (0, "ours\n")
 
 
+def test_tensorflow_comes_without_keras_until_somebody_asks_for_it():
+    code = (
+        "import sys; from ieg_jax.lazy import tf; tf.constant(1); assert 'keras' not in sys.modules;"
+        "import tensorflow; assert tensorflow.keras.layers.Dense(2)(tf.ones([1, 3])).shape == (1, 2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("channels, preset", [(1, "grey"), (3, "photos")])
 def test_the_augmentation_suits_the_channels(channels, preset):
     clf = IEGClassifier()

@@ -17,7 +17,6 @@ come. The second view is the strong one (`augment.strong`); there both are crops
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.mixture import GaussianMixture
 
 from ieg_jax.config import Key, at_least, within
 from ieg_jax.methods.base import MAIN, Aux, Context, Stream, Supervision, total
@@ -123,6 +122,8 @@ def on_epoch(ctx: Context, state, look):
 
 def small_loss(cross_entropy: np.ndarray) -> np.ndarray:
     """P(the normal distribution with the smaller mean | loss), `[N]`, of a mixture of two."""
+    from sklearn.mixture import GaussianMixture  # takes a second, and all that reads flags comes by here
+
     low, high = cross_entropy.min(), cross_entropy.max()
     scaled = ((cross_entropy - low) / max(high - low, 1e-12))[:, None]
     mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0).fit(scaled)

@@ -4,7 +4,6 @@ They are fitted on the host at the end of an epoch, by expectation and maximisat
 """
 
 import numpy as np
-from scipy.stats import beta
 
 EDGE = 1e-4  # losses are brought into [EDGE, 1 − EDGE], where a beta distribution has a density
 STEPS = 200
@@ -29,6 +28,8 @@ def beta_mixture(losses: np.ndarray) -> np.ndarray:
     Args:
       losses: from `normalised`.
     """
+    from scipy.stats import beta  # takes a second, and all that reads flags comes by here
+
     shapes, posterior = np.empty((2, 2)), np.stack([1 - losses, losses])  # each loss at first as large as it is
     for _ in range(STEPS):
         for number, weights in enumerate(posterior):
