@@ -25,6 +25,7 @@ CONFIG_HELP = (
 
 
 STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
+COMPILATION_CACHE = "~/.cache/ieg_jax/xla"  # where runs keep compiled programs unless told otherwise
 UNENDING = "unending"  # the name of a thread that would keep a program from ending
 
 

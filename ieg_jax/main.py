@@ -33,7 +33,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string(
         "compilation_cache",
-        "~/.cache/ieg_jax/xla",
+        cli.COMPILATION_CACHE,
         "Folder that keeps compiled programs, local or on a bucket, so that a restart compiles nothing; '' = none.",
     )
     flags.DEFINE_boolean(

@@ -33,6 +33,11 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "jobs", 1, "How many runs at a time; here the processors are divided among them.", lower_bound=1
     )
+    flags.DEFINE_bool(
+        "in-process",
+        False,
+        "Run all in this process, one after the other: libraries are loaded once, which halves the time of short runs.",
+    )
     flags.DEFINE_bool("dry-run", False, "Print the commands of the runs, scripts or manifests; run nothing.")
     submit.define_flags()
     flags.DEFINE_multi_string("set", [], "key=value for every run, such as data.dir=/data/cifar; repeatable.")
@@ -79,7 +84,10 @@ def main(argv: list[str]) -> None:
     jobs.check_places(changes, named.values())
     if command == "run":
         wanted = map(changes.of, named.values())
-        jobs.run(wanted, store, values.seeds, values.jobs, values["dry-run"].value, console, cluster)
+        dry_run, in_process = (values[name].value for name in ("dry-run", "in-process"))
+        if in_process and (values.jobs > 1 or cluster):
+            raise UserError("--in-process runs one after the other here; leave out --jobs and --on")
+        jobs.run(wanted, store, values.seeds, values.jobs, dry_run, console, cluster, in_process)
     else:
         tables.show_table(table, store, values.seeds, changes, values.wide, values.format, console, values.published)
 

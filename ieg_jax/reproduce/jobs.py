@@ -1,4 +1,4 @@
-"""Runs experiments as processes, several at a time, or submits them to a cluster."""
+"""Runs experiments as processes, several at a time, or all in this one, or submits them to a cluster."""
 
 import collections
 import concurrent.futures
@@ -13,13 +13,15 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+import jax
 from etils import epath
 from rich.console import Console
 
-from ieg_jax import models
-from ieg_jax.errors import UserError
+from ieg_jax import cli, models
+from ieg_jax.errors import NonFiniteError, UserError
 from ieg_jax.reproduce import results, submit
 from ieg_jax.reproduce.experiments import Experiment
+from ieg_jax.runtime import watch
 
 # The keys that --scale=tiny sets. Networks whose size can be chosen become small.
 TINY = {
@@ -111,6 +113,7 @@ def run(
     dry_run: bool,
     console: Console,
     cluster: submit.Cluster | None = None,
+    in_process: bool = False,
 ) -> None:
     """Runs every experiment with every seed, except for runs that are finished already or under way.
 
@@ -124,6 +127,7 @@ def run(
       dry_run: whether the commands are only printed.
       console: where to print what happens.
       cluster: where the runs are submitted to, and nothing waits for them; None = they take place here.
+      in_process: whether they take place in this process, one after the other.
 
     Raises:
       UserError: before anything is run, for a configuration or a key that is wrong, and for a finished run with other
@@ -158,7 +162,10 @@ def run(
         for cell in cells:
             console.print(shlex.join(cell.command), soft_wrap=True, highlight=False)
     elif pending:
-        _run_here(pending, store, jobs, console)
+        failed = _run_in_process(pending, store, console) if in_process else _run_here(pending, store, jobs, console)
+        if failed:
+            names = "; ".join(f"{name}, seed {seed}" for name, seed in sorted(failed))
+            raise UserError(f"{len(failed)} of {len(pending)} runs failed: {names}")
 
 
 def _cell(experiment: Experiment, seed: int, store: results.Store) -> submit.Cell:
@@ -171,8 +178,37 @@ def _in_words(experiment: Experiment, seed: int, finished: dict[str, Any]) -> st
     return f"{experiment.name}, seed {seed}: {accuracy} %, {seconds:.0f} s"
 
 
-def _run_here(pending: Sequence[tuple[Experiment, int]], store: results.Store, jobs: int, console: Console) -> None:
-    """Runs experiments, each with a seed, on this machine, several at a time; see `run`.
+def _run_in_process(
+    pending: Sequence[tuple[Experiment, int]], store: results.Store, console: Console
+) -> set[tuple[str, int]]:
+    """Runs experiments, each with a seed, in this process, which loads libraries once; returns those that failed.
+
+    Several such commands may share the work folders: each leaves alone what another has finished or has under way.
+    """
+    from ieg_jax.train.loop import train_and_evaluate  # which imports what only training needs
+
+    watch.enable_compilation_cache(cli.COMPILATION_CACHE)
+    failed = set()
+    for number, (experiment, seed) in enumerate(pending, start=1):
+        if store.stage(experiment, seed) in ("done", "running"):
+            continue
+        try:
+            config = results.load_config(experiment, seed)
+            train_and_evaluate(config, str(store.work_folder(experiment, seed)), quiet=True)
+        except (UserError, NonFiniteError) as error:
+            failed.add((experiment.name, seed))
+            what = f"{experiment.name}, seed {seed}: failed\nerror: {error}"
+        else:
+            what = _in_words(experiment, seed, store.keep(experiment, seed))
+        console.print(f"[{number}/{len(pending)}] {what}", highlight=False, markup=False)
+        jax.clear_caches()  # the next run has other programs
+    return failed
+
+
+def _run_here(
+    pending: Sequence[tuple[Experiment, int]], store: results.Store, jobs: int, console: Console
+) -> set[tuple[str, int]]:
+    """Runs experiments, each with a seed, on this machine, several at a time; returns those that failed.
 
     A run that fails does not stop the others; the last lines that it printed are shown.
     """
@@ -196,9 +232,7 @@ def _run_here(pending: Sequence[tuple[Experiment, int]], store: results.Store, j
             pool.shutdown(wait=False, cancel_futures=True)
             processes.stop()
             raise
-    if failed:
-        names = "; ".join(f"{name}, seed {seed}" for name, seed in sorted(failed))
-        raise UserError(f"{len(failed)} of {len(pending)} runs failed: {names}")
+    return failed
 
 
 def _interrupt(*_) -> NoReturn:

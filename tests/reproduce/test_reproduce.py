@@ -1,5 +1,6 @@
 """The command: what it runs, what it skips, and what it shows of what is there."""
 
+import io
 import json
 import os
 import re
@@ -13,11 +14,12 @@ from compilation import FAST_COMPILATION
 from etils import epath
 from finished_runs import write_run
 from PIL import Image
-from runs import CACHE, ROOT
+from rich.console import Console
+from runs import CACHE, ROOT, assert_same_run
 
 from ieg_jax import methods
 from ieg_jax.errors import UserError
-from ieg_jax.reproduce import catalogue, experiments, figures, results, tables
+from ieg_jax.reproduce import catalogue, experiments, figures, jobs, results, tables
 from ieg_jax.reproduce.experiments import Experiment, Row, Table
 from ieg_jax.reproduce.jobs import Changes, check_places
 
@@ -57,12 +59,38 @@ def test_run_skips_what_is_done(tmp_path):
     assert "table digits-ablation has no" in command("run", one, code=1)
 
 
+def test_runs_in_one_process_are_those_of_processes_of_their_own(tmp_path, monkeypatch):
+    """One after the other, each as if it were alone; one that fails does not stop the others."""
+    monkeypatch.setattr("ieg_jax.cli.COMPILATION_CACHE", "")
+    names = ("fashion.fashion-l2r-uniform-0.4", "digits-sweep.digits-supervised-0.4")
+    fails, runs = (next(iter(catalogue.find(name)[1].values())) for name in names)
+    fails, runs = (
+        Changes(tiny=True, keys=["mesh.data=1", *keys]).of(one)
+        for one, keys in ((fails, ["data.dir=/nowhere"]), (runs, []))
+    )
+    console = Console(file=io.StringIO(), width=200)
+    both, alone = (
+        results.Store(epath.Path(tmp_path / name), epath.Path(tmp_path / f"{name}-kept")) for name in ("both", "alone")
+    )
+    with pytest.raises(UserError, match="1 of 2 runs failed: fashion-l2r-uniform-0.4, seed 0$"):
+        jobs.run([fails, runs], both, 1, 1, False, console, in_process=True)
+    jobs.run([runs], alone, 1, 1, False, console, in_process=True)
+    text = console.file.getvalue()
+    assert "2 runs, 0 finished already, 2 to do" in text and "/nowhere" in text
+    assert "[2/2] digits-supervised-0.4, seed 0: " in text and "[1/1] digits-supervised-0.4, seed 0: " in text
+    assert_same_run(*(store.work_folder(runs, 0) for store in (both, alone)), 20)
+    assert (tmp_path / "both-kept" / "digits-supervised-0.4" / "0.json").exists()
+    assert "in-process runs one after the other" in command(
+        "run", "quick", "--in-process", "--jobs=2", "--dry-run", code=1
+    )
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_shown(tmp_path):
     arguments = ("fashion.fashion-supervised-uniform-0.4", f"--workdir={tmp_path / 'work'}", "--scale=tiny")
-    for jobs in (1, 2):  # as many seeds: each takes its time to start
-        text = command("run", *arguments, f"--seeds={jobs}", f"--jobs={jobs}", "--set=data.dir=/nowhere", code=1)
-        assert f"error: {jobs} of {jobs} runs failed: fashion-supervised-uniform-0.4, seed 0" in text
+    for count in (1, 2):  # as many seeds: each takes its time to start
+        text = command("run", *arguments, f"--seeds={count}", f"--jobs={count}", "--set=data.dir=/nowhere", code=1)
+        assert f"error: {count} of {count} runs failed: fashion-supervised-uniform-0.4, seed 0" in text
         assert "/nowhere" in text
 
 
