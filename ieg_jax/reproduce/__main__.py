@@ -30,14 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "scale", "full", ["full", "tiny"], "tiny: small networks, few steps, to see that all is in place; never kept."
     )
-    flags.DEFINE_integer(
-        "jobs", 1, "How many runs at a time; here the processors are divided among them.", lower_bound=1
-    )
-    flags.DEFINE_bool(
-        "in-process",
-        False,
-        "Run all in this process, one after the other: libraries are loaded once, which halves the time of short runs.",
-    )
+    flags.DEFINE_integer("jobs", 1, "How many runs at a time; 0 = in this process, one after the other.", lower_bound=0)
     flags.DEFINE_bool("dry-run", False, "Print the commands of the runs, scripts or manifests; run nothing.")
     submit.define_flags()
     flags.DEFINE_multi_string("set", [], "key=value for every run, such as data.dir=/data/cifar; repeatable.")
@@ -84,10 +77,7 @@ def main(argv: list[str]) -> None:
     jobs.check_places(changes, named.values())
     if command == "run":
         wanted = map(changes.of, named.values())
-        dry_run, in_process = (values[name].value for name in ("dry-run", "in-process"))
-        if in_process and (values.jobs > 1 or cluster):
-            raise UserError("--in-process runs one after the other here; leave out --jobs and --on")
-        jobs.run(wanted, store, values.seeds, values.jobs, dry_run, console, cluster, in_process)
+        jobs.run(wanted, store, values.seeds, values.jobs, values["dry-run"].value, console, cluster)
     else:
         tables.show_table(table, store, values.seeds, changes, values.wide, values.format, console, values.published)
 

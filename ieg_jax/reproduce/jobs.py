@@ -113,7 +113,6 @@ def run(
     dry_run: bool,
     console: Console,
     cluster: submit.Cluster | None = None,
-    in_process: bool = False,
 ) -> None:
     """Runs every experiment with every seed, except for runs that are finished already or under way.
 
@@ -123,11 +122,11 @@ def run(
       wanted: the experiments, with the changes that the user asked for.
       store: where the runs are.
       seeds: how many seeds: 0, 1, ...
-      jobs: how many runs there are at a time; the processors are divided among them.
+      jobs: how many runs there are at a time; the processors are divided among them. 0 = in this process, one after the
+        other.
       dry_run: whether the commands are only printed.
       console: where to print what happens.
       cluster: where the runs are submitted to, and nothing waits for them; None = they take place here.
-      in_process: whether they take place in this process, one after the other.
 
     Raises:
       UserError: before anything is run, for a configuration or a key that is wrong, and for a finished run with other
@@ -162,7 +161,7 @@ def run(
         for cell in cells:
             console.print(shlex.join(cell.command), soft_wrap=True, highlight=False)
     elif pending:
-        failed = _run_in_process(pending, store, console) if in_process else _run_here(pending, store, jobs, console)
+        failed = _run_here(pending, store, jobs, console) if jobs else _run_in_process(pending, store, console)
         if failed:
             names = "; ".join(f"{name}, seed {seed}" for name, seed in sorted(failed))
             raise UserError(f"{len(failed)} of {len(pending)} runs failed: {names}")

@@ -126,6 +126,8 @@ def cluster(values: flags.FlagValues) -> Cluster | None:
     names = (name for name, places in READS.items() if on in places and name not in ("submissions", "resubmit", "jobs"))
     options = {name: values[name].value for name in names if values[name].value}
     if on == "slurm":
+        if not values.jobs:
+            raise UserError("--jobs=0: it is read with --on=local only; expected how many jobs Slurm runs at a time")
         if values["jobs"].present:
             options["jobs"] = values.jobs
         _check_slurm(options)

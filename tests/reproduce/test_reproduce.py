@@ -73,16 +73,13 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(tmp_path, monke
         results.Store(epath.Path(tmp_path / name), epath.Path(tmp_path / f"{name}-kept")) for name in ("both", "alone")
     )
     with pytest.raises(UserError, match="1 of 2 runs failed: fashion-l2r-uniform-0.4, seed 0$"):
-        jobs.run([fails, runs], both, 1, 1, False, console, in_process=True)
-    jobs.run([runs], alone, 1, 1, False, console, in_process=True)
+        jobs.run([fails, runs], both, 1, 0, False, console)
+    jobs.run([runs], alone, 1, 0, False, console)
     text = console.file.getvalue()
     assert "2 runs, 0 finished already, 2 to do" in text and "/nowhere" in text
     assert "[2/2] digits-supervised-0.4, seed 0: " in text and "[1/1] digits-supervised-0.4, seed 0: " in text
     assert_same_run(*(store.work_folder(runs, 0) for store in (both, alone)), 20)
     assert (tmp_path / "both-kept" / "digits-supervised-0.4" / "0.json").exists()
-    assert "in-process runs one after the other" in command(
-        "run", "quick", "--in-process", "--jobs=2", "--dry-run", code=1
-    )
 
 
 @pytest.mark.slow

@@ -87,6 +87,7 @@ def command(store, experiment, seed):
         (["--partition=a"], "--partition: got --on=local; it is read with --on=slurm only"),
         (["--on=slurm", "--image=i"], "--image: got --on=slurm; it is read with --on=jobset only"),
         (["--on=jobset", "--jobs=2"], "--jobs: got --on=jobset; it is read with --on=local or --on=slurm only"),
+        (["--on=slurm", "--jobs=0"], "--jobs=0: it is read with --on=local only"),
         (["--on=slurm", "--partition=a b"], "--partition=a b: expected the name of a partition"),
         (["--on=slurm", "--time-limit=12:00"], "--time-limit=12:00: expected MINUTES, HH:MM:SS or DAYS-HH:MM:SS"),
         (["--on=slurm", "--submissions=a b"], "--submissions=a b: expected a folder of this machine"),
