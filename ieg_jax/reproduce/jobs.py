@@ -195,6 +195,8 @@ def _run_in_process(
             config = results.load_config(experiment, seed)
             train_and_evaluate(config, str(store.work_folder(experiment, seed)), quiet=True)
         except (UserError, NonFiniteError) as error:
+            if store.stage(experiment, seed) == "running":
+                continue  # another command took it at the same moment
             failed.add((experiment.name, seed))
             what = f"{experiment.name}, seed {seed}: failed\nerror: {error}"
         else:

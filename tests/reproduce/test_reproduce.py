@@ -1,5 +1,6 @@
 """The command: what it runs, what it skips, and what it shows of what is there."""
 
+import contextlib
 import io
 import json
 import os
@@ -80,6 +81,21 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(tmp_path, monke
     assert "[2/2] digits-supervised-0.4, seed 0: " in text and "[1/1] digits-supervised-0.4, seed 0: " in text
     assert_same_run(*(store.work_folder(runs, 0) for store in (both, alone)), 20)
     assert (tmp_path / "both-kept" / "digits-supervised-0.4" / "0.json").exists()
+
+
+@pytest.mark.parametrize("afterwards, fails", [("running", False), ("failed", True)])
+def test_a_run_that_another_command_took_at_the_same_moment_has_not_failed(afterwards, fails, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise UserError("another process trains here")
+
+    monkeypatch.setattr("ieg_jax.cli.COMPILATION_CACHE", "")
+    monkeypatch.setattr("ieg_jax.train.loop.train_and_evaluate", refuse)
+    stages = iter(("not run", "not run", afterwards))
+    monkeypatch.setattr(results.Store, "stage", lambda *_: next(stages))
+    (one,) = catalogue.find("digits-sweep.digits-supervised-0.4")[1].values()
+    store, console = results.Store(epath.Path(tmp_path), None), Console(file=io.StringIO())
+    with pytest.raises(UserError, match="1 of 1 runs failed") if fails else contextlib.nullcontext():
+        jobs.run([one], store, 1, 0, False, console)
 
 
 @pytest.mark.slow
