@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ieg_jax.train.metrics import Examples
+
 
 @flax.struct.dataclass
 class Sums:
@@ -23,21 +25,20 @@ def empty(num_ids: int) -> Sums:
     return Sums(jnp.zeros(num_ids), jnp.zeros(num_ids), jnp.zeros(num_ids, jnp.int32))
 
 
-def add(sums: Sums, ids: jax.Array, weights: jax.Array, trust: jax.Array | None, counts: jax.Array) -> Sums:
+def add(sums: Sums, seen: Examples, counts: jax.Array) -> Sums:
     """Adds a step.
 
     Args:
       sums: of the steps before.
-      ids: `[B]` int32; one may occur twice, where an epoch ends inside a batch.
-      weights: ω*, `[B]`.
-      trust: λ*, `[B]`, or None.
+      seen: what the step found out, on every device: else XLA would rather add up the sums over the devices. An id may
+        occur twice, where an epoch ends inside a batch.
       counts: bool scalar, whether the step is one of those that are averaged.
     """
-    trust = jnp.ones_like(weights) if trust is None else trust
+    trust = jnp.ones_like(seen.weights) if seen.trust is None else seen.trust
     return Sums(
-        weight=sums.weight.at[ids].add(jnp.where(counts, weights * weights.size, 0).astype(jnp.float32)),
-        trust=sums.trust.at[ids].add(jnp.where(counts, trust, 0).astype(jnp.float32)),
-        visits=sums.visits.at[ids].add(counts.astype(jnp.int32)),
+        weight=sums.weight.at[seen.ids].add(jnp.where(counts, seen.weights * seen.weights.size, 0).astype(jnp.float32)),
+        trust=sums.trust.at[seen.ids].add(jnp.where(counts, trust, 0).astype(jnp.float32)),
+        visits=sums.visits.at[seen.ids].add(counts.astype(jnp.int32)),
     )
 
 

@@ -24,7 +24,7 @@ from ieg_jax.methods import base
 from ieg_jax.methods.parts import lookahead, optimizers
 from ieg_jax.models import own
 from ieg_jax.runtime import mesh, watch
-from ieg_jax.train import metrics, schedules
+from ieg_jax.train import examples, metrics, schedules
 from ieg_jax.train.durations import Durations
 from ieg_jax.train.step import TrainState, create_state, eval_step, train_step
 
@@ -167,13 +167,17 @@ def _build(
     )
     method = described.bind(context)
     averaged = math.ceil(config.audit.epochs * data.num_examples / config.batch_size)
-    step_function = functools.partial(
-        train_step,
-        context=context,
-        method=method,
-        schedule=schedule,
-        average_from=durations.num_steps - averaged,
-        probe_steps=in_steps(config.finetune.probe_epochs),
+    average_from = durations.num_steps - averaged
+    # With inline=True this is no more than a memory: what is traced for the shapes is not traced again for the program.
+    update = jax.jit(
+        functools.partial(
+            train_step,
+            context=context,
+            method=method,
+            schedule=schedule,
+            probe_steps=in_steps(config.finetune.probe_epochs),
+        ),
+        inline=True,
     )
     num_rows = -(-data.num_examples // base.ROWS_UNIT) * base.ROWS_UNIT
     chosen = {}
@@ -183,21 +187,25 @@ def _build(
         create_state, context, method, image_shape=data.image, num_rows=num_rows, stream_rows=chosen
     )
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    batch = batch_shape(config, data)
+    batch, rng = _place(batch_shape(config, data), shardings.batch), _place(rng, shardings.replicated)
     state = jax.eval_shape(create, rng)
     lookahead.check_layers(config.meta.layers, state.params)
-    observation = jax.eval_shape(step_function, state, batch, rng)[1]
+    state_sharding = _state_shardings(state, shardings, num_rows)
+    observation = jax.eval_shape(update, _place(state, state_sharding), batch, rng)[1]
     if averaged and observation.examples is not None:
         create = functools.partial(create, averaged_ids=data.num_ids)
         state = jax.eval_shape(create, rng)
+        state_sharding = _state_shardings(state, shardings, num_rows)
     empty = functools.partial(metrics.empty_window, observation, durations.log_every)
     window = jax.eval_shape(empty)
-    state_sharding = _state_shardings(state, shardings, num_rows)
 
     def step_and_record(state, window, batch, rng):
-        state, observation = step_function(state, batch, rng)
+        sums, counts = state.examples, state.step >= average_from
+        state, observation = update(state.replace(examples=None), batch, rng)
         # Here, and not after it is written into the window: XLA would gather the whole window at each step.
         observation = jax.lax.with_sharding_constraint(observation, shardings.replicated)
+        if sums is not None:
+            state = state.replace(examples=examples.add(sums, observation.examples, counts))
         return state, metrics.add(window, observation, state.step)
 
     def of_variables(function):
@@ -211,8 +219,8 @@ def _build(
         method=method,
         state=_place(state, state_sharding),
         window=_place(window, shardings.replicated),
-        batch=_place(batch, shardings.batch),
-        rng=_place(rng, shardings.replicated),
+        batch=batch,
+        rng=rng,
         evaluation=(
             _place(state.params, state_sharding.params),
             _place(state.batch_stats, shardings.replicated),

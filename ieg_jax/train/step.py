@@ -85,7 +85,6 @@ def train_step(
     context: Context,
     method: Method,
     schedule: optax.Schedule,
-    average_from: int = 0,
     probe_steps: int = 0,
 ) -> tuple[TrainState, metrics.Observation]:
     """One step of any method: supervise, differentiate the loss, update, average.
@@ -100,11 +99,10 @@ def train_step(
       context: static parts of the run.
       method: the bound method.
       schedule: step -> learning rate.
-      average_from: the first step, counted from 0, whose ω and λ are averaged by example.
       probe_steps: how many steps move the head alone, see `finetune`.
 
     Returns:
-      The state after the step and what to report.
+      The state after the step and what to report. `TrainState.examples` is as it was: `program` adds the report to it.
     """
     batch = transfer.received(batch)
     supervise_rng, loss_rng = jax.random.split(jax.random.fold_in(rng, state.step))
@@ -126,10 +124,6 @@ def train_step(
         opt_state=opt_state,
         ema_params=moving_average(state.ema_params, params, state.step + 1, context.config.ema),
     )
-    if state.examples is not None:
-        # On every device: else XLA would rather add up the sums of all examples over the devices.
-        seen = context.gather((batch["id"], supervision.example_weights, supervision.label_trust))
-        new_state = new_state.replace(examples=examples.add(state.examples, *seen, state.step >= average_from))
     norms = {
         "optimizer/learning_rate": learning_rate,
         "optimizer/gradient_norm": optax.global_norm(grads),

@@ -5,17 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ieg_jax.train import examples
+from ieg_jax.train import examples, metrics
 from ieg_jax.train.loop import train_and_evaluate
 
 
 def test_sums_by_hand():
     """Two steps of three, one example twice in a batch, and a step that does not count."""
     add = jax.jit(examples.add)
+
+    def seen(ids, weights, trust):
+        trust = None if trust is None else jnp.array(trust)
+        return metrics.Examples(jnp.array(ids), jnp.array(weights), jnp.ones(3, jnp.int8), trust)
+
     state = examples.empty(5)
-    state = add(state, jnp.array([4, 0, 4]), jnp.array([0.5, 0.2, 0.3]), jnp.array([1.0, 0.0, 0.0]), jnp.array(True))
-    state = add(state, jnp.array([1, 2, 3]), jnp.array([0.9, 0.1, 0.0]), jnp.array([1.0, 1.0, 1.0]), jnp.array(False))
-    state = add(state, jnp.array([0, 1, 2]), jnp.array([0.0, 1.0, 0.0]), None, jnp.array(True))
+    state = add(state, seen([4, 0, 4], [0.5, 0.2, 0.3], [1.0, 0.0, 0.0]), jnp.array(True))
+    state = add(state, seen([1, 2, 3], [0.9, 0.1, 0.0], [1.0, 1.0, 1.0]), jnp.array(False))
+    state = add(state, seen([0, 1, 2], [0.0, 1.0, 0.0], None), jnp.array(True))
     found = examples.averages(jax.device_get(state))
     np.testing.assert_array_equal(found["visits"], [2, 1, 1, 0, 2])
     np.testing.assert_allclose(found["weight"], [0.3, 3.0, 0.0, np.nan, 1.2], rtol=1e-6)  # ω times 3

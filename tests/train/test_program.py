@@ -18,6 +18,7 @@ from ieg_jax.errors import UserError
 from ieg_jax.plan import hlo
 from ieg_jax.runtime import mesh
 from ieg_jax.train import program
+from ieg_jax.train.step import train_step
 
 SHAPE = program.DataShape((8, 8, 1), (8, 8, 1), num_classes=4, num_examples=100, num_ids=100, num_trusted=8)
 BATCH = 32
@@ -50,6 +51,20 @@ def three_steps(run):
     evaluated = run.eval_step(state.params, state.batch_stats, state.method, random_batch(run.evaluation[3], 9))
     leaves = jax.tree_util.tree_leaves_with_path((state, window, evaluated))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_a_step_is_traced_once(tiny_config, monkeypatch):
+    """For its shapes, and not again for the program, though that has sums by example which the step does not see."""
+    traced = []
+
+    def step(*args, **kwargs):
+        traced.append(None)
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(program, "train_step", step)
+    run = build(tiny_config, **{"method.name": "l2r", "seed": 4321})
+    run.lowered_step.as_text()
+    assert run.state.examples is not None and len(traced) == 1
 
 
 @pytest.fixture(scope="module")
