@@ -44,4 +44,5 @@ def get_config(arguments: str = "") -> ConfigDict:
     methods.tune(config, **config_lib.OWN_DATA)
     # Of the eight epochs; methods that begin with the labels as given do so for ten elsewhere.
     methods.tune(config, bootstrap_epochs=2.0, divide_epochs=2.0, gold_epochs=2.0, transition_epochs=2.0)
+    methods.tune(config, selection_epochs=1.0)  # four of these, before incv learns from what it selected
     return config

@@ -29,6 +29,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     # Chosen with data.validation_size=400 and seeds from 100, not on the test set: see docs/quickstart.md.
     config.schedule.base_lr = 0.05
     methods.tune(config, consistency_weight=5.0)
+    methods.tune(config, selection_epochs=4.0)  # four of these, before incv learns from what it selected
     config.augment.strong = "affine(rotate=10,shear=0.1,zoom=0.1,translate=0.1)|intensity(0.2)|cutout(0.25)"
     # Five cycles of 60, 90, 135, 203 and 303 steps.
     config.schedule.first_cycle_epochs = 0

@@ -77,7 +77,7 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
         _method(consistency_weight=10.0),
         _meta(learning_rate=0.02),
     ),
-    "incv": (_method(selection_epochs=20.0), _method(selection_rounds=2), _method(discard=False)),
+    "incv": (_method(selection_rounds=2), _method(discard=False), _method(forget_epochs=2.0)),
     "l2b": _STEPS_AHEAD,
     "l2r": _STEPS_AHEAD,
     "m_correction": (_method(bootstrap_epochs=4.0), _method(bootstrap_epochs=20.0), _method(bootstrap_alpha=4.0)),

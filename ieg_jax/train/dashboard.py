@@ -9,7 +9,6 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterable, Sequence
 
-import matplotlib
 import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
@@ -158,6 +157,8 @@ def draw(tiles: list[tuple[str, list[str], tuple[int, int, int], np.ndarray]]) -
       tiles: line above, lines below, colour of all of them, image `[h, w, 1 or 3]` uint8. Lines that are too long are
         cut.
     """
+    import matplotlib  # here, for it takes 0.3 s, and most commands draw nothing
+
     font = ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), TEXT - 2)
     lines = 1 + max(len(below) for _, below, _, _ in tiles)
     wide, high = TILE + GAP, TILE + lines * TEXT + 2 * GAP
