@@ -28,6 +28,10 @@ from ieg_jax.train import examples, metrics, schedules
 from ieg_jax.train.durations import Durations
 from ieg_jax.train.step import TrainState, create_state, eval_step, train_step
 
+# The program that draws the 1.5 million weights of WRN-28-2 is compiled in 1.9 s of processor time in place of 7.8, and
+# runs for 0.1 s in place of 0.02; that of WRN-28-10, 36 million, in 2.5 in place of 8.7, and runs for 3.2 in place of 0.9.
+FEW_WEIGHTS = 50_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class DataShape:
@@ -227,7 +231,7 @@ def _build(
             _place(state.method, state_sharding.method),
             _place(evaluation_batch_shape(config, data), shardings.batch),
         ),
-        init=jax.jit(create, out_shardings=state_sharding),
+        init=jax.jit(create, out_shardings=state_sharding, compiler_options=_options_of_init(shardings, state)),
         train_step=jax.jit(
             step_and_record,
             in_shardings=(state_sharding, shardings.replicated, shardings.batch, shardings.replicated),
@@ -248,6 +252,13 @@ def _build(
 
 
 _kept = functools.lru_cache(maxsize=4)(_build)
+
+
+def _options_of_init(shardings: mesh.Shardings, state: TrainState) -> dict[str, Any] | None:
+    """For a processor XLA takes seconds to optimise a program that draws a few million weights in a tenth of one."""
+    on_processor = shardings.mesh.devices.flat[0].platform == "cpu"
+    few = sum(leaf.size for leaf in jax.tree.leaves(state.params)) < FEW_WEIGHTS
+    return {"xla_backend_optimization_level": 0} if on_processor and few else None
 
 
 def _state_shardings(state: TrainState, shardings: mesh.Shardings, num_rows: int) -> Any:
