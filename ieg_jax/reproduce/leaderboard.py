@@ -89,7 +89,7 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
         _method(unlabeled_weight=25.0),
         _method(unlabeled_ramp_steps=200),
     ),
-    "mlc": (_method(label_rate=0.0001), _method(label_rate=0.001), _method(learn_trusted=False)),
+    "mlc": (_method(label_rate=0.01), _method(label_rate=0.001), _method(learn_trusted=False)),
     "promix": (
         _method(guess_after_epochs=8.0),
         _method(pretrain_epochs=4.0),

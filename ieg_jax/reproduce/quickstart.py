@@ -61,8 +61,8 @@ def show_table(results: dict[str, list[dict]], console: Console) -> None:
     seeds = ", ".join(str(result["seed"]) for result in results["ieg"])
     table = RichTable(
         title=f"{first['dataset']}: {first['noise_rate']:.0%} {first['noise']} noise "
-        f"({first['noise_rate_effective']:.0%} of the labels wrong), {first['trusted_per_class']} trusted image(s) "
-        f"per class",
+        f"({first['noise_rate_effective']:.0%} of the labels wrong), trusted images per class: "
+        f"{first['trusted_per_class']}",
         caption=f"test accuracy in %, averaged weights at the last step, seeds {seeds}; "
         f"{platform.machine()}, {first['num_devices']} {first['device_kind']} device(s), "
         f"jax {first['versions']['jax']}",
@@ -117,7 +117,7 @@ def draw_picture(folder: pathlib.Path, seed: int, path: pathlib.Path) -> None:
     right.legend(frameon=False, fontsize=9, loc="lower right", ncols=2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    rate = config["noise"]["rate"]
-    figure.suptitle(f"digits, {rate:.0%} uniform label noise, {config['trusted']['per_class']} trusted image per class")
+    rate, trusted = config["noise"]["rate"], config["trusted"]["per_class"]
+    figure.suptitle(f"digits, {rate:.0%} uniform label noise, trusted images per class: {trusted}")
     figure.savefig(path, dpi=110)
     plt.close(figure)

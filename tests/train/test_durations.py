@@ -32,7 +32,7 @@ def test_a_budget_of_another_name_is_refused():
         check.validate(config_of("ieg", budget="seconds"))
 
 
-@pytest.mark.parametrize(("name", "steps"), [("quickstart", 791), ("digits", 488), ("fashion_mnist", 1219)])
+@pytest.mark.parametrize(("name", "steps"), [("quickstart", 325), ("digits", 488), ("fashion_mnist", 1219)])
 def test_a_run_ends_where_a_cycle_of_the_learning_rate_does(name, steps):
     """And so reports its last step: one step less, and it would report the end of the cycle before."""
     config = cli.load_config(f"configs/{name}.py")
