@@ -212,13 +212,7 @@ def _build(
             state = state.replace(examples=examples.add(sums, observation.examples, counts))
         return state, metrics.add(window, observation, state.step)
 
-    def of_variables(function):
-        return jax.jit(
-            lambda params, batch_stats, images: function({"params": params, "batch_stats": batch_stats}, images),
-            in_shardings=(state_sharding.params, shardings.replicated, shardings.batch),
-            out_shardings=shardings.replicated,
-        )
-
+    of_variables = functools.partial(_of_variables, shardings, state_sharding.params)
     return Program(
         method=method,
         state=_place(state, state_sharding),
@@ -252,6 +246,15 @@ def _build(
 
 
 _kept = functools.lru_cache(maxsize=4)(_build)
+
+
+def _of_variables(shardings: mesh.Shardings, of_params: Any, function: Callable[..., jax.Array]) -> Callable:
+    """`function` of the variables of networks and images, as one of the parameters, moving averages and images."""
+    return jax.jit(
+        lambda params, batch_stats, images: function({"params": params, "batch_stats": batch_stats}, images),
+        in_shardings=(of_params, shardings.replicated, shardings.batch),
+        out_shardings=shardings.replicated,
+    )
 
 
 def _options_of_init(shardings: mesh.Shardings, state: TrainState) -> dict[str, Any] | None:
