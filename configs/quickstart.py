@@ -3,7 +3,7 @@
     make quickstart
     python -m ieg_jax.main --config=configs/quickstart.py:method=ieg --workdir=runs/quickstart/ieg
 
-Not an experiment of the paper: scikit-learn's 8×8 digits and a small wide ResNet. On two x86-64 cores 35 s for
+Not an experiment of the paper: scikit-learn's 8×8 digits and a small wide ResNet. On two x86-64 cores 31 s for
 method=ieg; accuracy 0.967 ± 0.009 over five seeds (2026-11-29), the other methods in docs/results.md.
 """
 
