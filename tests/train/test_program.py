@@ -67,6 +67,15 @@ def test_a_step_is_traced_once(tiny_config, monkeypatch):
     assert run.state.examples is not None and len(traced) == 1
 
 
+def test_the_program_of_few_weights_is_not_optimised(tiny_config, monkeypatch):
+    run = build(tiny_config)
+    shardings = mesh.create(config_lib.resolve(tiny_config))
+    assert program._options_of_init(shardings, run.state) == {"xla_backend_optimization_level": 0}
+    weights = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+    monkeypatch.setattr(program, "FEW_WEIGHTS", weights)
+    assert program._options_of_init(shardings, run.state) is None
+
+
 @pytest.fixture(scope="module")
 def plain():
     """Results of one device and the whole batch at once, by (method, batch_groups)."""
