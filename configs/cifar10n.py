@@ -42,7 +42,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.trusted.per_class, config.trusted.holdout = args.trusted_per_class, 0.2
     config_lib.follow_backbone(config, "efficientnet_lite0")
     methods.tune(config, **config_lib.OWN_DATA)
-    # Of the eight epochs; methods that begin with the labels as given do so for ten elsewhere.
-    methods.tune(config, bootstrap_epochs=2.0, divide_epochs=2.0, gold_epochs=2.0, transition_epochs=2.0)
+    # Of the eight epochs; methods that begin with the labels as given do so for ten and more elsewhere.
+    first = ("bootstrap", "divide", "forget", "gold", "pretrain", "reweight", "transition")
+    methods.tune(config, **{f"{phase}_epochs": 2.0 for phase in first})
     methods.tune(config, selection_epochs=1.0)  # four of these, before incv learns from what it selected
     return config

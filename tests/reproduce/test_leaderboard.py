@@ -21,13 +21,20 @@ def test_each_method_is_searched_with_the_same_effort(data):
         noise = leaderboard.DATA[data].tuned_by[0]
         trials = [leaderboard.trial(data, method, number, noise) for number in range(leaderboard.TRIALS)]
         configs = [results.settings(results.load_config(trial, 0)) for trial in trials]
-        assert len(leaderboard.settings(method)) == leaderboard.TRIALS
+        assert len(leaderboard.settings(data, method)) == leaderboard.TRIALS
         assert len({json.dumps(config) for config in configs}) == leaderboard.TRIALS, (
             f"{method}: a setting occurs twice"
         )
         for config in configs:
             assert config["data.validation_size"] > 0, "the test set is not read"
             assert config["seed"] == leaderboard.FIRST_SEED >= 100
+
+
+def test_phases_are_shorter_where_a_training_is():
+    of_digits, of_cifar10n = (leaderboard.settings(data, "promix")[3] for data in ("digits", "cifar10n"))
+    assert of_digits == {"method.pretrain_epochs": 4.0, "method.guess_after_epochs": 8.0}
+    assert of_cifar10n == {"method.pretrain_epochs": 1.0, "method.guess_after_epochs": 2.0}
+    assert leaderboard.settings("cifar10n", "gce") == leaderboard.settings("digits", "gce")
 
 
 def store_at(folder):
@@ -95,4 +102,4 @@ def test_the_page_is_that_of_the_runs_that_are_kept():
 def test_settings_that_are_chosen_are_among_those_of_the_grid():
     for data in SEARCHES:
         for method, trials in leaderboard.searched(data).items():
-            assert [trial["settings"] for trial in trials] == list(leaderboard.settings(method))
+            assert [trial["settings"] for trial in trials] == list(leaderboard.settings(data, method))
