@@ -37,11 +37,16 @@ PHOTOS = (
         "ieg",
     ),
 )
+FEATURES = (
+    ("plain", "", "", "supervised"),
+    ("gaussian", "gaussian(0.1)", "", "supervised"),
+    ("gaussian, for ieg", "gaussian(0.1)", "gaussian(0.3)", "ieg"),
+)
 SECONDS, STEPS = 3.0, 12  # of one sample; steps that are timed
 
 
 def measure_pipeline(options: Options) -> tuple[Rows, list[str]]:
-    """Images of 32 pixels in memory, and JPEG files.
+    """Images of 32 pixels and features in memory, and JPEG files.
 
     Returns:
       Rows `pipeline/<data>/<augmentation>`, in images (views and trusted ones too) a second and core; and
@@ -51,7 +56,10 @@ def measure_pipeline(options: Options) -> tuple[Rows, list[str]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         small = write_small(folder)
-        sets = [("32×32×3 in memory", CIFAR, small, 64)]
+        sets = [
+            ("32×32×3 in memory", CIFAR, small, 64),
+            ("1,280 features in memory", FEATURES, write_features(folder), 256),
+        ]
         if not options.quick:
             sets.append(("JPEG 256×384 to 224×224", PHOTOS, write_photos(folder), 8))
         for title, policies, data, batch in sets:
@@ -127,6 +135,15 @@ def write_small(folder: pathlib.Path) -> dict[str, str]:
     path = folder / "small.npz"
     np.savez(path, images=images, labels=labels, trusted_images=images[:100], trusted_labels=labels[:100])
     return {"name": "arrays", "train": str(path)}
+
+
+def write_features(folder: pathlib.Path) -> dict[str, str]:
+    """5,000 rows of random numbers, as many as EfficientNet-Lite0 makes of an image, as an .npz file."""
+    features = np.random.default_rng(0).normal(size=(5000, 1280)).astype(np.float16)
+    labels = np.arange(5000) % 10
+    path = folder / "features.npz"
+    np.savez(path, features=features, labels=labels, trusted_features=features[:100], trusted_labels=labels[:100])
+    return {"name": "features", "train": str(path)}
 
 
 def write_photos(folder: pathlib.Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax.config import at_least, one_of
-from ieg_jax.data import autoaugment
+from ieg_jax.data import autoaugment, draws
 from ieg_jax.data.images import ChooseWindow, Encoded, to_float
 from ieg_jax.errors import UserError, check_choice
 from ieg_jax.lazy import tf
@@ -107,13 +107,13 @@ def cutout(image: tf.Tensor, seed: tf.Tensor, size: float = 0.5, fill: float = G
     return tf.where(inside[..., None], fill, image)
 
 
-def gaussian(image: tf.Tensor, seed: tf.Tensor, sigma: float = 0.1) -> tf.Tensor:
+def gaussian(image: tf.Tensor, seed: draws.Seed, sigma: float = 0.1) -> tf.Tensor:
     """Adds a draw from N(0, sigma²) to each number: it makes views of features, whose standard deviations are 1.
 
     Images are clipped to [-1, 1].
     """
-    noisy = image + tf.random.stateless_normal(image.shape, seed, 0.0, sigma)
-    return noisy if image.shape[:2] == (1, 1) else tf.clip_by_value(noisy, -1.0, 1.0)
+    noisy = image + sigma * draws.normals(seed, image.shape)
+    return noisy if image.shape[-3:-1] == (1, 1) else tf.clip_by_value(noisy, -1.0, 1.0)
 
 
 def random_resized_crop(
@@ -247,7 +247,7 @@ def parse_policy(text: str, key: str) -> Policy:
                         f"{key}: {operation.func.__name__} needs images of one size, and here each has its own; put "
                         f"random_resized_crop(size) or resize(size)|center_crop(size) before it, or set data.image_size"
                     )
-            image = operation(image, tf.random.experimental.stateless_fold_in(seed, number))
+            image = operation(image, draws.fold(seed, number))
         return _decoded(image)
 
     return policy
@@ -256,6 +256,11 @@ def parse_policy(text: str, key: str) -> Policy:
 def names(text: str) -> list[str]:
     """The operations of a policy, in order."""
     return [operation.func.__name__ for operation in _parse(text, "augment")]
+
+
+def at_once(text: str) -> bool:
+    """Whether a policy also takes many images `[n, H, W, C]`, with `draws.Places` as the seed."""
+    return set(names(text)) <= {"gaussian"}
 
 
 def _decoded(image: tf.Tensor | Encoded) -> tf.Tensor:

@@ -3,20 +3,21 @@
 Which example stands at which place of which batch, and how it is augmented, is a function of (seed, position)
 computed with stateless operations: position = step · batch size + place in the batch. So a run that starts at
 step s simply begins to count there, and every host can compute its own part. tf.data runs it beside the
-training, on the host's processors.
+training, on the host's processors: for each image on its own, and for features of a batch at once, where an operation
+costs less than what TensorFlow does around it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
-from ieg_jax.data import augment, transfer
+from ieg_jax.data import augment, draws, order, transfer
 from ieg_jax.data.images import READS_IN_FLIGHT, Encoded, reason, to_float
 from ieg_jax.data.load import Data
 from ieg_jax.data.splits import Split
@@ -28,8 +29,6 @@ from ieg_jax.methods.base import ALL_VIEWS, MAIN, TRUSTED, Stream
 _STREAMS = {MAIN: (0, 1), "probe": (3, 2)}
 _VIEW = 4  # for the views of `EvalBatches`
 _MORE_STREAMS = 5  # and up: two for each stream of examples with another name
-
-RowOf = Callable[["tf.Tensor"], "tf.Tensor"]  # position in a stream -> row
 
 
 def train_batches(
@@ -70,7 +69,8 @@ def train_batches(
         if chosen is not None and not len(chosen):
             raise UserError(f"step {start_step}: the method has chosen no row for its stream {name}")
         part = _Stream(config, name, number, stream, source, chosen, epoch_start)
-        parts.append(_batched(part.example, batch_size_of(config, stream), start_step, num_steps, source.is_remote))
+        size = batch_size_of(config, stream)
+        parts.append(_batched(part.example, size, start_step, num_steps, source.is_remote, part.at_once))
     merged = tf.data.Dataset.zip(tuple(parts)).map(lambda *batches: {k: v for b in batches for k, v in b.items()})
     _check_shape(merged, "augment.standard")
     yield from assembled(merged, sharding)
@@ -133,44 +133,47 @@ class _Stream:
         self._num_views = views_of(config, stream)
         self._standard = augment.parse_policy(config.augment.standard, "augment.standard")
         self._strong = augment.parse_policy(config.augment.strong, "augment.strong")
-        order, self._image_stream = _STREAMS.get(name) or (_MORE_STREAMS + 2 * number, _MORE_STREAMS + 2 * number + 1)
+        policies = ["standard", "strong"] if self._num_views > 1 else ["standard"]
+        self.at_once = _at_once(source, [config.augment[policy] for policy in policies])
+        more = _MORE_STREAMS + 2 * number
+        order_stream, self._image_stream = _STREAMS.get(name) or (more, more + 1)
         self._begin = epoch_start * batch_size_of(config, stream)
         count = self._reader.size if rows is None else len(rows)
-        row_of = _balanced_rows if stream.balanced else _shuffled_rows
+        row_of = order.balanced_rows if stream.balanced else order.shuffled_rows
         if stream.balanced and stream.source != TRUSTED:  # these are not interleaved by class
-            row_of = functools.partial(_rows_by_turns, shuffled=True)
+            row_of = functools.partial(order.rows_by_turns, shuffled=True)
         if config.class_weight == "balanced":
             keeps_order = stream.source == TRUSTED and stream.balanced and not config.trusted.shuffle
-            row_of = functools.partial(_rows_by_turns, shuffled=not keeps_order)
+            row_of = functools.partial(order.rows_by_turns, shuffled=not keeps_order)
         labels = source.labels if rows is None else source.labels[rows]
-        self._place = row_of(config, order, count, labels)
+        self._place = row_of(config, order_stream, count, labels)
 
     def _row_of(self, position: tf.Tensor) -> tf.Tensor:
         if self._rows is None:
             return self._place(position)
         # Passes over chosen rows are counted from the step of the choice, so that the first begins there.
-        return self._rows[self._place(position - self._begin)]
+        return tf.gather(self._rows, self._place(position - self._begin))
 
     def example(self, position: tf.Tensor) -> dict[str, tf.Tensor]:
-        """What stands at a position of the stream."""
+        """What stands at a position of the stream, or with `at_once` at consecutive ones."""
         row = self._row_of(position)
         seed = _seed(self._config.seed, self._image_stream, position)
-        original, labels = self._reader.view(row, _fold(seed, 0)), self._reader.labels(row)
+        original, labels = self._reader.view(row, draws.fold(seed, 0)), self._reader.labels(row)
         if not self._is_main:
             labels = {name: labels[name] for name in ("label", "row")}
-        image = self._standard(original, _fold(seed, 0) if self._is_main or self._num_views > 1 else seed)
+        image = self._standard(original, draws.fold(seed, 0) if self._is_main or self._num_views > 1 else seed)
         example = {"image": transfer.sent(image, self._config.data.transfer), **labels}
         if self._num_views > 1:
             base = original if self._config.augment.views_of == "original" else image
-            seeds = [_fold(seed, view) for view in range(1, self._num_views)]
+            seeds = [draws.fold(seed, view) for view in range(1, self._num_views)]
             if self._reader.has_views:  # each strong view is of another one than the standard view
                 views = [self._strong(self._reader.view(row, one), one) for one in seeds]
             else:
                 views = [self._strong(base, one) for one in seeds]
-            example["views"] = transfer.sent(tf.stack(views), self._config.data.transfer)
-            if example["views"].shape[1:] != image.shape:
+            example["views"] = transfer.sent(tf.stack(views, -4), self._config.data.transfer)
+            if views[0].shape != image.shape:
                 raise UserError(
-                    f"augment.strong makes views of shape {example['views'].shape[1:]}, and the standard view is "
+                    f"augment.strong makes views of shape {views[0].shape}, and the standard view is "
                     f"{image.shape}; with augment.views_of=original let it begin as augment.standard does"
                 )
         return {f"{self._prefix}{name}": value for name, value in example.items()}
@@ -209,15 +212,16 @@ class EvalBatches:
             labels = reader.labels(row)
             seed = tf.constant([0, 0], tf.int64)
             if view is not None:
-                seed = _fold(_seed(config.seed, _VIEW, tf.cast(labels["id"], tf.int64)), view)
+                seed = draws.fold(_seed(config.seed, _VIEW, tf.cast(labels["id"], tf.int64)), view)
             image = reader.image(row)
             for number, policy in enumerate(policies):
-                image = policy(image, _fold(seed, number))
+                image = policy(image, draws.fold(seed, number))
             mask = tf.cast(position < reader.size, tf.float32)
             return {"image": image, "label": labels["label"], "mask": mask}
 
         num_batches = -(-len(split) // config.eval_batch_size)
-        batches = _batched(example, config.eval_batch_size, 0, num_batches, split.is_remote)
+        at_once = split.is_features and view is None and not config.augment.evaluation  # so that nothing is drawn
+        batches = _batched(example, config.eval_batch_size, 0, num_batches, split.is_remote, at_once)
         _check_shape(batches, f"augment.{names[0]}")
         self._batches, self._sharding = batches.prefetch(2), sharding
 
@@ -260,26 +264,46 @@ def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> 
     return {key: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for key, value in batch.items()}
 
 
+def _at_once(source: Split, policies: Sequence[str]) -> bool:
+    """Whether examples can be made many at a time: features, and policies that know how."""
+    return source.is_features and all(augment.at_once(policy) for policy in policies)
+
+
 def _batched(
     example: Callable[[tf.Tensor], dict[str, tf.Tensor]],
     batch_size: int,
     start_step: int,
     num_steps: int,
     is_remote: bool,
+    at_once: bool,
 ) -> tf.data.Dataset:
-    """The part of each batch that this process reads; `example` maps a position to what stands there."""
+    """The part of each batch that this process reads.
+
+    Args:
+      example: maps a position to what stands there, or with `at_once` consecutive positions `[n]`.
+      batch_size: over all processes.
+      start_step: the first batch.
+      num_steps: the one after the last.
+      is_remote: whether an example is read from a bucket.
+      at_once: see `example`.
+    """
     local = batch_size // jax.process_count()
     offset = jax.process_index() * local
 
-    def at(count):
+    def one(count):
         return example((count // local) * batch_size + offset + count % local)
 
-    positions = tf.data.Dataset.range(start_step * local, num_steps * local)
-    # There is nothing to convert, and a UserError would become an error of another type.
-    at = tf.autograph.experimental.do_not_convert(at)
+    def many(step):
+        return example(step * batch_size + offset + tf.range(local, dtype=tf.int64))
+
     # From a bucket most of the time is latency, so many are read at once, each in a thread that waits.
     calls = READS_IN_FLIGHT if is_remote else tf.data.AUTOTUNE
-    examples = positions.map(at, num_parallel_calls=calls, deterministic=True).batch(local, drop_remainder=True)
+    first, last = (start_step, num_steps) if at_once else (start_step * local, num_steps * local)
+    # There is nothing to convert, and a UserError would become an error of another type.
+    made = tf.autograph.experimental.do_not_convert(many if at_once else one)
+    examples = tf.data.Dataset.range(first, last).map(made, num_parallel_calls=calls, deterministic=True)
+    if not at_once:
+        examples = examples.batch(local, drop_remainder=True)
     options = tf.data.Options()
     # These write the whole pipeline down each time that it is iterated, with the images that are in memory.
     options.experimental_optimization.apply_default_optimizations = False
@@ -288,76 +312,11 @@ def _batched(
     return examples.with_options(options)
 
 
-def _shuffled_rows(config: ConfigDict, stream: int, size: int, labels: np.ndarray) -> RowOf:
-    """Position -> row: each epoch shows every row once, in an order of its own."""
-    del labels
-
-    def row_of(position):
-        epoch = position // size
-        # The seed is two 32-bit words: the run's seed with the stream, and the epoch.
-        key = tf.cast(tf.stack([tf.constant(config.seed * 16 + stream, tf.int64), epoch]) % 2**32, tf.uint32)
-        return tf.random.experimental.index_shuffle(position % size, key, size - 1)
-
-    return row_of
-
-
-def _balanced_rows(config: ConfigDict, stream: int, size: int, labels: np.ndarray) -> RowOf:
-    """Position -> row, for a set that is interleaved by class.
-
-    The rows come in their order, again and again, or with `trusted.shuffle` shuffled inside each class in each epoch.
-    """
-    if not config.trusted.shuffle:
-        return lambda position: position % size
-    by_class = np.argsort(labels, kind="stable")
-    counts = np.bincount(labels)
-    first = np.cumsum(counts) - counts
-    rank = np.empty(size, np.int64)  # place of a row among the rows of its class
-    rank[by_class] = np.arange(size) - np.repeat(first, counts)
-
-    def row_of(position):
-        epoch, row = position // size, position % size
-        label = tf.gather(labels, row)
-        key = tf.stack(
-            [
-                tf.constant(config.seed * 16 + stream, tf.int64),
-                epoch * len(counts) + tf.cast(label, tf.int64),
-            ]
-        )
-        shuffled = tf.random.experimental.index_shuffle(
-            tf.gather(rank, row), tf.cast(key % 2**32, tf.uint32), tf.gather(counts, label) - 1
-        )
-        return tf.gather(by_class, tf.gather(first, label) + shuffled)
-
-    return row_of
-
-
-def _rows_by_turns(config: ConfigDict, stream: int, size: int, labels: np.ndarray, shuffled: bool) -> RowOf:
-    """Position -> row: the classes take turns whatever their sizes are, so that rows of a small class come more often.
-
-    Each pass over a class shows each of its rows once, in an order of its own where `shuffled`.
-    """
-    del size
-    _, number_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    by_class, first = np.argsort(number_of, kind="stable"), np.cumsum(counts) - counts
-
-    def row_of(position):
-        turn, number = position // len(counts), position % len(counts)
-        count = tf.gather(counts, number)
-        place = turn % count
-        if shuffled:
-            key = tf.stack([tf.constant(config.seed * 16 + stream, tf.int64), turn // count * len(counts) + number])
-            place = tf.random.experimental.index_shuffle(place, tf.cast(key % 2**32, tf.uint32), count - 1)
-        return tf.gather(by_class, tf.gather(first, number) + place)
-
-    return row_of
-
-
-def _seed(seed: int, stream: int, position: tf.Tensor) -> tf.Tensor:
-    return _fold(tf.constant([seed, stream], tf.int64), position)
-
-
-def _fold(seed: tf.Tensor, data: tf.Tensor | int) -> tf.Tensor:
-    return tf.random.experimental.stateless_fold_in(seed, data)
+def _seed(seed: int, stream: int, position: tf.Tensor) -> draws.Seed:
+    """The seed of a position, or of consecutive ones `[n]`."""
+    if position.shape.rank:
+        return draws.Places(position[0], position.shape[0], (seed, stream))
+    return draws.fold(tf.constant([seed, stream], tf.int64), position)
 
 
 class _Reader:
@@ -369,7 +328,7 @@ class _Reader:
             pixels = split.images_tensor
             # Images of one pixel in floats are features (`sources.arrays.features`), which are not scaled.
             convert = tf.identity if split.is_features and split.images.dtype != np.uint8 else to_float
-            self.image = lambda row: convert(pixels[row])
+            self.image = lambda row: convert(tf.gather(pixels, row))
         else:
             self.image = split.images.reader()
         self._split, self.has_views = split, split.views is not None
@@ -378,17 +337,20 @@ class _Reader:
         self._labels = {"label": split.labels, "clean_label": split.clean_labels, "id": ids}
         self._labels = {name: tf.constant(values) for name, values in self._labels.items()}
 
-    def view(self, row: tf.Tensor, seed: tf.Tensor) -> tf.Tensor | Encoded:
+    def view(self, row: tf.Tensor, seed: draws.Seed) -> tf.Tensor | Encoded:
         """The image, or of features that have views one of these, the first one among them."""
         if not self.has_views:
             return self.image(row)
         views = self._split.views_tensor
         count = views.shape[1]
-        number = tf.random.stateless_uniform([], seed, 0, count + 1, tf.int32)
-        return tf.cond(number == count, lambda: self.image(row), lambda: views[tf.cast(row, tf.int32), number])
+        number = draws.integers(seed, count + 1)
+        another = tf.gather_nd(views, tf.stack([tf.cast(row, tf.int32), tf.minimum(number, count - 1)], -1))
+        is_first = tf.reshape(number == count, [*number.shape, 1, 1, 1])
+        return tf.where(is_first, self.image(row), another)
 
     def labels(self, row: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {name: values[row] for name, values in self._labels.items()} | {"row": tf.cast(row, tf.int32)}
+        labels = {name: tf.gather(values, row) for name, values in self._labels.items()}
+        return labels | {"row": tf.cast(row, tf.int32)}
 
 
 def _read(batches: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -137,6 +138,23 @@ def load_data(config: ConfigDict, quiet: bool = False) -> Data:
         notices=tuple(notices),
     )
     return _as_features(data, config.backbone, quiet) if uses_backbone(config) else data
+
+
+class LoadOnce:
+    """`load_data` that keeps what it loaded last, for runs in one process that differ in their methods alone."""
+
+    READS = ("data", "noise", "trusted", "backbone")  # groups of the configuration that `load_data` reads
+
+    def __init__(self):
+        self._asked, self._data = "", None
+
+    def __call__(self, config: ConfigDict, quiet: bool = False) -> Data:
+        """See `load_data`."""
+        asked = json.dumps([config[group].to_dict() for group in self.READS])
+        if asked != self._asked:
+            self._asked, self._data = "", None  # before others take as much memory
+            self._data, self._asked = load_data(config, quiet), asked
+        return self._data
 
 
 def uses_backbone(config: ConfigDict) -> bool:

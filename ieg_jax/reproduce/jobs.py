@@ -180,12 +180,16 @@ def _in_words(experiment: Experiment, seed: int, finished: dict[str, Any]) -> st
 def _run_in_process(
     pending: Sequence[tuple[Experiment, int]], store: results.Store, console: Console
 ) -> set[tuple[str, int]]:
-    """Runs experiments, each with a seed, in this process, which loads libraries once; returns those that failed.
+    """Runs experiments, each with a seed, in this process, which loads libraries and data once.
+
+    Returns those that failed.
 
     Several such commands may share the work folders: each leaves alone what another has finished or has under way.
     """
-    from ieg_jax.train.loop import train_and_evaluate  # which imports what only training needs
+    from ieg_jax.data.load import LoadOnce  # these import what only training needs
+    from ieg_jax.train.loop import train_and_evaluate
 
+    load = LoadOnce()
     watch.enable_compilation_cache(cli.COMPILATION_CACHE)
     failed = set()
     for number, (experiment, seed) in enumerate(pending, start=1):
@@ -193,7 +197,7 @@ def _run_in_process(
             continue
         try:
             config = results.load_config(experiment, seed)
-            train_and_evaluate(config, str(store.work_folder(experiment, seed)), quiet=True)
+            train_and_evaluate(config, str(store.work_folder(experiment, seed)), quiet=True, load=load)
         except (UserError, NonFiniteError) as error:
             if store.stage(experiment, seed) == "running":
                 continue  # another command took it at the same moment

@@ -76,11 +76,16 @@ class Progress:
 
 
 def prepare(
-    config: ConfigDict, folder: WorkFolder, shardings: mesh.Shardings, network: nn.Module | None, quiet: bool = False
+    config: ConfigDict,
+    folder: WorkFolder,
+    shardings: mesh.Shardings,
+    network: nn.Module | None,
+    quiet: bool = False,
+    load: Callable[[ConfigDict, bool], Data] = load_data,
 ) -> Run:
     """Loads the data, resolves what follows from them, and builds the program."""
     with processes.together():
-        data = load_data(config, quiet)
+        data = load(config, quiet)
         config = config_lib.resolve(config, data.facts)
         steps = durations.in_steps(config, len(data.train))
         named = {data.evaluation_name: data.evaluation, "trusted": data.trusted}

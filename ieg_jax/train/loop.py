@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax import files
+from ieg_jax.data.load import Data, load_data
 from ieg_jax.errors import Interrupted, NonFiniteError, StorageError, first_line
 from ieg_jax.lazy import asynclib
 from ieg_jax.models import convolution, pretrained
@@ -37,7 +38,11 @@ from ieg_jax.train.begin import Progress, Run
 
 
 def train_and_evaluate(
-    config: ConfigDict, workdir: str, network: nn.Module | None = None, quiet: bool = False
+    config: ConfigDict,
+    workdir: str,
+    network: nn.Module | None = None,
+    quiet: bool = False,
+    load: Callable[[ConfigDict, bool], Data] = load_data,
 ) -> dict[str, Any]:
     """Trains what `config` says in the work folder `workdir`.
 
@@ -49,6 +54,7 @@ def train_and_evaluate(
       network: any linen module that fits `models.own.adapt`, in place of the one that `config.model` names. The work
         folder notes its class in network.json; `inference.load` then wants it too.
       quiet: nothing is shown while it trains.
+      load: in place of `load_data`, which it has to equal: `LoadOnce`.
 
     Returns:
       The contents of result.json.
@@ -78,7 +84,7 @@ def train_and_evaluate(
         with processes.together():
             if jax.process_index() == 0:
                 claim.take()
-        return _run(config, folder, shardings, network, quiet, claim, began)
+        return _run(config, folder, shardings, network, quiet, load, claim, began)
 
 
 def _run(
@@ -87,6 +93,7 @@ def _run(
     shardings: mesh.Shardings,
     network: nn.Module | None,
     quiet: bool,
+    load: Callable[[ConfigDict, bool], Data],
     claim: Claim,
     began: float,
 ) -> dict[str, Any]:
@@ -97,7 +104,7 @@ def _run(
         tracking.check_login(config)
 
     # ---- The data, and the functions that are compiled for them.
-    run = begin.prepare(config, folder, shardings, network, quiet)
+    run = begin.prepare(config, folder, shardings, network, quiet, load)
     with processes.together():
         weights = pretrained.fit(file, run.config.model, run.program.one_network)
     processes.check_same("the file of model.pretrained", file.sha256 if file else "")

@@ -5,13 +5,14 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from configs import default
 from ieg_jax import methods
+from ieg_jax.data import augment, shards
 from ieg_jax.data import batches as batches_lib
-from ieg_jax.data import shards
 from ieg_jax.data.batches import EvalBatches, train_batches
-from ieg_jax.data.load import load_data
+from ieg_jax.data.load import LoadOnce, load_data
 from ieg_jax.data.sources import load as sources
 from ieg_jax.data.splits import make_split
 from ieg_jax.errors import UserError
@@ -476,6 +477,18 @@ def test_a_file_that_goes_away(stored):
         next(train_batches(config, data, streams(config), 0, 1, SHARDING))
 
 
+def test_data_are_loaded_once_where_only_the_method_differs(config):
+    load, config = LoadOnce(), config.copy_and_resolve_references()
+    first = load(config)
+    config.method.name, config.batch_size = "supervised", 32
+    assert load(config) is first
+    config.noise.rate = 0.1
+    other = load(config)
+    assert (other.train.labels != first.train.labels).any()
+    groups = ConfigDict({group: config[group].to_dict() for group in LoadOnce.READS})
+    assert load_data(groups).fingerprint() == other.fingerprint(), "nothing else is read"
+
+
 def test_the_fingerprint_changes_with_what_it_is_of(config, data):
     same = load_data(config).fingerprint()
     assert same == data.fingerprint() and set(same) == {"train", "trusted", "test"}
@@ -488,18 +501,78 @@ def test_the_fingerprint_changes_with_what_it_is_of(config, data):
             assert differs == {"test"}, column
 
 
+def as_features(data, views):
+    """The data with five numbers in place of each image, and of each of its views."""
+
+    def made(split, seed):
+        rng = np.random.default_rng(seed)
+        shapes = {"images": (1, 1, 5)} | ({"views": (views, 1, 1, 5)} if views else {})
+        return dataclasses.replace(
+            split, **{name: rng.normal(size=(len(split), *s)).astype(np.float32) for name, s in shapes.items()}
+        )
+
+    return dataclasses.replace(data, train=made(data.train, 0), trusted=made(data.trusted, 1))
+
+
+def of_features(config, **augment):
+    config = config.copy_and_resolve_references()
+    config.augment.update({"standard": "", "strong": "", "evaluation": ""} | augment)
+    return config
+
+
+@pytest.mark.parametrize("views", [0, 3])
+@pytest.mark.parametrize("name", ["ieg", "mixmatch", "mlc"])
+def test_features_are_made_many_at_once(config, data, monkeypatch, views, name):
+    """From any step on, by any number of processes, and with the rows that stand there one at a time."""
+    config = of_features(config, standard="gaussian(0.1)", strong="gaussian(0.3)")
+    config.method.name = name
+    data = as_features(data, views)
+    whole = batches(config, data, 3, 6)
+    assert_equal(batches(config, data, 5, 6)[0], whole[2])
+    with monkeypatch.context() as several:
+        several.setattr(batches_lib, "to_global", lambda batch, sharding: batch)
+        several.setattr(jax, "process_count", lambda: 2)
+        parts = []
+        for process in range(2):
+            several.setattr(jax, "process_index", lambda process=process: process)
+            parts.append(list(train_batches(config, data, streams(config), 3, 6, SHARDING)))
+        for step, batch in enumerate(whole):
+            assert_equal({key: np.concatenate([part[step][key] for part in parts]) for key in batch}, batch)
+    monkeypatch.setattr(augment, "at_once", lambda policy: False)
+    for batch, one_by_one in zip(whole, batches(config, data, 3, 6), strict=True):
+        assert {key: array.shape for key, array in batch.items()} == {k: v.shape for k, v in one_by_one.items()}
+        assert_equal(*({k: v for k, v in b.items() if v.ndim == 1} for b in (batch, one_by_one)))
+
+
+def test_the_noise_of_features(config, data):
+    """Has the deviations that the policies say, in each view another draw, and others with another seed."""
+    data = as_features(data, 0)
+
+    def noise(seed, **augment):
+        config_ = of_features(config, **augment)
+        config_.seed = seed
+        made = batches(config_, data, 0, 20)
+        standard, strong = [
+            [batch[name].reshape(-1, 5) - data.train.images[batch["row"], 0, 0] for batch in made]
+            for name in ("image", "views")
+        ]
+        return np.concatenate(standard), np.concatenate(strong)
+
+    policies = {"standard": "gaussian(0.1)", "strong": "gaussian(0.3)|gaussian(0.4)", "views_of": "original"}
+    standard, strong = noise(0, **policies)
+    assert abs(standard.std() - 0.1) < 0.005 and abs(strong.std() - 0.5) < 0.025, "variances add"
+    assert abs(standard.mean()) < 0.005 and abs(np.corrcoef(standard.ravel(), strong.ravel())[0, 1]) < 0.05
+    others, _ = noise(1, **policies)
+    assert abs(np.corrcoef(standard.ravel(), others.ravel())[0, 1]) < 0.05
+    _, of_standard = noise(0, **policies | {"views_of": "standard"})
+    np.testing.assert_allclose(of_standard - standard, strong, atol=1e-5)
+
+
 def test_images_and_views_are_copied_once(config, data, monkeypatch):
     """By many readers of a split: a copy of 50,000 features of 1,280 numbers took a second each time."""
-    rng = np.random.default_rng(0)
-    feature, views = (
-        rng.normal(size=(len(data.train), *shape)).astype(np.float32) for shape in ((1, 1, 5), (3, 1, 1, 5))
-    )
-    train = dataclasses.replace(data.train, images=feature, views=views)
-    trusted = data.trusted.take(np.arange(20))
-    trusted = dataclasses.replace(trusted, images=feature[:20], views=views[:20])
-    features = dataclasses.replace(data, train=train, trusted=trusted)
-    config = config.copy_and_resolve_references()
-    config.augment.update(standard="", strong="", evaluation="")
+    features = as_features(data, 3)
+    train, (feature, views) = features.train, (features.train.images, features.train.views)
+    config = of_features(config)
     copied, constant = [], tf.constant
 
     def counting(value, *arguments, **keys):
