@@ -307,7 +307,8 @@ def test_each_method_goes_on_after_a_stop_and_can_be_taken_along(tiny_config, tm
     np.testing.assert_allclose(inference.predict(inference.load(tmp_path / "weights"), evaluation), found, atol=1e-6)
     inference.export_stablehlo(trained, tmp_path / "function")
     served = inference.load_stablehlo(tmp_path / "function")
-    np.testing.assert_allclose(served(evaluation.images[:20]), found[:20], atol=1e-5)
+    # The logits of rog are differences of large numbers, whose rounding depends on the program.
+    np.testing.assert_allclose(served(evaluation.images[:20]), found[:20], atol=5e-5)
 
 
 def test_the_prediction_of_a_method_is_used_everywhere(toy_config, tmp_path):
