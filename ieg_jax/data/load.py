@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -138,6 +139,9 @@ def load_data(config: ConfigDict, quiet: bool = False) -> Data:
         notices=tuple(notices),
     )
     return _as_features(data, config.backbone, quiet) if uses_backbone(config) else data
+
+
+Load = Callable[[ConfigDict, bool], Data]  # `load_data`, or what does the same
 
 
 class LoadOnce:

@@ -186,7 +186,8 @@ def _run_in_process(
 
     Several such commands may share the work folders: each leaves alone what another has finished or has under way.
     """
-    from ieg_jax.data.load import LoadOnce  # these import what only training needs
+    # These import what only training needs.
+    from ieg_jax.data.load import LoadOnce
     from ieg_jax.train.loop import train_and_evaluate
 
     load = LoadOnce()

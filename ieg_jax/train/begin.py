@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ieg_jax import config as config_lib
 from ieg_jax import hardware
 from ieg_jax.data.batches import EvalBatches, train_batches
-from ieg_jax.data.load import Data, load_data
+from ieg_jax.data.load import Data, Load, load_data
 from ieg_jax.data.splits import UNKNOWN
 from ieg_jax.errors import UserError, check_choice
 from ieg_jax.lazy import metric_writers
@@ -81,7 +81,7 @@ def prepare(
     shardings: mesh.Shardings,
     network: nn.Module | None,
     quiet: bool = False,
-    load: Callable[[ConfigDict, bool], Data] = load_data,
+    load: Load = load_data,
 ) -> Run:
     """Loads the data, resolves what follows from them, and builds the program."""
     with processes.together():

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from ieg_jax import config as config_lib
 from ieg_jax import files
-from ieg_jax.data.load import Data, load_data
+from ieg_jax.data.load import Load, load_data
 from ieg_jax.errors import Interrupted, NonFiniteError, StorageError, first_line
 from ieg_jax.lazy import asynclib
 from ieg_jax.models import convolution, pretrained
@@ -38,11 +38,7 @@ from ieg_jax.train.begin import Progress, Run
 
 
 def train_and_evaluate(
-    config: ConfigDict,
-    workdir: str,
-    network: nn.Module | None = None,
-    quiet: bool = False,
-    load: Callable[[ConfigDict, bool], Data] = load_data,
+    config: ConfigDict, workdir: str, network: nn.Module | None = None, quiet: bool = False, load: Load = load_data
 ) -> dict[str, Any]:
     """Trains what `config` says in the work folder `workdir`.
 
@@ -54,7 +50,7 @@ def train_and_evaluate(
       network: any linen module that fits `models.own.adapt`, in place of the one that `config.model` names. The work
         folder notes its class in network.json; `inference.load` then wants it too.
       quiet: nothing is shown while it trains.
-      load: in place of `load_data`, which it has to equal: `LoadOnce`.
+      load: `load_data`, or a `LoadOnce`.
 
     Returns:
       The contents of result.json.
@@ -93,7 +89,7 @@ def _run(
     shardings: mesh.Shardings,
     network: nn.Module | None,
     quiet: bool,
-    load: Callable[[ConfigDict, bool], Data],
+    load: Load,
     claim: Claim,
     began: float,
 ) -> dict[str, Any]:
@@ -220,12 +216,7 @@ def _summarize(run: Run, progress: Progress, step: int, window: metrics.Window) 
 
 
 def _log(
-    run: Run,
-    progress: Progress,
-    step: int,
-    row: dict[str, Any],
-    reporter: Reporter,
-    checkpoints: Checkpoints,
+    run: Run, progress: Progress, step: int, row: dict[str, Any], reporter: Reporter, checkpoints: Checkpoints
 ) -> None:
     """Writes a row to metrics.jsonl, TensorBoard and W&B, and shows the most important of it."""
     row["speed/wall_seconds"] = progress.wall_seconds

@@ -181,7 +181,7 @@ def test_a_step_draws_among_the_views(config):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     every = np.concatenate([data.train.images[:, None], data.train.views], 1)
     drawn = []
-    batches = train_batches(config, data, {"main": Stream(views=ALL_VIEWS)}, 0, 20, sharding)
+    batches = train_batches(config, data, {"main": Stream(views=ALL_VIEWS)}, 0, 60, sharding)
     for batch in map(jax.device_get, batches):
         for images in (batch["image"], batch["views"][:, 0]):
             is_it = (every[batch["row"]] == images[:, None]).all((2, 3, 4))
