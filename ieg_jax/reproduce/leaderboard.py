@@ -276,14 +276,14 @@ def page(store: results.Store, seeds: int) -> str:
     for name, data in DATA.items():
         shown = {noise: _lines(name, noise, store, seeds) for noise in data.noises}
         shown = {noise: lines for noise, lines in shown.items() if len(lines) > 1}
-        if shown:
+        if shown or searched(name):
             parts.append(f"## {data.title}")
         if shown and not searched(data.settings_of or name):
             parts.append(
                 "No search has been run: each method has the settings that it comes with in this configuration."
             )
         parts += [f"### {noise}\n\n{tables.markdown(lines)}".rstrip() for noise, lines in shown.items()]
-        if shown and searched(name):
+        if searched(name):
             parts.append(
                 f"### Settings: accuracy on {data.validation:,} validation examples\n\n{_search(name)}".rstrip()
             )
