@@ -2,8 +2,9 @@
 
 An operation is a function (image, seed, parameters) -> image. An image is float32 `[H, W, C]` in [-1, 1], where black
 is -1 and grey 0, or it is a row of features `[1, 1, D]` (`sources.arrays.features`). A seed is int64 `[2]`, and the
-same seed gives the same result on every machine. A policy is written as operations joined by `|`, such as
-`crop(pad=4)|flip|cutout(0.5)`. A new operation is a function with an entry in OPERATIONS.
+same seed gives the same result on every machine; `gaussian` also takes many rows `[n, 1, 1, D]`, with `draws.Places`
+for their seeds. A policy is written as operations joined by `|`, such as `crop(pad=4)|flip|cutout(0.5)`. A new
+operation is a function with an entry in OPERATIONS.
 """
 
 from __future__ import annotations
