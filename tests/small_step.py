@@ -1,5 +1,6 @@
 """One training step of any method on a network of two convolutions and images of random numbers."""
 
+import dataclasses
 import functools
 import types
 
@@ -43,6 +44,7 @@ def make(method_name, groups=1, dtype=jnp.float32, network=None, **overrides):
         schedule=optax.constant_schedule(0.1),
     )
     method = described.bind(context)
+    method = dataclasses.replace(method, supervise=jax.jit(method.supervise), loss=jax.jit(method.loss))
     state = jax.jit(lambda: create_state(context, method, jax.random.key(0), (8, 8, 1), 50))()
     step = functools.partial(train_step, context=context, method=method, schedule=context.schedule)
     return context, method, state, step

@@ -12,6 +12,8 @@ the published code the selected examples are drawn class by class alike; here `c
 = N the vote is that of all examples: the most frequent label wins everywhere.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ KEYS = {
     "pair_alpha": mixup.PAIR_ALPHA,
     "warmup_epochs": Key(1.0, at_least(0), "Epochs on all examples with the labels as given."),
 }
-AT_ONCE = 1024
+PAIRS_AT_ONCE = 2**25
 
 
 def init(ctx: Context, rng, num_rows: int) -> dict[str, jax.Array]:
@@ -75,6 +77,8 @@ def on_epoch(ctx: Context, state, look):
 def votes(features: np.ndarray, label: np.ndarray, num_classes: int, neighbours: int) -> np.ndarray:
     """Votes of the nearest neighbours, divided by the winner's: `[N, K]` in [0, 1].
 
+    The search is exact: N² D multiplications on a device, whose memory holds `[N, D]` and PAIRS_AT_ONCE float32.
+
     Args:
       features: `[N, D]`.
       label: `[N]`.
@@ -86,10 +90,21 @@ def votes(features: np.ndarray, label: np.ndarray, num_classes: int, neighbours:
     weight = 1 / np.maximum(np.bincount(label, minlength=num_classes), 1)
     # With all neighbours the frequencies themselves decide.
     weight = np.ones_like(weight) if count == len(unit) else weight
+    at_once = max(1, min(len(unit), PAIRS_AT_ONCE // len(unit)))
+    everyone = jnp.asarray(unit, jnp.float32)
     found = np.empty((len(unit), num_classes))
-    for start in range(0, len(unit), AT_ONCE):
-        alike = unit[start : start + AT_ONCE] @ unit.T
-        nearest = np.argpartition(-alike, count - 1, axis=1)[:, :count]
-        for row, each in enumerate(label[nearest], start=start):
-            found[row] = np.bincount(each, minlength=num_classes) * weight
+    for start in range(0, len(unit), at_once):
+        first = min(start, len(unit) - at_once)  # the last ones once more, so that all blocks have one shape
+        near = label[np.asarray(_nearest(everyone, first, at_once, count))]
+        cells = near + num_classes * np.arange(at_once)[:, None]
+        counts = np.bincount(cells.ravel(), minlength=num_classes * at_once)
+        found[first : first + at_once] = counts.reshape(at_once, num_classes) * weight
     return found / found.max(1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnames=("at_once", "count"))
+def _nearest(everyone: jax.Array, first: int, at_once: int, count: int) -> jax.Array:
+    """Rows of the `count` most alike to each of `at_once` rows from `first` on, themselves among them."""
+    some = jax.lax.dynamic_slice_in_dim(everyone, first, at_once)
+    alike = jnp.matmul(some, everyone.T, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.top_k(alike, count)[1]

@@ -17,7 +17,7 @@ def softmax(logits):
 
 def test_two_steps_by_hand():
     context, method, state, step = make("elr_plus", groups=2, **KEYS)
-    forward, supervise, loss, step = map(jax.jit, (context.forward, method.supervise, method.loss, step))
+    forward, step = jax.jit(context.forward), jax.jit(step)
     target = np.zeros((50, 2, CLASSES))
     for seed in range(2):
         batch = make_batch(seed=seed)
@@ -25,9 +25,9 @@ def test_two_steps_by_hand():
         p = softmax(forward(state.ema_params, state.batch_stats, batch["image"])[0])
         for network in (0, 1):
             target[rows, network] = BETA * target[rows, network] + (1 - BETA) * p[1 - network]
-        supervision = supervise(state, batch, KEY)
+        supervision = method.supervise(state, batch, KEY)
         np.testing.assert_allclose(supervision.prepared[0], target[rows].swapaxes(0, 1), rtol=1e-4, atol=1e-7)
-        value, _ = loss(state.params, state, batch, supervision, None)
+        value, _ = method.loss(state.params, state, batch, supervision, None)
         expected, pairs = 0.0, supervision.prepared[2]
         for network in (0, 1):
             share = float(pairs.share[network])
@@ -50,10 +50,10 @@ def test_two_steps_by_hand():
 
 def test_targets_come_from_the_average_of_the_other_network():
     _, method, state, _ = make("elr_plus", **KEYS)
-    batch, supervise = make_batch(), jax.jit(method.supervise)
+    batch = make_batch()
 
     def targets(**changed):
-        return supervise(state.replace(**changed), batch, KEY).prepared[0]
+        return method.supervise(state.replace(**changed), batch, KEY).prepared[0]
 
     def second_moved(tree):
         return jax.tree.map(lambda leaf: leaf.at[1].multiply(2), tree)
@@ -63,7 +63,7 @@ def test_targets_come_from_the_average_of_the_other_network():
     np.testing.assert_array_equal(one[1], two[1])
     assert np.abs(one[0] - two[0]).max() > 1e-3
     _, method, state, _ = make("elr_plus", **KEYS, **{"ema.decay": 0.0})
-    np.testing.assert_allclose(jax.jit(method.supervise)(state, batch, KEY).prepared[0], two, rtol=1e-5)
+    np.testing.assert_allclose(method.supervise(state, batch, KEY).prepared[0], two, rtol=1e-5)
 
 
 def test_without_regularisation_and_mixture_it_is_plain_training_of_each():
@@ -71,7 +71,7 @@ def test_without_regularisation_and_mixture_it_is_plain_training_of_each():
     _, method, state, _ = make("elr_plus", **keys)
     _, plain, one, _ = make("supervised")
     batch = make_batch()
-    supervision = jax.jit(method.supervise)(state, batch, KEY)
+    supervision = method.supervise(state, batch, KEY)
     loss = jax.jit(jax.value_and_grad(lambda params: method.loss(params, state, batch, supervision, None)[0]))
     value, gradient = loss(state.params)
     alone = jax.jit(jax.value_and_grad(lambda params: plain.loss(params, one, batch, None, None)[0]))
@@ -89,10 +89,10 @@ def test_it_pulls_towards_the_targets():
     _, method, state, _ = make("elr_plus", **KEYS, **{"method.mixing_alpha": 0.0})
     batch = jax.tree.map(lambda array: array[:3], make_batch())
     nothing = jax.tree.map(jnp.zeros_like, state.params)
-    supervision = jax.jit(method.supervise)(state, batch, KEY)
+    supervision = method.supervise(state, batch, KEY)
     target = jnp.array([[0.0, 0, 0, 0], [1, 0, 0, 0], [0.5, 0.5, 0, 0]])
     prepared = (jnp.stack([target, 0 * target]), *supervision.prepared[1:])
-    value, aux = jax.jit(method.loss)(nothing, state, batch, supervision._replace(prepared=prepared), None)
+    value, aux = method.loss(nothing, state, batch, supervision._replace(prepared=prepared), None)
     assert float(aux.terms["cross_entropy"]) == pytest.approx(2 * np.log(4), rel=1e-5)
     assert float(aux.terms["early_learning"]) == pytest.approx(STRENGTH * 2 / 3 * np.log(3 / 4), rel=1e-5)
     assert float(value) == pytest.approx(2 * np.log(4) + STRENGTH * 2 / 3 * np.log(3 / 4), rel=1e-5)

@@ -84,7 +84,7 @@ def test_derivatives_are_those_of_differences():
             return judged + context.meta_weight_decay(moved)
 
         kernel, psi = theirs["head"]["kernel"], state.method
-        supervision = jax.jit(method.supervise)(state, batch, None)
+        supervision = method.supervise(state, batch, None)
         assert float(supervision.observed["loss/trusted_after_lookahead"]) == pytest.approx(
             float(jax.jit(after)(kernel, psi)), rel=1e-9
         )
@@ -102,7 +102,7 @@ def test_what_moves_whom():
     """The student follows its own labels; the teacher what it does for the student, and trusted images."""
     _, method, state, _ = make("emlc", **SMALL)
     batch = make_batch()
-    supervision = jax.jit(method.supervise)(state, batch, None)
+    supervision = method.supervise(state, batch, None)
 
     def terms(params):
         return method.loss(params, state, batch, supervision, None)[1].terms
@@ -119,9 +119,9 @@ def test_labels_that_are_kept_are_the_given_ones():
         "out": {"kernel": jnp.zeros((3, 1)), "bias": jnp.full(1, 50.0)}
     }
     state, batch = state.replace(method=sure), make_batch()
-    supervision = jax.jit(method.supervise)(state, batch, None)
+    supervision = method.supervise(state, batch, None)
     np.testing.assert_allclose(supervision.pseudo_label, np.eye(CLASSES)[batch["label"]], atol=1e-6)
-    _, aux = jax.jit(method.loss)(state.params, state, batch, supervision, None)
+    _, aux = method.loss(state.params, state, batch, supervision, None)
     label = context.one_hot(batch["label"])
     plain, logits = mean_loss(
         context, emlc.part(state.params, 0), emlc.part(state.batch_stats, 0), batch["image"], label

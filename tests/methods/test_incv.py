@@ -2,7 +2,6 @@
 
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,13 +57,12 @@ def test_who_learns_what():
     part = np.full(state.method["part"].shape, D, np.int32)
     part[batch["row"]] = np.arange(BATCH) % 3  # 0, 1 and selected
     state = state.replace(method=state.method | {"part": jnp.asarray(part)})
-    supervise = jax.jit(method.supervise)
-    chosen = np.asarray(supervise(state, batch, None).prepared)
+    chosen = np.asarray(method.supervise(state, batch, None).prepared)
     for network in (0, 1):
         assert chosen[network].tolist() == [float(i % 3 in (network, 2)) for i in range(BATCH)]
     memory = state.method | {"rounds": jnp.int32(4), "noise": jnp.float32(0.5), "began": jnp.float32(1.0)}
     state = state.replace(method=memory, step=jnp.int32(20))  # 50 examples, 16 a step: long after the two epochs
-    chosen = np.asarray(supervise(state, batch, None).prepared)
+    chosen = np.asarray(method.supervise(state, batch, None).prepared)
     logits, _ = context.forward(state.params, state.batch_stats, batch["image"])
     by_loss = np.argsort(losses.cross_entropy(logits, context.one_hot(batch["label"])), -1)
     count = int(BATCH * (1 - 0.25 / (0.25 + 3 * 0.25)))

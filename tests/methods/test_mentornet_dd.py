@@ -49,7 +49,7 @@ def test_the_percentile_is_that_of_the_predefined_one():
     _, predefined, other, _ = make("mentornet", **NOW)
     for seed in range(2):
         batch = make_batch(seed=seed)
-        memory = jax.jit(method.supervise)(state, batch, KEY).memory
+        memory = method.supervise(state, batch, KEY).memory
         expected = jax.jit(predefined.supervise)(other, batch, KEY).memory
         assert float(memory["pace"]) == float(expected["pace"]) > 0
         state, other = state.replace(method=memory), other.replace(method=expected)
@@ -62,7 +62,7 @@ def test_a_step_of_the_network_is_that_of_differences():
         psi = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state.method["psi"])
         moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state.method["adam"])
         state, batch = state.replace(method=state.method | {"psi": psi, "adam": moments}), make_batch(np.float64)
-        supervision = jax.jit(method.supervise)(state, batch, KEY)
+        supervision = method.supervise(state, batch, KEY)
         logits, _ = context.forward(state.params, state.batch_stats, batch["probe_image"])
         log_p = np.asarray(jax.nn.log_softmax(logits))
         right = batch["probe_label"]
@@ -89,9 +89,9 @@ def test_a_step_of_the_network_is_that_of_differences():
 
 def test_at_first_it_is_the_cross_entropy():
     _, method, state, _ = make("mentornet_dd", **{"method.burn_in_epochs": 2.0, "batch_size": 16})
-    batch, supervise = make_batch(), jax.jit(method.supervise)
+    batch = make_batch()
     for step, same in ((0, True), (6, True), (7, False)):  # 50 examples, 16 a step: two epochs are 6.25 steps
-        weights = supervise(state.replace(step=jnp.int32(step)), batch, KEY).example_weights
+        weights = method.supervise(state.replace(step=jnp.int32(step)), batch, KEY).example_weights
         assert np.allclose(weights, 1 / 16, atol=1e-7) == same
 
 
@@ -107,9 +107,8 @@ def test_it_learns_that_small_losses_are_right():
     }
     batch |= {"probe_label": predicted["probe_image"], "label": predicted["image"].copy()}
     batch["label"][::2] = (batch["label"][::2] + 1) % CLASSES
-    supervise = jax.jit(method.supervise)
     for step in range(200):
-        supervision = supervise(state, batch, jax.random.key(step))
+        supervision = method.supervise(state, batch, jax.random.key(step))
         state = state.replace(method=supervision.memory)
     weights = np.asarray(supervision.example_weights)
     assert weights[1::2].mean() > 3 * weights[::2].mean()

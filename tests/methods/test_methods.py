@@ -15,8 +15,8 @@ RNG = jax.random.key(3)
 
 def supervised_loss(name, batch, rng=RNG, **keys):
     context, method, state, _ = make(name, **keys)
-    supervision = jax.jit(method.supervise)(state, batch, rng)
-    value, aux = jax.jit(method.loss)(state.params, state, batch, supervision, rng)
+    supervision = method.supervise(state, batch, rng)
+    value, aux = method.loss(state.params, state, batch, supervision, rng)
     return context, state, supervision, value, aux
 
 
@@ -90,7 +90,7 @@ def test_which_images_move_the_averages_of_batch_norm(name):
     uniform, label = jnp.full(16, 1 / 16), context.one_hot(batch["label"])
     prepared = ieg.mixed_pool(context, batch, label, RNG) if name in ("ieg", "eg", "mixmatch") else None
     supervision = Supervision(label, uniform, uniform, prepared)
-    _, aux = jax.jit(method.loss)(state.params, state, batch, supervision, RNG)
+    _, aux = method.loss(state.params, state, batch, supervision, RNG)
     images = {"standard": batch["image"], "strong": batch["views"][:, 0], "other": batch["views"][:, 1]}
     if prepared is not None:
         images["pool"] = prepared[0]

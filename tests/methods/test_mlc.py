@@ -51,7 +51,7 @@ def test_a_network_that_gives_back_the_label_is_the_cross_entropy():
     psi = giving_back(state.method["psi"], 8)
     assert jax.tree.map(jnp.shape, psi) == jax.tree.map(jnp.shape, state.method["psi"])
     state, batch = state.replace(method=state.method | {"psi": psi}), make_batch()
-    supervision = jax.jit(method.supervise)(state, batch, None)
+    supervision = method.supervise(state, batch, None)
     np.testing.assert_allclose(supervision.pseudo_label, np.eye(CLASSES)[batch["label"]], atol=1e-6)
     np.testing.assert_allclose(supervision.label_trust, 1, atol=1e-6)
     after, _ = jax.jit(step)(state, batch, jax.random.key(0))
@@ -92,7 +92,7 @@ def test_a_step_of_the_network_is_that_of_differences(learn_trusted):
             return judged + context.meta_weight_decay(moved)
 
         value, small = jax.jit(after), 1e-5
-        supervision = jax.jit(method.supervise)(state, batch, None)
+        supervision = method.supervise(state, batch, None)
         observed = supervision.observed["loss/trusted_after_lookahead"]
         assert float(observed) == pytest.approx(float(value(psi)), rel=1e-9)
         for name, place in (("embedding", (1, 0)), ("first", (4, 2)), ("out", (2, 3))):
@@ -115,9 +115,8 @@ def test_a_step_of_the_network_is_that_of_differences(learn_trusted):
 def test_the_step_takes_the_labels_of_before_the_step_of_the_network():
     _, method, state, _ = make("mlc", **SMALL, **{"method.label_rate": 10.0})
     batch = make_batch()
-    supervise = jax.jit(method.supervise)
-    supervision = supervise(state, batch, None)
-    again = supervise(state.replace(method=supervision.memory), batch, None)
+    supervision = method.supervise(state, batch, None)
+    again = method.supervise(state.replace(method=supervision.memory), batch, None)
     assert np.abs(again.pseudo_label - supervision.pseudo_label).max() > 0.1
 
 

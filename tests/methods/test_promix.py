@@ -95,8 +95,8 @@ def test_the_margin_by_hand():
 def test_before_the_selection_both_learn_the_given_labels():
     context, method, state, step = make("promix", **KEYS)
     batch = make_batch()
-    supervision = jax.jit(method.supervise)(state, batch, KEY)
-    value, aux = jax.jit(method.loss)(state.params, state, batch, supervision, None)
+    supervision = method.supervise(state, batch, KEY)
+    value, aux = method.loss(state.params, state, batch, supervision, None)
     logits, _ = jax.jit(context.forward)(state.params, state.batch_stats, batch["image"])
     plain = -log_softmax(logits)[:, np.arange(BATCH), batch["label"]].mean(-1).sum()
     assert float(value) == pytest.approx(plain, rel=1e-5) and aux.logits.shape == (BATCH, CLASSES)
@@ -118,7 +118,7 @@ def test_the_loss_by_hand():
     alike = jax.tree.map(lambda leaf: leaf.at[1].set(leaf[0]), state.params)  # so that they agree, one less surely
     alike["head"]["kernel"] *= jnp.array([4.0, 3.0])[:, None, None]
     state = state.replace(params=alike)
-    supervision = jax.jit(method.supervise)(state, batch, KEY)
+    supervision = method.supervise(state, batch, KEY)
     plan = supervision.prepared
     forward = jax.jit(context.forward_with_features)
     outputs = [forward(state.params, state.batch_stats, x)[:2] for x in (batch["image"], batch["views"][:, 0])]
@@ -154,7 +154,7 @@ def test_the_loss_by_hand():
             expected[name] += terms[0] + (terms[1] + terms[2]) / 2
         left = [-(guess[network] * log_softmax(z + margin[1, network])).sum(-1)[~mine].mean() for z in heads[1][:2]]
         expected["rest"] += 0.1 / 4 * (left[0] + left[1] / 2)
-    value, aux = jax.jit(method.loss)(state.params, state, batch, supervision, None)
+    value, aux = method.loss(state.params, state, batch, supervision, None)
     for name, number in expected.items():
         assert float(aux.terms[name]) == pytest.approx(number, rel=1e-3), name
     assert float(value) == pytest.approx(sum(expected.values()), rel=1e-3)
@@ -169,7 +169,7 @@ def test_mixtures_are_of_kept_images():
     batch = make_batch()
     small = np.zeros((50, 2), bool)
     small[batch["row"][:6], 0] = small[batch["row"][4:12], 1] = True
-    plan = jax.jit(method.supervise)(begun(state, small), batch, KEY).prepared
+    plan = method.supervise(begun(state, small), batch, KEY).prepared
     for network, mine in enumerate((range(6), range(4, 12))):
         images, goals = (np.asarray(mixed[network]) for mixed in plan.mixed)
         # Where a partner has another class, what is left of the own one is δ.
@@ -183,10 +183,10 @@ def test_where_every_label_is_surely_right_all_are_kept():
     _, method, state, _ = make("promix", **KEYS, **{"method.confidence_threshold": 0.0})
     batch = make_batch()
     state = begun(state, False)
-    supervision = jax.jit(method.supervise)(state, batch, KEY)
+    supervision = method.supervise(state, batch, KEY)
     assert supervision.prepared.kept.all()
     np.testing.assert_array_equal(supervision.prepared.target, np.tile(np.eye(CLASSES)[batch["label"]], (2, 1, 1)))
-    _, aux = jax.jit(method.loss)(state.params, state, batch, supervision, None)
+    _, aux = method.loss(state.params, state, batch, supervision, None)
     assert float(aux.terms["rest"]) == 0
     np.testing.assert_array_equal(supervision.memory["bias"][1], state.method["bias"][1])
 
@@ -195,7 +195,7 @@ def test_where_nothing_is_kept_only_the_second_head_learns():
     _, method, state, _ = make("promix", **KEYS, **{"method.confidence_threshold": 1.0})
     batch = make_batch()
     state = begun(state, False)
-    supervision = jax.jit(method.supervise)(state, batch, KEY)
+    supervision = method.supervise(state, batch, KEY)
     loss = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
     (_, aux), gradient = loss(state.params, state, batch, supervision, None)
     assert float(aux.terms["kept"]) == float(aux.terms["pseudo_head"]) == 0 < float(aux.terms["rest"])
@@ -209,7 +209,7 @@ def test_the_ramps(step, strong, rest):
     _, method, state, _ = make("promix", **KEYS)
     plan = jax.eval_shape(method.supervise, state, make_batch(), KEY).prepared
     assert plan.strong.shape == plan.rest.shape == ()
-    plan = jax.jit(method.supervise)(begun(state, True, step=step), make_batch(), KEY).prepared
+    plan = method.supervise(begun(state, True, step=step), make_batch(), KEY).prepared
     assert (float(plan.strong), float(plan.rest)) == pytest.approx((strong, rest), rel=1e-5)
 
 
@@ -217,7 +217,7 @@ def test_the_second_head_moves_by_the_gradient_of_the_loss():
     _, method, state, step = make("promix", **KEYS)
     state, batch = begun(state, np.random.default_rng(0).random((50, 2)) < 0.5), make_batch()
     drawn = jax.random.split(jax.random.fold_in(KEY, state.step))[0]
-    supervision = jax.jit(method.supervise)(state, batch, drawn)
+    supervision = method.supervise(state, batch, drawn)
 
     def loss(pseudo):
         prepared = supervision.prepared._replace(pseudo=pseudo)

@@ -46,8 +46,8 @@ def test_the_disagreement_by_hand(groups):
 def test_the_term_is_of_the_features_of_all_examples():
     context, method, state, _ = make("ssr_plus", groups=2, **{"method.feature_weight": 3.0})
     batch = make_batch()
-    supervision = jax.jit(method.supervise)(state, batch, KEY)
-    value, aux = jax.jit(method.loss)(state.params, state, batch, supervision, None)
+    supervision = method.supervise(state, batch, KEY)
+    value, aux = method.loss(state.params, state, batch, supervision, None)
     weights = jax.tree.map(np.asarray, state.method["heads"].weights)
     seen = []
     for images in (batch["every_image"], batch["every_views"][:, 0]):
@@ -63,7 +63,7 @@ def test_the_term_is_of_the_features_of_all_examples():
 def test_the_gradient_goes_through_the_strong_view_alone():
     _, method, state, _ = make("ssr_plus")
     batch = jax.tree.map(jnp.asarray, make_batch())
-    supervision = jax.jit(method.supervise)(state, batch, KEY)
+    supervision = method.supervise(state, batch, KEY)
 
     def term(standard, strong):
         images = batch | {"every_image": standard, "every_views": strong}
@@ -92,7 +92,7 @@ def test_with_weight_0_it_is_ssr():
 def test_heads_move_as_the_network_does():
     """By the gradient of the same loss, with momentum, weight decay and the rate of the schedule, 0.1."""
     _, method, state, step = make("ssr_plus", **{"optimizer.momentum": 0.5, "optimizer.weight_decay": 0.01})
-    step, supervise = jax.jit(step), jax.jit(method.supervise)
+    step = jax.jit(step)
 
     @jax.jit
     @jax.grad
@@ -104,7 +104,7 @@ def test_heads_move_as_the_network_does():
     for seed in range(2):
         batch, heads = make_batch(seed=seed), state.method["heads"]
         drawn = jax.random.split(jax.random.fold_in(KEY, state.step))[0]
-        slope = gradient(heads.weights, state, batch, supervise(state, batch, drawn))
+        slope = gradient(heads.weights, state, batch, method.supervise(state, batch, drawn))
         slope = jax.tree.map(lambda g, w: g + 0.01 * w, slope, heads.weights)
         momentum = jax.tree.map(lambda m, g: 0.5 * m + g, momentum, slope)
         expected = jax.tree.map(lambda w, m: w - 0.1 * m, heads.weights, momentum)

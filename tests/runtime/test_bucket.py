@@ -189,7 +189,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("place", REFUSED)
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=[pytest.mark.slow] if "hidden" in place else []) for place in REFUSED]
+)
 def test_what_a_bucket_refuses_is_one_line(bucket, environment, place):
     bucket.failures, message = REFUSED[place]
     told = call(environment, "ieg_jax.main", *train(place)[2:], status=1)

@@ -94,7 +94,7 @@ def test_meta_gradient_of_ieg_with_adamw():
         for number in range(2):
             state, _ = jax.jit(step)(state, make_batch(np.float64, number), jax.random.key(0))
         batch = make_batch(np.float64, 2)
-        supervision = jax.jit(method.supervise)(state, batch, jax.random.key(1))
+        supervision = method.supervise(state, batch, jax.random.key(1))
         label, guess = context.one_hot(batch["label"]), supervision.pseudo_label
         first, second = state.opt_state[0].mu, state.opt_state[0].nu
 
