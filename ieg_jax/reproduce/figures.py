@@ -180,21 +180,62 @@ def _digits(finished: Finished) -> plt.Figure:
 
 
 def _fashion(finished: Finished) -> plt.Figure:
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for axes, (noise, rate) in zip(panels, (("uniform", 0.8), ("asymmetric", 0.4)), strict=True):
-        for method in ("supervised", "trusted_only", "l2r", "eg", "ieg"):
-            needs_no_label = method in ("trusted_only", "eg")
-            experiment = experiments.fashion(method) if needs_no_label else experiments.fashion(method, noise, rate)
+    panels = {
+        f"{rate:.0%} {noise} noise": {
+            method: experiments.fashion(method, *(() if method in WITHOUT_LABELS else (noise, rate)))
+            for method in ("supervised", "trusted_only", "l2r", "eg", "ieg")
+        }
+        for noise, rate in (("uniform", 0.8), ("asymmetric", 0.4))
+    }
+    truth = experiments.fashion("supervised")
+    return _panels_of_curves(finished, panels, truth, "Fashion-MNIST, 14×14, 10 trusted images per class", (50, 92))
+
+
+def _cifar10_small(finished: Finished) -> plt.Figure:
+    names = ("40 % uniform noise", "80 % uniform noise", "CIFAR-10N, worse (40 %)")
+    panels = {
+        name: {
+            method: experiments.cifar10_small(method, **({} if method in WITHOUT_LABELS else noise))
+            for method in ("supervised", "trusted_only", "l2r", "dividemix", "ieg")
+        }
+        for name, noise in zip(names, experiments.CIFAR10_SMALL_NOISE, strict=True)
+    }
+    truth = experiments.cifar10_small("supervised")
+    return _panels_of_curves(finished, panels, truth, "CIFAR-10, 10,000 images, 10 trusted images per class", (10, 85))
+
+
+WITHOUT_LABELS = ("trusted_only", "eg")  # their result is the same for any noise
+
+
+def _panels_of_curves(
+    finished: Finished,
+    panels: dict[str, dict[str, Experiment]],
+    truth: Experiment,
+    title: str,
+    limits: tuple[float, float],
+) -> plt.Figure:
+    """Draws the test accuracy over the steps, a panel for each kind of noise, with a line for training on true labels.
+
+    Args:
+      finished: the runs.
+      panels: what stands above a panel -> method -> its experiment.
+      truth: the experiment with true labels.
+      title: of the figure.
+      limits: of the accuracy, percent.
+    """
+    figure, drawn = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.4), layout="constrained")
+    clean = results.spread(finished.runs(truth))
+    for axes, (name, of_method) in zip(drawn, panels.items(), strict=True):
+        for method, experiment in of_method.items():
             curve = finished.curve(experiment, "test/accuracy")
             if curve is not None:
                 label = f"{methods.get(method).title} ({100 * curve[-1, 1]:.1f})"
                 axes.plot(curve[:, 0], 100 * curve[:, 1], color=color(method), label=label)
-        clean = results.spread(finished.runs(experiments.fashion("supervised", "uniform", 0.0)))
         if clean:
             axes.axhline(clean.mean, color="black", ls="--", lw=1, label=f"true labels ({clean.mean:.1f})")
-        axes.set(xlabel="step", ylabel="test accuracy, %", ylim=(50, 92), title=f"{rate:.0%} {noise} noise")
+        axes.set(xlabel="step", ylabel="test accuracy, %", ylim=limits, title=name)
         _legend(axes, loc="lower right")
-    figure.suptitle("Fashion-MNIST, 14×14, 10 trusted images per class")
+    figure.suptitle(title)
     return figure
 
 
@@ -206,6 +247,7 @@ FIGURES: dict[str, Callable[[Finished], plt.Figure]] = {
     "A2": _figure_a2,
     "digits": _digits,
     "fashion": _fashion,
+    "cifar10-small": _cifar10_small,
 }
 
 

@@ -162,6 +162,7 @@ def test_records_of_images_there_are_those_of_images_here(bucket, records):
         assert bucket.objects[f"bucket/records/{name}"] == content, name
 
 
+@pytest.mark.slow
 def test_training_from_records_there_is_training_from_records_here(bucket, environment, records):
     """Though answers are slow; and what is fetched is the records a few times, not 64 MB for each file."""
     keys = runs.SMALL | {
