@@ -13,6 +13,8 @@ import functools
 import json
 import mmap
 import os
+import platform
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
@@ -23,6 +25,7 @@ import jax
 from ieg_jax.errors import first_line
 
 PACKAGE, MAJOR = "onednn-cpu-gomp", 3
+PACKAGED = sys.platform == "linux" and platform.machine() == "x86_64"  # elsewhere there is no such package
 TARGET = "ieg_jax_onednn_convolution_1"  # how XLA calls it; to be changed with the meaning of its attribute
 OUTPUT, INPUT_GRADIENT, KERNEL_GRADIENT = range(3)  # what is computed
 
@@ -44,7 +47,8 @@ def missing() -> str:
     try:
         files = metadata.distribution(PACKAGE).files or []
     except metadata.PackageNotFoundError:
-        return f"{PACKAGE} is not installed; pip install 'ieg_jax[cpu]'"
+        advice = "pip install 'ieg_jax[cpu]'" if PACKAGED else "there is a package for x86-64 Linux alone"
+        return f"{PACKAGE} is not installed; {advice}"
     paths = [str(file.locate()) for file in files if file.name == f"libdnnl.so.{MAJOR}"]
     if not paths:
         return f"{PACKAGE} has no libdnnl.so.{MAJOR}"

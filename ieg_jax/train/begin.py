@@ -21,7 +21,7 @@ from ieg_jax.data.load import Data, Load, load_data
 from ieg_jax.data.splits import UNKNOWN
 from ieg_jax.errors import UserError, check_choice
 from ieg_jax.lazy import metric_writers
-from ieg_jax.models import pretrained
+from ieg_jax.models import onednn, pretrained
 from ieg_jax.runtime import mesh, processes
 from ieg_jax.runtime.checkpoints import Checkpoints
 from ieg_jax.runtime.progress import Reporter
@@ -168,6 +168,13 @@ def notices(run: Run) -> list[str]:
         )
     if hardware.chip(kind) and config.model.dtype == "float32" and run.image_shape[:2] != (1, 1):  # not of features
         said.append(f"model.dtype=float32 on {kind}: bfloat16 is faster there and takes less memory, and rounds more")
+    convolutions = sum(leaf.ndim >= 4 for leaf in jax.tree.leaves(run.program.state.params))
+    wanted = config.model.convolutions != "lax" and config.model.dtype == "float32" and onednn.PACKAGED
+    if kind == "cpu" and convolutions > 1 and wanted:
+        if reason := onednn.missing():
+            said.append(f"convolutions by XLA; a step takes up to three times as long as with oneDNN: {reason}")
+        elif count > 1:
+            said.append(f"convolutions by XLA on {count} devices of a processor; oneDNN, which is faster, needs one")
     return said
 
 

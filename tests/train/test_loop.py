@@ -443,23 +443,36 @@ def test_the_noise_in_words(tiny_config, noise, report, words):
     assert begin.noise_in_words(config, report) == words
 
 
-@pytest.mark.parametrize("kind, devices, keys, said", [
-    ("cpu", 1, {}, []),
-    ("cpu", 4, {"batch_groups": 8}, []),
-    ("cpu", 4, {"batch_groups": 2}, ["batch_groups=2 on 4 devices: ... batch_groups=4 keeps"]),
-    ("cpu", 4, {"batch_groups": 4, "microbatches": 2}, ["batch_groups=4 on 4 devices: ... batch_groups=8 keeps"]),
-    ("TPU v5 lite", 1, {}, ["model.dtype=float32 on TPU v5 lite: bfloat16 is faster"]),
-    ("TPU v5 lite", 1, {"model.dtype": "bfloat16"}, []),
+WITHOUT, WITH = "oneDNN is not installed", ""
+SLOWER = ["up to three times as long as with oneDNN: oneDNN is not installed"]
+NEEDS_ONE = "on 4 devices of a processor; oneDNN, which is faster, needs one"
+
+
+@pytest.mark.parametrize("kind, devices, keys, missing, said", [
+    ("cpu", 1, {}, WITH, []),
+    ("cpu", 1, {}, WITHOUT, SLOWER),
+    ("cpu", 1, {"model.convolutions": "lax"}, WITHOUT, []),
+    ("cpu", 1, {"model.dtype": "float64"}, WITHOUT, []),
+    ("cpu", 4, {"batch_groups": 8}, WITH, [NEEDS_ONE]),
+    ("cpu", 4, {"batch_groups": 2}, WITH, ["batch_groups=2 on 4 devices: ... batch_groups=4 keeps", NEEDS_ONE]),
+    ("cpu", 4, {"batch_groups": 4, "microbatches": 2}, WITHOUT, ["batch_groups=8 keeps", *SLOWER]),
+    ("TPU v5 lite", 1, {}, WITHOUT, ["model.dtype=float32 on TPU v5 lite: bfloat16 is faster"]),
+    ("TPU v5 lite", 1, {"model.dtype": "bfloat16"}, WITH, []),
 ])  # fmt: skip
-def test_what_would_be_faster_on_these_devices(config, kind, devices, keys, said):
+def test_what_would_be_faster_on_these_devices(config, kind, devices, keys, missing, said, monkeypatch):
+    monkeypatch.setattr(onednn, "missing", lambda: missing)
+    monkeypatch.setattr(onednn, "PACKAGED", True)
     config.update_from_flattened_dict(keys)
     mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=kind)], object))
     shardings = types.SimpleNamespace(num_devices=devices, mesh=mesh)
     data = types.SimpleNamespace(notices=("a note on the data",))
-    run = types.SimpleNamespace(config=config, shardings=shardings, data=data, image_shape=(8, 8, 1))
+    weights = {"conv1": np.zeros((3, 3, 1, 8)), "conv2": np.zeros((3, 3, 8, 8)), "head": np.zeros((8, 10))}
+    program = types.SimpleNamespace(state=types.SimpleNamespace(params=weights))
+    run = types.SimpleNamespace(config=config, shardings=shardings, data=data, image_shape=(8, 8, 1), program=program)
     found = begin.notices(run)
     assert found[0] == "a note on the data" and len(found) == 1 + len(said)
     for note, parts in zip(found[1:], said, strict=True):
         assert all(part in note for part in parts.split(" ... "))
-    run.image_shape = (1, 1, 5)
-    assert "float32" not in "".join(begin.notices(run)), "a network of features is fast in any case"
+    run.image_shape, program.state.params = (1, 1, 5), {"head": weights["head"]}
+    told = "".join(begin.notices(run))
+    assert "float32" not in told and "oneDNN" not in told, "a network of features is fast in any case"
