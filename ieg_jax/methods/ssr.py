@@ -30,7 +30,7 @@ KEYS = {
     "pair_alpha": mixup.PAIR_ALPHA,
     "warmup_epochs": Key(1.0, at_least(0), "Epochs on all examples with the labels as given."),
 }
-PAIRS_AT_ONCE = 2**25
+PAIRS_AT_ONCE = 2**25  # similarities, of a block of examples with all
 
 
 def init(ctx: Context, rng, num_rows: int) -> dict[str, jax.Array]:

@@ -27,6 +27,17 @@ def test_votes_by_hand():
     np.testing.assert_allclose(ssr.votes(features, skewed, 2, 2)[2], [1 / 5, 1])
 
 
+def test_votes_do_not_depend_on_how_many_are_searched_at_once(monkeypatch):
+    rng = np.random.default_rng(1)
+    features, label = rng.standard_normal((40, 5)), rng.integers(3, size=40)
+    whole = ssr.votes(features, label, 3, 7)
+    monkeypatch.setattr(ssr, "PAIRS_AT_ONCE", 9 * 40)  # blocks of nine, and four are left
+    np.testing.assert_array_equal(ssr.votes(features, label, 3, 7), whole)
+    near = np.argsort(-(features @ features.T) / np.linalg.norm(features, axis=1))[:, :7]
+    counts = np.array([np.bincount(each, minlength=3) for each in label[near]]) / np.bincount(label)
+    np.testing.assert_allclose(whole, counts / counts.max(1, keepdims=True))
+
+
 def test_the_end_of_an_epoch():
     _, method, state, _ = make("ssr", **{"method.neighbours": 3, "method.relabel_threshold": 0.8})
     labels = np.array([0, 0, 0, 1, 1, 1, 1, 0])
