@@ -179,6 +179,9 @@ def _digits(finished: Finished) -> plt.Figure:
     return figure
 
 
+WITHOUT_LABELS = ("trusted_only", "eg")  # their result is the same for any noise
+
+
 def _fashion(finished: Finished) -> plt.Figure:
     panels = {
         f"{rate:.0%} {noise} noise": {
@@ -202,9 +205,6 @@ def _cifar10_small(finished: Finished) -> plt.Figure:
     }
     truth = experiments.cifar10_small("supervised")
     return _panels_of_curves(finished, panels, truth, "CIFAR-10, 10,000 images, 10 trusted images per class", (10, 85))
-
-
-WITHOUT_LABELS = ("trusted_only", "eg")  # their result is the same for any noise
 
 
 def _panels_of_curves(

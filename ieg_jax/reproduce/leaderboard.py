@@ -96,7 +96,7 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
         _method(pretrain_epochs=4.0, guess_after_epochs=8.0),
     ),
     "rog": (_method(support=0.5), _method(support=0.9), _method(c_steps=5)),
-    # The published rates, 10, are for vectors that are met 300 times; here they are met 8 or 25 times.
+    # The published rates, 10, are of trainings of hundreds of epochs; here each example's vectors move 8 or 25 times.
     "sop": tuple(_method(u_rate=rate, v_rate=rate) for rate in (30.0, 100.0, 300.0)),
     "ssr": _SSR,
     "ssr_plus": _SSR,

@@ -268,6 +268,15 @@ def test_figures_show_the_paper_and_ours(store, tmp_path):
     assert "<!-- IEG -->" in text and "<!-- IEG, paper -->" in text and "not run yet" not in text
 
 
+def test_panels_show_the_curves_of_their_noise(store, tmp_path):
+    """IEG on human labels stands in the third panel alone, training on trusted images in each."""
+    for experiment in (experiments.cifar10_small("ieg", labels="worse"), experiments.cifar10_small("trusted_only")):
+        write_run(store, experiment)
+    _, svg = figures.draw("cifar10-small", store, 3, epath.Path(tmp_path))
+    labels = re.findall(r"<!-- (IEG|trusted only|L2R|true labels) \(", svg.read_text())
+    assert sorted(labels) == ["IEG", "trusted only", "trusted only", "trusted only"]
+
+
 def test_a_place_is_set_where_an_experiment_needs_it():
     human, drawn = experiments.cifar10n("ieg", "worse"), experiments.cifar10n("ieg", noise="uniform", rate=0.4)
     changes = Changes(keys=("data.dir=/data", "noise.file=/human.pt", "batch_size=32"))
