@@ -131,7 +131,7 @@ def test_one_step_of_every_experiment(signature, tmp_path, monkeypatch):
     use_fixture_data(config, tmp_path)
     if config.data.name.startswith("cifar"):
         content = archives.cifar_tfds(tmp_path, config.data.name, sizes)
-        config.data.dir, config.trusted.per_class = str(tmp_path), 1
+        config.data.dir, config.data.train_size, config.trusted.per_class = str(tmp_path), 0, 1
         if config.noise.kind == "human":
             config.noise.file = str(tmp_path / "human.pt")
             archives.human_labels(tmp_path / "human.pt", config.data.name, content["train"][1])
