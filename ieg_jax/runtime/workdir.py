@@ -200,7 +200,7 @@ def provenance() -> dict[str, Any]:
     """Returns the `versions` of packages on which results depend, and the `commit` of this project.
 
     The version of a package that is not installed is None, and so is the commit outside of a git checkout. The commit
-    ends in `+changes` where files differ from it.
+    ends in `+changes` where the package or the configurations differ from it.
     """
     names = ("ieg_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "clu", "numpy")
     versions = {}
@@ -218,7 +218,8 @@ def provenance() -> dict[str, Any]:
 
     try:
         is_ours = "ieg_jax/__init__.py" in git("ls-files", "ieg_jax/__init__.py")
-        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "") if is_ours else None
+        changes = git("status", "--porcelain", "--", "ieg_jax", "configs")
+        commit = git("rev-parse", "HEAD") + ("+changes" if changes else "") if is_ours else None
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"versions": versions, "commit": commit}

@@ -86,10 +86,27 @@ def test_a_line_for_each_method_the_best_first(tmp_path, monkeypatch):
     lines = leaderboard.page(store, 3).splitlines()
     table = [line for line in lines if line.startswith("| `")]
     assert table == [
-        "| `l2r` | yes | 81.0 ± 1.4 | 50.0 ± 0.0 | 83.0 ± 1.4 | 0.500 | 0.750 | 10 | 12 | 2 |",
+        "| `l2r` | yes | 81.0 ± 1.4 | – | 83.0 ± 1.4 | 0.500 | 0.750 | 10 | 12 | 2 |",
         "| `elr` | no | 71.0 ± 1.4 | 50.0 ± 0.0 | 73.0 ± 1.4 |  |  | 3 | 12 | 2 |",
     ]
     assert "### uniform 0.8" in lines and "### uniform 0.4" not in lines
+
+
+def test_plain_training_as_it_comes_is_beside_what_a_search_made_of_it(tmp_path, monkeypatch):
+    store = store_at(tmp_path)
+    searched = {"supervised": [{"settings": {}, "accuracy": [0.1]}, {"settings": {"seed": 7}, "accuracy": [0.2]}]}
+    monkeypatch.setattr(leaderboard, "searched", lambda data: searched if data == "digits" else {})
+    write_run(store, leaderboard.entry("digits", "supervised", "uniform 0.8"), 0, 0.7)
+    write_run(store, leaderboard.DATA["digits"].make("supervised", rate=0.8), 0, 0.8)
+    lines = [line for line in leaderboard.page(store, 1).splitlines() if line.startswith("| `supervised`")]
+    assert [line.split(" | ")[0] for line in lines[:2]] == ["| `supervised`, as it comes", "| `supervised` *"]
+
+
+def test_a_damaged_search_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(leaderboard, "FOLDER", tmp_path)
+    (tmp_path / "digits.json").write_text("")
+    with pytest.raises(UserError, match=r"digits\.json.*restore it"):
+        leaderboard.searched.__wrapped__("digits")
 
 
 def test_the_page_is_that_of_the_runs_that_are_kept():
