@@ -2,13 +2,13 @@
 
     python -m ieg_jax.main --config=configs/cifar10.py:noise=uniform,noise_rate=0.8 --workdir=runs/cifar10
 
-Arguments: noise and noise_rate (kinds in configs/default.py), model (wrn28_10, wrn28_2, resnet29, vgg13 or
-densenet100), trusted_per_class, method, seed (of everything) and reference. Data through TFDS, or from the published
-archive in --config.data.dir. The settings are those of the authors' code: 200,000 steps of 100, cosine with restarts
-from 500 steps, AutoAugment; with reference=paper 200 epochs. The end of the last whole cycle is reported, step 193,620
-(85,498 of 99,800). Test accuracy that the paper prints for ieg with wrn28_10 and 10 trusted images per class, uniform
-noise 0.2, 0.4, 0.8: 96.2 ± 0.2, 95.9 ± 0.2, 93.7 ± 0.5; with resnet29: 92.9 ± 0.2, 92.5 ± 0.5, 85.6 ± 1.1. Hardware
-there: one V100. Accuracy and time with this code: not run yet.
+Arguments: noise and noise_rate (kinds in configs/default.py), model (wrn28_10, wrn28_2, resnet29, vgg13, densenet100,
+resnet34 or preact_resnet18), trusted_per_class, method, seed (of everything) and reference. Data through TFDS, or from
+the published archive in --config.data.dir. The settings are those of the authors' code: 200,000 steps of 100, cosine
+with restarts from 500 steps, AutoAugment; with reference=paper 200 epochs. The end of the last whole cycle is reported,
+step 193,620 (85,498 of 99,800). Test accuracy that the paper prints for ieg with wrn28_10 and 10 trusted images per
+class, uniform noise 0.2, 0.4, 0.8: 96.2 ± 0.2, 95.9 ± 0.2, 93.7 ± 0.5; with resnet29: 92.9 ± 0.2, 92.5 ± 0.5, 85.6 ±
+1.1. Hardware there: one V100. Accuracy and time with this code: not run yet.
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +23,8 @@ MODELS = {  # argument -> model.name, model.width
     "resnet29": ("resnet29_v2", 1.0),
     "vgg13": ("vgg13", 1.0),
     "densenet100": ("densenet100", 1.0),
+    "resnet34": ("resnet34", 1.0),  # of ELR and CIFAR-10N
+    "preact_resnet18": ("preact_resnet18", 1.0),  # of DivideMix, ELR+, SSR and ProMix
 }
 WITHOUT_RATE = ("none", "transition_matrix", "file", "human")  # kinds of noise that have none to choose
 

@@ -124,7 +124,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     backbone.cache = ""  # folder of the features, on a bucket too; "" = in the user's cache folder
 
     config.model = model = ConfigDict()
-    # wide_resnet | resnet29_v2 | resnet50 | resnet50_v2 | vgg13 | densenet100 | mlp | tiny
+    # wide_resnet | resnet29_v2 | resnet18, resnet34, preact_resnet18 (of CIFAR) | resnet50 | resnet50_v2 | vgg13
+    # | densenet100 | mlp | tiny
     # | inception_resnet_v2 (from 75 pixels on)
     # | efficientnet_lite0 | convnext_tiny, _small, _base | convnextv2_nano, _tiny, _base (from 32 pixels on)
     # | vit_ti16 | vit_s16 | vit_b16 | vit_l16 | vit_so16 | vit_b32 | vit_s14 | vit_b14 | vit_l14 | vit_so14: the number

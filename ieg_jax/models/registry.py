@@ -12,6 +12,7 @@ from ieg_jax.models import (
     resnet29,
     resnet50,
     resnet50_v2,
+    resnet_cifar,
     tiny,
     vgg,
     vit,
@@ -25,6 +26,7 @@ from ieg_jax.models.layers import Network
 REGISTRY = {
     "wide_resnet": wide_resnet,
     "resnet29_v2": resnet29,
+    **resnet_cifar.SIZES,
     "resnet50": resnet50,
     "resnet50_v2": resnet50_v2,
     "vgg13": vgg,

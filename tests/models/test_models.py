@@ -19,6 +19,7 @@ from ieg_jax.models.layers import BatchNorm
 from ieg_jax.models.resnet29 import ResNet29
 from ieg_jax.models.resnet50 import Bottleneck, ResNet50
 from ieg_jax.models.resnet50_v2 import ResNet50V2
+from ieg_jax.models.resnet_cifar import BasicBlock, CifarResNet, PreactivatedBlock
 from ieg_jax.models.vgg import VGG13
 from ieg_jax.models.wide_resnet import WideResNet, _pad_and_pool
 
@@ -40,6 +41,9 @@ def count(network):
         (ResNet29(100), 863_860),
         (ResNet29(10, authors=False), 840_730),
         (ResNet50(1000), 25_557_032),  # as torchvision's and Keras's table of ResNet-50, without Keras's conv biases
+        (CifarResNet(10), 11_173_962),  # what repositories of CIFAR networks print for ResNet-18, and the next
+        (CifarResNet(10, blocks=(3, 4, 6, 3)), 21_282_122),
+        (CifarResNet(10, preactivated=True), 11_171_146 + 128),  # theirs, and the norm behind the first convolution
         (VGG13(10), 9_416_010),  # what repositories of CIFAR networks print for VGG-13 with batch norm
         (DenseNet(10), 769_162),  # DenseNet-BC, L = 100, k = 12: 0.8 M in the paper, 769,162 in repositories
         (DenseNet(100), 800_032),
@@ -142,6 +146,16 @@ def test_sizes_inside_resnet50(size, sides):
         assert {shape for name, shape in blocks.items() if name.startswith(f"stage{stage}_")} == {
             (1, side, side, channels)
         }
+
+
+@pytest.mark.parametrize("size, sides", [(32, (32, 16, 8, 4)), (13, (13, 7, 4, 2))])
+@pytest.mark.parametrize("preactivated", [False, True])
+def test_sizes_inside_cifars_resnets(preactivated, size, sides):
+    logits, blocks = shapes_inside(CifarResNet(7, (3, 4, 6, 3), preactivated), size, BasicBlock | PreactivatedBlock)
+    assert logits == (1, 7) and len(blocks) == 16
+    for stage, (side, channels) in enumerate(zip(sides, (64, 128, 256, 512), strict=True), start=1):
+        shapes = {shape for name, shape in blocks.items() if name.startswith(f"stage{stage}_")}
+        assert shapes == {(1, side, side, channels)}
 
 
 @pytest.mark.parametrize(
@@ -317,7 +331,14 @@ def test_gradients_of_a_densenet_that_is_computed_anew():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet50", "vgg13", "densenet100", pytest.param("inception_resnet_v2", marks=pytest.mark.slow)]
+    "name",
+    [
+        "resnet50",
+        "preact_resnet18",
+        "vgg13",
+        "densenet100",
+        pytest.param("inception_resnet_v2", marks=pytest.mark.slow),
+    ],
 )
 def test_train_and_evaluation_mode(name):
     """Training uses the statistics of each group of the batch and moves the averages, evaluation uses these."""
@@ -351,12 +372,9 @@ def convolve(x, kernel, stride, pad):
     return y
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("stride, channels, side", [(2, 3, 5), (2, 8, 6), (1, 8, 5)])
-def test_a_bottleneck_block_against_numpy(train, stride, channels, side):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(4, side, side, channels)).astype(np.float32)
-    block = Bottleneck(2, stride, functools.partial(nn.Conv, use_bias=False), BatchNorm)
+def assert_is_that_of_numpy(block, x, train, formula):
+    """Compares a block with random weights with `formula(kernels by layer, norm(layer, x))` in float64."""
+    rng = np.random.default_rng(1)
     variables = jax.eval_shape(lambda: block.init(jax.random.key(0), x, train=True))
     variables = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32), variables)
     params, stats = jax.tree.map(
@@ -369,16 +387,55 @@ def test_a_bottleneck_block_against_numpy(train, stride, channels, side):
         mean, var = (x.mean((0, 1, 2)), x.var((0, 1, 2))) if train else (stats[name]["mean"], stats[name]["var"])
         return (x - mean) / np.sqrt(var + 1e-5) * params[name]["scale"] + params[name]["bias"]
 
-    y = np.maximum(norm("norm1", convolve(x, params["conv1"]["kernel"], 1, 0)), 0)
-    y = np.maximum(norm("norm2", convolve(y, params["conv2"]["kernel"], stride, 1)), 0)
-    y = norm("norm3", convolve(y, params["conv3"]["kernel"], 1, 0))
-    shortcut = x
-    if stride == 2 or channels == 3:
-        shortcut = norm("shortcut_norm", convolve(x, params["shortcut_conv"]["kernel"], stride, 0))
-    expected = np.maximum(y + shortcut, 0)
+    kernels = {name: layer["kernel"] for name, layer in params.items() if "kernel" in layer}
+    expected = formula(kernels, norm)
     got = jax.jit(lambda v: block.apply(v, x, train=train, mutable=["batch_stats"])[0])(variables)
-    assert got.shape == (4, -(-side // stride), -(-side // stride), 8)
+    assert got.shape == expected.shape
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("stride, channels, side", [(2, 3, 5), (2, 8, 6), (1, 8, 5)])
+def test_a_bottleneck_block_against_numpy(train, stride, channels, side):
+    x = np.random.default_rng(0).normal(size=(4, side, side, channels)).astype(np.float32)
+
+    def formula(kernels, norm):
+        y = relu(norm("norm1", convolve(x, kernels["conv1"], 1, 0)))
+        y = relu(norm("norm2", convolve(y, kernels["conv2"], stride, 1)))
+        y = norm("norm3", convolve(y, kernels["conv3"], 1, 0))
+        if stride == 1 and channels == 8:
+            return relu(x + y)
+        return relu(norm("shortcut_norm", convolve(x, kernels["shortcut_conv"], stride, 0)) + y)
+
+    assert_is_that_of_numpy(
+        Bottleneck(2, stride, functools.partial(nn.Conv, use_bias=False), BatchNorm), x, train, formula
+    )
+
+
+@pytest.mark.parametrize("kind", [BasicBlock, PreactivatedBlock])
+@pytest.mark.parametrize("stride, channels, side", [(2, 3, 5), (2, 4, 6), (1, 4, 5)])
+def test_a_block_of_cifars_resnets_against_numpy(kind, stride, channels, side):
+    """Without a change of shape the shortcut of the pre-activated block is what its first convolution sees, not x."""
+    x = np.random.default_rng(0).normal(size=(4, side, side, channels)).astype(np.float32)
+
+    def basic(kernels, norm):
+        y = relu(norm("norm1", convolve(x, kernels["conv1"], stride, 1)))
+        y = norm("norm2", convolve(y, kernels["conv2"], 1, 1))
+        if stride == 1 and channels == 4:
+            return relu(x + y)
+        return relu(norm("shortcut_norm", convolve(x, kernels["shortcut_conv"], stride, 0)) + y)
+
+    def preactivated(kernels, norm):
+        a = relu(norm("norm1", x))
+        y = convolve(relu(norm("norm2", convolve(a, kernels["conv1"], stride, 1))), kernels["conv2"], 1, 1)
+        return y + (convolve(a, kernels["shortcut_conv"], stride, 0) if "shortcut_conv" in kernels else a)
+
+    formula = basic if kind is BasicBlock else preactivated
+    assert_is_that_of_numpy(kind(4, stride, functools.partial(nn.Conv, use_bias=False), BatchNorm), x, True, formula)
 
 
 def test_batch_norm_by_hand_in_groups():
