@@ -62,6 +62,7 @@ def make_batch(dtype=np.float32, seed=0):
         "row": (3 * np.arange(BATCH) % 50).astype(np.int32),
         "probe_image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(dtype),
         "probe_label": np.arange(BATCH, dtype=np.int32) % CLASSES,
+        "probe_row": np.arange(BATCH, dtype=np.int32),
         "every_image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(dtype),
         "every_views": rng.uniform(-1, 1, (BATCH, 1, 8, 8, 1)).astype(dtype),
         "reward_image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(dtype),

@@ -9,15 +9,18 @@ h and an embedding of the label:
     student: mean_i CE(g_i, Φ(x_i)) + mean_q CE(y_q, Φ(x_q)) + weight decay, no gradient through g
     teacher and ψ: trusted loss at Θ′(g) + mean_p CE(y_p, T(x_p)) + mean_p BCE(c_p) + weight decay
 
-q are the first half of the trusted images of each batch group, Θ′ is one optimiser update of the student, which is
-judged on the other half, and p are all. BCE(c_p) is that of V telling the labels of trusted images from wrong ones:
-every second image has, in place of its own, the class that the teacher thinks likeliest of the others. The trusted loss
+q are half of the trusted images of each batch group, drawn anew in each step (`mlc.halves`), Θ′ is one optimiser update
+of the student, which is judged on the other half, and p are all. BCE(c_p) is that of V telling the labels of trusted
+images from wrong ones: each image is shown with its own and with the class that the teacher thinks likeliest of the
+others, of which the published code draws one. The trusted loss
 at Θ′ depends on the teacher by g alone; the derivative by g is that of the lookahead, exactly, and the term `meta` of
 the loss is its product with g, whose value says nothing and whose gradient is that of the trusted loss.
 
 The published runs begin with networks pretrained without labels (`model.pretrained` gives its weights to both), add up
 the derivatives over five steps of the student, and train the teacher by SGD without momentum, where both
-networks have the run's optimiser here. V has SGD at `enhancer_rate` in both.
+networks have the run's optimiser here. V has SGD at `enhancer_rate` in both, there with weight decay and a schedule.
+The trusted loss there is without weight decay, as here with `meta.weight_decay=False`, the lookahead has the scheduled
+rate, trusted images are augmented like the others, and batch norm sees both kinds together.
 """
 
 import dataclasses
@@ -80,12 +83,10 @@ def mixed_labels(psi, logits: jax.Array, features: jax.Array, label: jax.Array) 
 
 
 def retain_loss(psi, logits: jax.Array, features: jax.Array, label: jax.Array) -> jax.Array:
-    """BCE of V for trusted labels, every second one wrong, a scalar."""
+    """BCE of V for trusted labels and as many wrong ones, a scalar."""
     others = jnp.where(jax.nn.one_hot(label, logits.shape[-1], dtype=bool), -jnp.inf, logits)
-    is_right = jnp.arange(len(label)) % 2 == 1
-    shown = jnp.where(is_right, label, jnp.argmax(others, -1))
-    says = confidence(psi, features, shown)
-    return jnp.mean(jnp.where(is_right, jax.nn.softplus(-says), jax.nn.softplus(says)))
+    of_right, of_wrong = (confidence(psi, features, shown) for shown in (label, jnp.argmax(others, -1)))
+    return jnp.mean(jax.nn.softplus(-of_right) + jax.nn.softplus(of_wrong)) / 2
 
 
 def part(tree, network: int):
@@ -93,9 +94,8 @@ def part(tree, network: int):
     return jax.tree.map(lambda leaf: leaf[network] if jnp.ndim(leaf) else leaf, tree)
 
 
-def student_terms(one: Context, params, state, batch, target: jax.Array):
+def student_terms(one: Context, params, state, batch, learned: dict[str, jax.Array], target: jax.Array):
     """Parts of the student's loss, its logits `[B, K]` and moving averages; all of one network."""
-    learned, _ = mlc.halves(one, batch)
     logits, batch_stats = one.forward(params, state.batch_stats, batch["image"])
     trusted, _ = one.forward(params, state.batch_stats, learned["probe_image"])
     terms = {
@@ -107,7 +107,6 @@ def student_terms(one: Context, params, state, batch, target: jax.Array):
 
 def supervise(ctx: Context, state, batch, rng) -> Supervision:
     """The labels g, the derivative of the trusted loss by them, and a step of ψ."""
-    del rng
     one, psi, label = dataclasses.replace(ctx, networks=1), state.method, batch["label"]
     student, teacher = (
         state.replace(**{name: part(getattr(state, name), network) for name in ("params", "batch_stats", "opt_state")})
@@ -115,14 +114,15 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
     )
     seen = one.forward_with_features(teacher.params, teacher.batch_stats, batch["image"])[:2]
     trusted = one.forward_with_features(teacher.params, teacher.batch_stats, batch["probe_image"])[:2]
+    learned, judging = mlc.halves(one, batch, rng)
 
     def noisy_loss(params, target):
-        return total(student_terms(one, params, student, batch, target)[0]) + ctx.weight_decay(params)
+        return total(student_terms(one, params, student, batch, learned, target)[0]) + ctx.weight_decay(params)
 
     target = mixed_labels(psi, *seen, label)
     trusted_loss_after, by_target = lookahead.meta_gradient(
         noisy_loss,
-        lambda params: trusted_loss(one, params, student, mlc.halves(ctx, batch)[1]),
+        lambda params: trusted_loss(one, params, student, judging),
         target,
         student.params,
         student.opt_state,
@@ -139,7 +139,7 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
     return Supervision(
         pseudo_label=target,
         label_trust=kept,
-        prepared=(by_target, psi),
+        prepared=(by_target, psi, learned),
         memory=jax.tree.map(lambda p, g: p - ctx.config.method.enhancer_rate * g, psi, gradient),
         observed={"loss/trusted_after_lookahead": trusted_loss_after, "trust/mean": jnp.mean(kept)},
     )
@@ -148,9 +148,10 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
 def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> tuple[jax.Array, Aux]:
     """The student's and the teacher's losses + weight decay of both."""
     del rng
-    one, (by_target, psi) = dataclasses.replace(ctx, networks=1), supervision.prepared
+    one, (by_target, psi, learned) = dataclasses.replace(ctx, networks=1), supervision.prepared
     student, teacher = (state.replace(batch_stats=part(state.batch_stats, network)) for network in (STUDENT, TEACHER))
-    terms, logits, student_stats = student_terms(one, part(params, STUDENT), student, batch, supervision.pseudo_label)
+    target = supervision.pseudo_label
+    terms, logits, student_stats = student_terms(one, part(params, STUDENT), student, batch, learned, target)
     theirs = part(params, TEACHER)
     *seen, teacher_stats = one.forward_with_features(theirs, teacher.batch_stats, batch["image"])
     *trusted, _ = one.forward_with_features(theirs, teacher.batch_stats, batch["probe_image"])

@@ -5,13 +5,14 @@ class are given:
 
     C_ij = mean over trusted x of class i of Φ_j(x)
 
-From there on trusted examples are learned as they are, and noisy ones through C, each of the sum of the two sets with
-the same weight:
+From there on trusted examples are learned as they are, and noisy ones through C:
 
     L = (Σ_trusted CE(y, Φ(x)) + Σ_noisy −log Σ_k Φ_k(x) C_{k y}) / (B_p + B) + weight decay
 
 C is the mean over the trusted images of the last of the E epochs, augmented as they are for training. The published
-runs train a network of its own for C and begin again with another; here one network goes on.
+runs train a network of its own for C and begin again with another; here one network goes on. They shuffle the two sets
+together, so that a trusted example is seen as often as a noisy one; here they are B_p of each B_p + B examples, which
+`trusted.batch_size` decides.
 """
 
 import jax

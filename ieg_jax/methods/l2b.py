@@ -8,11 +8,14 @@ learned under another one, and no sum α + β is prescribed:
     α* = max(−∂L_p/∂α, 0) / Z,   β* = max(−∂L_p/∂β, 0) / Z,   Z = Σ_i (α_i* + β_i*)
     L = Σ_i (α_i* CE(y_i) + β_i* CE(ŷ_i)) + weight decay
 
-The pseudo label is that of this step's standard view, and no gradient flows through it.
+The pseudo label is that of this step's standard view, and no gradient flows through it. The published code trains one
+epoch by cross-entropy first, its lookahead is the step of the run, momentum and scheduled rate included, and its
+trusted loss is without weight decay, as here with `meta.weight_decay=False`.
 """
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ieg_jax.methods.base import MAIN, PROBE, Aux, Context, Stream, Supervision, total, trusted_loss
 from ieg_jax.methods.parts import lookahead, losses
@@ -45,8 +48,8 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
         lambda params: trusted_loss(ctx, params, state, batch),
         (nothing, nothing),
         state.params,
-        ctx.optimizer.init(state.params),
-        ctx.optimizer,
+        optax.EmptyState(),
+        optax.identity(),
         ctx.config.meta.learning_rate,
         ctx.config.meta.layers,
     )

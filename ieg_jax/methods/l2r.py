@@ -1,11 +1,12 @@
 """L2R: learning to reweight examples (Ren et al. 2018), with a step ahead of plain gradient descent.
 
-IEG's reweighting alone: ω⁰ = 0, so that the lookahead takes a step on the weight decay only, no momentum in it,
-no λ, no pseudo labels, and Σ_i ω*_i CE(y_i, Φ(x_i)) on the given labels as the loss.
+IEG's reweighting alone: ω⁰ = 0, so that the lookahead takes a step on the weight decay only, by plain gradient descent
+whatever the optimiser of the run, no λ, no pseudo labels, and Σ_i ω*_i CE(y_i, Φ(x_i)) on the given labels as the loss.
 """
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ieg_jax.methods.base import PROBE, Aux, Context, Stream, Supervision, trusted_loss, weighted_loss
 from ieg_jax.methods.parts import lookahead, losses
@@ -34,8 +35,8 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
         lambda params: trusted_loss(ctx, params, state, batch),
         jnp.zeros(label.shape[0], label.dtype),
         state.params,
-        ctx.optimizer.init(state.params),
-        ctx.optimizer,
+        optax.EmptyState(),
+        optax.identity(),
         ctx.config.meta.learning_rate,
         ctx.config.meta.layers,
     )

@@ -1,13 +1,15 @@
 """Meta-Weight-Net (Shu et al. 2019, arXiv 1902.07379): a small network learns how to weigh examples by their loss.
 
     w_i = V(CE_i; ψ),   V: 1 → `weight_units` → 1, ReLU inside, a sigmoid at the end
-    Θ′(ψ) = one optimiser update of Θ on mean_i w_i CE_i + weight decay
+    Θ′(ψ) = one optimiser update of Θ on Σ_i w_i CE_i / Σ_i w_i + weight decay
     ψ ← Adam step on ∂/∂ψ of the trusted loss at Θ′(ψ)
     L = Σ_i w_i CE_i / Σ_i w_i + weight decay   with the new ψ
 
-V sees nothing but the loss, so that what it learns from the trusted examples holds for all others. Its rate is 10⁻³ in
-the published code; there, as here, the weights of a batch are divided by their sum. Where V is constant this is the
-cross-entropy.
+V sees nothing but the loss, so that what it learns from the trusted examples holds for all others. Where V is constant
+this is the cross-entropy. Of the published scripts one divides the weights by the size of the batch, at the lookahead
+and at the step, the other (train_WRN-28-10_Meta_PGC.py), which is followed here, by their sum at both; else a part of
+the gradient would go into a common factor, which the step divides by again. V has SGD in the latter and Adam in the
+former, both at 10⁻³. Their trusted loss is without weight decay, as here with `meta.weight_decay=False`.
 """
 
 import jax
@@ -59,7 +61,7 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
         logits, _ = ctx.forward(params, state.batch_stats, batch["image"])
         cross_entropy = losses.cross_entropy(logits, label)
         weights = weigh(psi, jax.lax.stop_gradient(cross_entropy))
-        return jnp.mean(weights * cross_entropy) + ctx.weight_decay(params)
+        return jnp.sum(weights * cross_entropy) / jnp.sum(weights) + ctx.weight_decay(params)
 
     trusted_loss_after, gradient = lookahead.meta_gradient(
         noisy_loss,

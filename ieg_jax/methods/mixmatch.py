@@ -10,8 +10,9 @@ logits and V views of each noisy image:
 
 τ is `method.temperature`, α `method.mixup_alpha`, λ_U `method.unlabeled_weight`, ramp `method.unlabeled_ramp_steps`.
 Batch norm uses batch statistics in every forward pass, and that of the mixed pool moves its averages, as in the
-authors' code (google-research/mixmatch). That differs in one thing besides the network: it normalises parts of the pool
-as large as X, into which X and U are dealt evenly, where here a whole group is normalised together.
+authors' code (google-research/mixmatch). That differs in two things besides the network: it normalises parts of the
+pool as large as X, into which X and U are dealt evenly, where here a whole group is normalised together. And X here is
+drawn from the trusted images of a batch with replacement, as in IEG's mixed pool, where theirs has each of them.
 
 Both views of MixMatch are weak and made from the image itself: `augment.strong` as `augment.standard`, and
 `augment.views_of=original`. Its authors train on CIFAR-10 with batches of 64, crops and flips, α = 0.75 (then

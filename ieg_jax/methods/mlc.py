@@ -8,13 +8,15 @@ its given label, and says which label it should have. V is right where the step 
     ψ ← AMSGrad step on ∂/∂ψ of the trusted loss at Θ′(ψ)
 
 and Θ takes the same step with the scheduled rate: its labels are those of before the step of ψ, as in the published
-code, so that it needs no other gradient than the lookahead. c are the first half of the trusted examples in each batch
-group, with `learn_trusted`, and the others judge ψ; without it (`hmlc_K` in the published code) nothing is learned from
-trusted examples, and all judge. Where V gives back the label that it sees, Θ learns the given labels by cross-entropy.
+code, so that it needs no other gradient than the lookahead. With `learn_trusted` c are half of the trusted examples of
+each batch group, drawn anew in each step, and the others judge ψ (`halves`); without it (`hmlc_K` in the published
+code) nothing is learned from trusted examples, and all judge. Where V gives back the label that it sees, Θ learns the
+given labels by cross-entropy.
 
 The published code approximates the derivative over several steps of Θ, with one as its default; here it is exact, and
 over one. `label_units` and `label_rate` are those of its command lines for CIFAR (120 epochs, 1,000 trusted images);
-there the lookahead has the scheduled rate, here `meta.learning_rate`.
+there the lookahead has the scheduled rate, here `meta.learning_rate`, and the trusted loss there is without weight
+decay, as here with `meta.weight_decay=False`.
 """
 
 import itertools
@@ -84,25 +86,39 @@ def correct(psi, features: jax.Array, label: jax.Array) -> jax.Array:
     return jax.nn.softmax(hidden @ psi["out"]["kernel"] + psi["out"]["bias"])
 
 
-def halves(ctx: Context, batch: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The first and the second half of the trusted images of each batch group, each as in a batch."""
+def halves(ctx: Context, batch: dict[str, jax.Array], rng) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Two random halves of the trusted images of each batch group, each as in a batch.
 
-    def half(array, number):
-        groups = array.reshape(ctx.config.batch_groups, 2, -1, *array.shape[1:])
-        return groups[:, number].reshape(-1, *array.shape[1:])
+    The images of a batch come in the order of their classes, the same at each step: without a draw a class could be
+    always in one half. Where a batch has more images than there are, all copies of one are in the same half, those of
+    the image in the middle apart: what judges is not what was learned from.
+    """
+    groups = ctx.config.batch_groups
+    places = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(rng, row)))(batch["probe_row"])
+    order = jnp.argsort(places.reshape(groups, -1), -1)
 
-    first, second = ({f"probe_{name}": half(batch[f"probe_{name}"], n) for name in ("image", "label")} for n in (0, 1))
+    def part(array, number):
+        of_groups = array.reshape(groups, -1, *array.shape[1:])
+        chosen = jnp.split(order, 2, -1)[number]
+        return jax.vmap(lambda images, chosen: images[chosen])(of_groups, chosen).reshape(-1, *array.shape[1:])
+
+    first, second = ({f"probe_{name}": part(batch[f"probe_{name}"], n) for name in ("image", "label")} for n in (0, 1))
     return first, second
 
 
-def parted(ctx: Context, batch: dict[str, jax.Array]) -> tuple[dict[str, jax.Array] | None, dict[str, jax.Array]]:
-    """The trusted images that are learned from (None without `learn_trusted`) and those that judge V."""
-    return halves(ctx, batch) if ctx.config.method.learn_trusted else (None, batch)
+def terms_of(
+    ctx: Context, params, state, learned: dict[str, jax.Array] | None, target: jax.Array, logits: jax.Array
+) -> dict[str, jax.Array]:
+    """The parts of the loss.
 
-
-def terms_of(ctx: Context, params, state, batch, target: jax.Array, logits: jax.Array) -> dict[str, jax.Array]:
-    """The parts of the loss with the labels `target` `[B, K]`, of which Φ gives the `logits` `[B, K]`."""
-    learned, _ = parted(ctx, batch)
+    Args:
+      ctx: the context.
+      params: Θ.
+      state: with the moving averages.
+      learned: the trusted images that are learned from, `halves`; None = none.
+      target: labels `[B, K]`.
+      logits: `[B, K]`, what Φ gives for their images.
+    """
     corrected = jnp.sum(losses.cross_entropy(logits, target))
     if learned is None:
         return {"corrected": corrected / len(target), "weight_decay": ctx.weight_decay(params)}
@@ -118,13 +134,13 @@ def terms_of(ctx: Context, params, state, batch, target: jax.Array, logits: jax.
 
 def supervise(ctx: Context, state, batch, rng) -> Supervision:
     """The labels that V gives, and a step of ψ."""
-    del rng
-    psi, judging = state.method["psi"], parted(ctx, batch)[1]
+    psi = state.method["psi"]
+    learned, judging = halves(ctx, batch, rng) if ctx.config.method.learn_trusted else (None, batch)
 
     def noisy_loss(params, psi):
         logits, features, _ = ctx.forward_with_features(params, state.batch_stats, batch["image"])
         target = correct(psi, jax.lax.stop_gradient(features), batch["label"])
-        return total(terms_of(ctx, params, state, batch, target, logits))
+        return total(terms_of(ctx, params, state, learned, target, logits))
 
     trusted_loss_after, gradient = lookahead.meta_gradient(
         noisy_loss,
@@ -142,6 +158,7 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
     return Supervision(
         pseudo_label=target,
         label_trust=jnp.take_along_axis(target, batch["label"][:, None], -1)[:, 0],
+        prepared=learned,
         memory={
             "psi": jax.tree.map(lambda p, d: p - ctx.config.method.label_rate * d, psi, direction),
             "adam": moments,
@@ -154,5 +171,5 @@ def loss(ctx: Context, params, state, batch, supervision: Supervision, rng) -> t
     """Mean CE of the corrected and the trusted labels + weight decay."""
     del rng
     logits, batch_stats = ctx.forward(params, state.batch_stats, batch["image"])
-    terms = terms_of(ctx, params, state, batch, supervision.pseudo_label, logits)
+    terms = terms_of(ctx, params, state, supervision.prepared, supervision.pseudo_label, logits)
     return total(terms), Aux(terms, logits, batch_stats)

@@ -1,5 +1,6 @@
 """Every table of experiments by name."""
 
+import fnmatch
 import functools
 
 from ieg_jax.errors import UserError
@@ -17,7 +18,7 @@ def find(target: str) -> tuple[Table, dict[str, Experiment]]:
     """Finds what `TABLE` or `TABLE.EXPERIMENT` names.
 
     Args:
-      target: the name.
+      target: the name; in that of the experiment * stands for any characters.
 
     Returns:
       The table, and those of its experiments that are meant, by name.
@@ -33,6 +34,7 @@ def find(target: str) -> tuple[Table, dict[str, Experiment]]:
     wanted = target[len(table.name) + 1 :]
     if not wanted:
         return table, table.experiments
-    if wanted not in table.experiments:
+    found = {name: experiment for name, experiment in table.experiments.items() if fnmatch.fnmatchcase(name, wanted)}
+    if not found:
         raise UserError(f"{target!r}: table {table.name} has no {wanted!r}, but {', '.join(table.experiments)}")
-    return table, {wanted: table.experiments[wanted]}
+    return table, found

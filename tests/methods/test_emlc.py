@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import x64
-from small_step import BATCH, CLASSES, make, make_batch
+from small_step import CLASSES, make, make_batch
 
 from ieg_jax import config as config_lib
 from ieg_jax.errors import UserError
-from ieg_jax.methods import emlc
+from ieg_jax.methods import emlc, mlc
 from ieg_jax.methods.parts import losses
 from ieg_jax.train import check
 
@@ -36,14 +36,13 @@ def test_labels_by_hand():
 
 
 def test_wrong_labels_are_the_likeliest_others():
-    """Of four trusted images the first and the third are shown with another label: 2, as 1 is the true one; and 0."""
+    """Each trusted image is shown with its own label and with another: 2, as 1 is the true one of the first; and 0."""
     psi = {"embedding": jnp.array([[0.3], [0.7], [-0.4]]), "hidden": {"kernel": jnp.array([[0.0], [1.0]]),
            "bias": jnp.ones(1)}, "out": {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}}  # fmt: skip
-    logits = jnp.array([[0.0, 5.0, 1.0], [9.0, 0.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    found = emlc.retain_loss(psi, logits, jnp.zeros((4, 1)), jnp.array([1, 2, 1, 0]))
-    says = 1 + np.array([-0.4, -0.4, 0.3, 0.3])  # of the labels 2, 2, 0, 0
-    chance = 1 / (1 + np.exp(-says))
-    expected = -np.mean([np.log(1 - chance[0]), np.log(chance[1]), np.log(1 - chance[2]), np.log(chance[3])])
+    logits = jnp.array([[0.0, 5.0, 1.0], [9.0, 0.0, 0.0]])
+    found = emlc.retain_loss(psi, logits, jnp.zeros((2, 1)), jnp.array([1, 2]))
+    right, wrong = (1 / (1 + np.exp(-1 - np.array(units))) for units in ([0.7, -0.4], [-0.4, 0.3]))  # 1, 2; 2, 0
+    expected = -np.mean([np.log(right), np.log(1 - wrong)])
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
@@ -60,8 +59,8 @@ def test_derivatives_are_those_of_differences():
     with x64():
         context, method, state, _ = make("emlc", dtype=jnp.float64, **SMALL)
         state = state.replace(method=jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state.method))
-        batch, half = make_batch(np.float64), BATCH // 2
-        probe_label = np.eye(CLASSES)[batch["probe_label"]]
+        batch = make_batch(np.float64)
+        learned, judging = mlc.halves(context, batch, jax.random.key(5))
         student, stats = emlc.part(state.params, 0), emlc.part(state.batch_stats, 0)
         theirs, their_stats = emlc.part(state.params, 1), emlc.part(state.batch_stats, 1)
 
@@ -76,19 +75,21 @@ def test_derivatives_are_those_of_differences():
 
             def noisy(params):
                 corrected, _ = mean_loss(context, params, stats, batch["image"], target)
-                trusted, _ = mean_loss(context, params, stats, batch["probe_image"][:half], probe_label[:half])
+                label = np.eye(CLASSES)[learned["probe_label"]]
+                trusted, _ = mean_loss(context, params, stats, learned["probe_image"], label)
                 return corrected + trusted + context.weight_decay(params)
 
             moved = jax.tree.map(lambda p, g: p - 0.1 * g, student, jax.grad(noisy)(student))
-            judged, _ = mean_loss(context, moved, stats, batch["probe_image"][half:], probe_label[half:])
+            label = np.eye(CLASSES)[judging["probe_label"]]
+            judged, _ = mean_loss(context, moved, stats, judging["probe_image"], label)
             return judged + context.meta_weight_decay(moved)
 
         kernel, psi = theirs["head"]["kernel"], state.method
-        supervision = method.supervise(state, batch, None)
+        supervision = method.supervise(state, batch, jax.random.key(5))
         assert float(supervision.observed["loss/trusted_after_lookahead"]) == pytest.approx(
             float(jax.jit(after)(kernel, psi)), rel=1e-9
         )
-        by_target, _ = supervision.prepared
+        by_target, *_ = supervision.prepared
         meta = jax.jit(jax.grad(lambda kernel, psi: jnp.sum(by_target * target_of(kernel, psi)), (0, 1)))(kernel, psi)
         value = jax.jit(after)
         ends = [float(value(kernel.at[2, 1].add(sign * 1e-4), psi)) for sign in (1, -1)]
@@ -102,7 +103,7 @@ def test_what_moves_whom():
     """The student follows its own labels; the teacher what it does for the student, and trusted images."""
     _, method, state, _ = make("emlc", **SMALL)
     batch = make_batch()
-    supervision = method.supervise(state, batch, None)
+    supervision = method.supervise(state, batch, jax.random.key(0))
 
     def terms(params):
         return method.loss(params, state, batch, supervision, None)[1].terms
@@ -119,7 +120,7 @@ def test_labels_that_are_kept_are_the_given_ones():
         "out": {"kernel": jnp.zeros((3, 1)), "bias": jnp.full(1, 50.0)}
     }
     state, batch = state.replace(method=sure), make_batch()
-    supervision = method.supervise(state, batch, None)
+    supervision = method.supervise(state, batch, jax.random.key(0))
     np.testing.assert_allclose(supervision.pseudo_label, np.eye(CLASSES)[batch["label"]], atol=1e-6)
     _, aux = method.loss(state.params, state, batch, supervision, None)
     label = context.one_hot(batch["label"])

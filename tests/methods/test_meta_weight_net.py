@@ -47,9 +47,8 @@ def test_a_step_of_the_net_is_that_of_differences():
             def noisy(params):
                 logits, _ = context.forward(params, state.batch_stats, batch["image"])
                 ce = losses.cross_entropy(logits, label)
-                return jnp.mean(meta_weight_net.weigh(psi, jax.lax.stop_gradient(ce)) * ce) + context.weight_decay(
-                    params
-                )
+                weights = meta_weight_net.weigh(psi, jax.lax.stop_gradient(ce))
+                return jnp.dot(weights, ce) / jnp.sum(weights) + context.weight_decay(params)
 
             slopes = jax.grad(noisy)(state.params)
             moved = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, slopes)  # without momentum yet

@@ -69,14 +69,14 @@ def test_a_step_of_the_network_is_that_of_differences(learn_trusted):
         psi = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state.method["psi"])
         state = state.replace(method={"psi": psi, "adam": optax.scale_by_amsgrad().init(psi)})
         batch = make_batch(np.float64)
-        count = BATCH // 2 if learn_trusted else 0  # of the one group the first half is learned from
+        count = BATCH // 2 if learn_trusted else 0
+        learned, judging = mlc.halves(context, batch, jax.random.key(5)) if count else (None, batch)
 
         def mean_loss(params, image, label):
             logits, _ = context.forward(params, state.batch_stats, image)
             return losses.cross_entropy(logits, label).mean()
 
         features = context.forward_with_features(state.params, state.batch_stats, batch["image"])[1]
-        probe_label = np.eye(CLASSES)[batch["probe_label"]]
 
         def after(psi):
             target = mlc.correct(psi, features, batch["label"])
@@ -84,15 +84,16 @@ def test_a_step_of_the_network_is_that_of_differences(learn_trusted):
             def noisy(params):
                 value = BATCH * mean_loss(params, batch["image"], target)
                 if count:
-                    value += count * mean_loss(params, batch["probe_image"][:count], probe_label[:count])
+                    label = np.eye(CLASSES)[learned["probe_label"]]
+                    value += count * mean_loss(params, learned["probe_image"], label)
                 return value / (BATCH + count) + context.weight_decay(params)
 
             moved = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, jax.grad(noisy)(state.params))
-            judged = mean_loss(moved, batch["probe_image"][count:], probe_label[count:])
+            judged = mean_loss(moved, judging["probe_image"], np.eye(CLASSES)[judging["probe_label"]])
             return judged + context.meta_weight_decay(moved)
 
         value, small = jax.jit(after), 1e-5
-        supervision = method.supervise(state, batch, None)
+        supervision = method.supervise(state, batch, jax.random.key(5))
         observed = supervision.observed["loss/trusted_after_lookahead"]
         assert float(observed) == pytest.approx(float(value(psi)), rel=1e-9)
         for name, place in (("embedding", (1, 0)), ("first", (4, 2)), ("out", (2, 3))):
@@ -115,20 +116,55 @@ def test_a_step_of_the_network_is_that_of_differences(learn_trusted):
 def test_the_step_takes_the_labels_of_before_the_step_of_the_network():
     _, method, state, _ = make("mlc", **SMALL, **{"method.label_rate": 10.0})
     batch = make_batch()
-    supervision = method.supervise(state, batch, None)
-    again = method.supervise(state.replace(method=supervision.memory), batch, None)
+    supervision = method.supervise(state, batch, jax.random.key(0))
+    again = method.supervise(state.replace(method=supervision.memory), batch, jax.random.key(0))
     assert np.abs(again.pseudo_label - supervision.pseudo_label).max() > 0.1
 
 
 def test_the_halves_of_each_group():
     context, *_ = make("mlc", groups=2, **SMALL)
     batch = make_batch()
-    learned, judging = mlc.parted(context, batch)
-    np.testing.assert_array_equal(learned["probe_image"], batch["probe_image"][[0, 1, 2, 3, 8, 9, 10, 11]])
-    np.testing.assert_array_equal(judging["probe_label"], batch["probe_label"][[4, 5, 6, 7, 12, 13, 14, 15]])
-    context, *_ = make("mlc", **ALONE)
-    learned, judging = mlc.parted(context, batch)
-    assert learned is None and len(judging["probe_image"]) == BATCH
+    drawn = set()
+    for seed in range(20):
+        found = mlc.halves(context, batch, jax.random.key(seed))
+        places = [[_place(image, batch) for image in half["probe_image"]] for half in found]
+        for half, chosen in zip(found, places, strict=True):
+            np.testing.assert_array_equal(half["probe_label"], batch["probe_label"][chosen])
+            assert [place < 8 for place in chosen] == [True] * 4 + [False] * 4, "four of each group"
+        assert sorted(places[0] + places[1]) == list(range(BATCH))
+        drawn.add(tuple(sorted(places[0])))
+    assert len(drawn) > 15, "another draw in each step"
+
+
+def _place(image, batch):
+    return int(np.flatnonzero((batch["probe_image"] == image).all((1, 2, 3)))[0])
+
+
+def test_each_class_is_learned_and_judges():
+    """Trusted images come in the order of their classes, here with as many classes as places in a batch."""
+    context, *_ = make("mlc", **SMALL)
+    batch = make_batch() | {"probe_label": np.arange(BATCH, dtype=np.int32)}
+    halves = [mlc.halves(context, batch, jax.random.key(seed)) for seed in range(30)]
+    for number in (0, 1):
+        assert set(np.concatenate([pair[number]["probe_label"] for pair in halves])) == set(range(BATCH))
+
+
+def test_copies_of_an_image_are_in_one_half():
+    context, *_ = make("mlc", **SMALL)
+    batch = make_batch() | {"probe_row": np.arange(BATCH, dtype=np.int32) % 5}
+    batch["probe_label"] = batch["probe_row"]
+    for seed in range(10):
+        first, second = (set(np.asarray(h["probe_label"])) for h in mlc.halves(context, batch, jax.random.key(seed)))
+        assert len(first & second) <= 1 and len(first | second) == 5
+
+
+def test_without_learning_them_all_trusted_images_judge():
+    _, method, state, _ = make("mlc", **ALONE)
+    batch = make_batch()
+    supervision = method.supervise(state, batch, jax.random.key(0))
+    assert supervision.prepared is None
+    _, aux = method.loss(state.params, state, batch, supervision, None)
+    assert set(aux.terms) == {"corrected", "weight_decay"}
 
 
 def test_halves_that_cannot_be_made(tiny_config):

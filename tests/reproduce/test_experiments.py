@@ -128,6 +128,8 @@ def test_names_on_the_command_line():
     one = "cifar10-ieg-wrn28_10-uniform-0.8-10"
     table, found = catalogue.find(f"1.{one}")
     assert table.name == "1" and list(found) == [one]
+    table, found = catalogue.find("leaderboard-digits.*-emlc-0.*")
+    assert [name.removesuffix("-tuned") for name in found] == ["digits-emlc-0.4", "digits-emlc-0.8"]
     with pytest.raises(UserError, match="'9': no such table, expected one of 1, 2, 3"):
         catalogue.find("9")
     with pytest.raises(UserError, match="table 7 has no 'x'"):

@@ -164,11 +164,22 @@ def test_the_derivative_of_adam_at_first_and_later(name, nesterov):
             _, theirs = exact.update(gradient, theirs, params)
 
 
-@pytest.mark.parametrize("method, keys", [("ieg", {"meta.momentum": False}), ("ieg", {}), ("l2r", {})])
-def test_adam_weighs_examples_from_the_first_step_on(method, keys):
+@pytest.mark.parametrize("method", ["l2r", "l2b"])
+@pytest.mark.parametrize("keys", [{"optimizer.name": "adam"}, {"optimizer.nesterov": True}])
+def test_the_step_ahead_of_l2r_is_plain_gradient_descent_whatever_the_optimiser(method, keys):
+    batch = make_batch()
+    expected, found = (
+        bound.supervise(state, batch, None).example_weights
+        for _, bound, state, _ in (make(method), make(method, **keys))
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("keys", [{"meta.momentum": False}, {}])
+def test_adam_weighs_examples_from_the_first_step_on(keys):
     batch = make_batch()
     with x64():
-        _, bound, state, _ = make(method, **{"optimizer.name": "adam"}, **keys)
+        _, bound, state, _ = make("ieg", **{"optimizer.name": "adam"}, **keys)
         state = state.replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state), step=0)
         weights = bound.supervise(state, batch, jax.random.key(0)).example_weights
     assert 0.9 < float(jnp.sum(weights)) <= 1, "not all 0, and 1e-5 is nothing beside their sum"
