@@ -11,7 +11,9 @@ others lose it. With q̄ the mean of the own predictions for two views of an ima
 
 for each network; the losses are added up. λ_u rises linearly in 16 epochs to `unlabelled_strength` (25 there, τ = 0.5,
 α = 4, threshold 0.5). The published code draws as many examples with as without a label; here a batch has them as they
-come. The second view is the strong one (`augment.strong`); there both are crops and flips.
+come. The second view is the strong one (`augment.strong`); there both are crops and flips. There, besides: with
+asymmetric noise the entropy is part of the loss in the first epochs, with 90 % noise the losses are means over five
+epochs, the other network guesses with its averages of batch norm, and `divide_epochs` is 30 for CIFAR-100.
 """
 
 import jax

@@ -6,9 +6,11 @@ compared with the given label, so that Φ itself is drawn to the true one:
     L = mean_i −log Σ_k Φ_k(x_i) T_{k y_i} + weight decay
 
 T is estimated from anchors: after E epochs of plain training, T_ij = Φ_j(x^i) with x^i the training example that the
-network takes for class i more surely than the share `anchor_quantile` of all (the surest one in the paper, the 97th
-percentile in the published code and here). Until then T is the identity, with which this is the cross-entropy. The
-published runs estimate T with a network of its own and train another from the beginning; here one network goes on.
+network takes for class i more surely than the share `anchor_quantile` of all (the surest one in the paper; in the
+published code the 97th percentile, and for CIFAR-100 the surest one). With more than ten classes as many as ten would
+have are surer: of K = 100 classes the 97th percentile would be of another class. Until then T is the identity, with
+which this is the cross-entropy. The published runs estimate T with a network of its own and train another from the
+beginning; here one network goes on.
 """
 
 import jax
@@ -22,7 +24,11 @@ from ieg_jax.methods.parts import losses
 TITLE = "Forward correction"
 KEYS = {
     "transition_epochs": Key(10.0, above(0), "E, epochs of plain training before T is estimated."),
-    "anchor_quantile": Key(0.97, within(0, 1), "Which of the examples, by the probability of a class, is its anchor."),
+    "anchor_quantile": Key(
+        0.97,
+        within(0, 1),
+        "Which of the examples, by the probability of a class, is its anchor; of up to ten classes.",
+    ),
 }
 
 
@@ -55,7 +61,8 @@ def on_epoch(ctx: Context, state, look):
 
 def anchored(probabilities: np.ndarray, quantile: float) -> np.ndarray:
     """T `[K, K]` from the predictions `[N, K]` for the training set."""
-    place = round(quantile * (len(probabilities) - 1))
+    surer = (1 - quantile) * min(1, 10 / probabilities.shape[1])
+    place = round((1 - surer) * (len(probabilities) - 1))
     anchors = np.argsort(probabilities, axis=0, kind="stable")[place]
     transition = probabilities[anchors].astype(np.float64)
     return transition / transition.sum(1, keepdims=True)

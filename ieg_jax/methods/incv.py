@@ -14,11 +14,13 @@ half for the next round. After the last round both networks learn from the selec
 
     τ = ε² / (ε² + (K − 1) (1 − ε)²), reached in `forget_epochs`
 
-The formulas are those of uniform noise, for which the published code discards; for noise within pairs of classes it
-does not (`discard=False`). Rounds, their length and `forget_epochs` are published. There each round begins with new
-networks and new halves, and so does Co-teaching, which after 40 epochs takes in what was neither selected nor
-discarded. Here two networks go on, and so an example stays in its half: no network is asked of what it has learned.
-Predictions are the mean.
+These are the formulas of uniform noise, for which the published code discards; for noise within pairs of classes it
+does not (`discard=False`), and τ has 1 in place of K − 1, while ε stays as it is. Rounds, their length and
+`forget_epochs` are published. There each round begins with new networks and new halves, and so does Co-teaching, which
+after 40 epochs (80 within pairs or where ε > 0.6) takes in what was neither selected nor discarded; and an example is
+judged by the network of that epoch of the round which was best on the other half. Here two networks go on, and so an
+example stays in its half: no network is asked of what it has learned; and they judge as they are at the end of a round,
+so that fewer `selection_epochs` are what keeps them from learning wrong labels. Predictions are the mean.
 """
 
 import jax
@@ -72,7 +74,8 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
     part = memory["part"][batch["row"]]
     own = (part == jnp.arange(2)[:, None]) | (part == SELECTED)
     epochs = state.step / ctx.steps_per_epoch - memory["began"]
-    share = 1 - remaining_noise(memory["noise"], ctx.num_classes) * jnp.clip(epochs / method.forget_epochs, 0, 1)
+    others = ctx.num_classes - 1 if method.discard else 1
+    share = 1 - remaining_noise(memory["noise"], others) * jnp.clip(epochs / method.forget_epochs, 0, 1)
     easy = co_teaching.smallest(cross_entropy, share)[::-1]
     chosen = jnp.where(memory["rounds"] < method.selection_rounds, own, easy).astype(cross_entropy.dtype)
     weights = chosen.mean(0)
@@ -134,7 +137,12 @@ def estimated_noise(share: float, num_classes: int) -> float:
     return most * (1 - np.sqrt(max(1 - (1 - share) / most, 0.0)))
 
 
-def remaining_noise(noise: jax.Array, num_classes: int) -> jax.Array:
-    """τ, the share of wrong labels to be expected among examples of which a prediction was the given label."""
+def remaining_noise(noise: jax.Array, others: int) -> jax.Array:
+    """τ, the share of wrong labels to be expected among examples of which a prediction was the given label.
+
+    Args:
+      noise: ε.
+      others: classes that a wrong label may name.
+    """
     wrong = noise**2
-    return wrong / (wrong + (num_classes - 1) * (1 - noise) ** 2)
+    return wrong / (wrong + others * (1 - noise) ** 2)

@@ -119,6 +119,7 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
     after = heads.moved(
         ctx, memory["heads"], lambda weights: total(pseudo_terms(outputs, plan._replace(pseudo=weights))), state.step
     )
+    after = jax.tree.map(lambda new, old: jnp.where(begun, new, old), after, memory["heads"])
     masks = jnp.stack([plan.kept, 1 - plan.kept])
     bias = jnp.where(begun, averaged(memory["bias"], p, masks, method.bias_momentum), memory["bias"])
     weights = plan.kept.mean(0)

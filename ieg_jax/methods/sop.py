@@ -8,7 +8,8 @@ become large, for a network learns the right ones sooner than these grow:
 
 Θ moves by the optimiser of the run, u and v by plain gradients with rates of their own, cut to [0, 1] where they enter
 (in the form of the published code, which adds the squared error for u too). They begin near 0:
-with u = v = 0 this is the cross-entropy. The published rates for CIFAR-10 are 10 for u and for v.
+with u = v = 0 this is the cross-entropy. The published rates for CIFAR-10 are 10 for u and for v, with batches of 128;
+a step of an example's vectors is divided by the size of the batch, there as here.
 """
 
 import jax
@@ -42,7 +43,6 @@ def supervise(ctx: Context, state, batch, rng) -> Supervision:
     u, v = state.method["u"][rows], state.method["v"][rows]
 
     def own_loss(u, v):
-        # A sum: the vectors of one example have nothing to do with the size of the batch.
         guess = jax.nn.one_hot(jnp.argmax(logits, -1), label.shape[-1], dtype=label.dtype)
         error = jnp.sum(jnp.square(guess + offset(u, v, label) - label))
         return jnp.sum(cross_entropy(logits, label, u, jax.lax.stop_gradient(v))) + error

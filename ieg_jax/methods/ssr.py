@@ -8,8 +8,9 @@ At the end of each epoch the network sees the whole training set once:
 
 with c_i the vote divided by its largest, so that θ_s = 1 asks for the winner, as published. Training is with mixup of
 pairs, δ ~ Beta(α, α), on the selected examples alone. For the first `warmup_epochs` all are learned from as given. In
-the published code the selected examples are drawn class by class alike; here `class_weight=balanced` does that. With k
-= N the vote is that of all examples: the most frequent label wins everywhere.
+the published code the selected examples are drawn so that their new labels are equally frequent;
+`class_weight=balanced` does that here by the given labels. With k = N all examples vote: the most frequent label has
+most votes, each class as many as it has labels, and so all are winners once these are counted by 1 / that number.
 """
 
 import functools
@@ -85,11 +86,15 @@ def votes(features: np.ndarray, label: np.ndarray, num_classes: int, neighbours:
       num_classes: K.
       neighbours: k; more than N − 1 are all others and the example itself.
     """
+    counts = counted(features, label, num_classes, neighbours)
+    found = counts / np.maximum(np.bincount(label, minlength=num_classes), 1)  # equal ratios are equal numbers
+    return found / found.max(1, keepdims=True)
+
+
+def counted(features: np.ndarray, label: np.ndarray, num_classes: int, neighbours: int) -> np.ndarray:
+    """How many of the nearest neighbours have each label: `[N, K]`; the arguments are those of `votes`."""
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     count = min(neighbours, len(unit))
-    weight = 1 / np.maximum(np.bincount(label, minlength=num_classes), 1)
-    # With all neighbours the frequencies themselves decide.
-    weight = np.ones_like(weight) if count == len(unit) else weight
     at_once = max(1, min(len(unit), PAIRS_AT_ONCE // len(unit)))
     everyone = jnp.asarray(unit, jnp.float32)
     found = np.empty((len(unit), num_classes))
@@ -98,8 +103,8 @@ def votes(features: np.ndarray, label: np.ndarray, num_classes: int, neighbours:
         near = label[np.asarray(_nearest(everyone, first, at_once, count))]
         cells = near + num_classes * np.arange(at_once)[:, None]
         counts = np.bincount(cells.ravel(), minlength=num_classes * at_once)
-        found[first : first + at_once] = counts.reshape(at_once, num_classes) * weight
-    return found / found.max(1, keepdims=True)
+        found[first : first + at_once] = counts.reshape(at_once, num_classes)
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("at_once", "count"))

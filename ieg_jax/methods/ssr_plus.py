@@ -23,7 +23,7 @@ from ieg_jax.methods.base import MAIN, Aux, Context, Stream, Supervision, total
 from ieg_jax.methods.parts import heads
 
 TITLE = "SSR+"
-STREAMS = {MAIN: Stream(), "every": Stream(views=2)}  # of `every` nothing is ever left out
+STREAMS = {MAIN: Stream(), "every": Stream(views=2)}  # of `every` nothing is ever left out; class_weight balances both
 KEYS = {**ssr.KEYS, "feature_weight": Key(1.0, at_least(0), "λ_fc, of the consistency of features.")}
 UNITS, OUTPUTS = 256, 128
 

@@ -50,6 +50,16 @@ def test_anchors():
             np.testing.assert_allclose(found[c], probabilities[row], rtol=1e-6)
 
 
+@pytest.mark.parametrize("count", [2, 10, 100])
+def test_an_anchor_is_of_its_class(count):
+    """Eight in ten of the labels of each class are right, and the network knows that."""
+    rng = np.random.default_rng(0)
+    given = 0.8 * np.eye(count) + 0.2 / count
+    probabilities = given[np.arange(2000) % count] + rng.uniform(0, 1e-3, (2000, count))
+    found = anchored(probabilities / probabilities.sum(1, keepdims=True), 0.97)
+    np.testing.assert_allclose(found, given, atol=0.06)
+
+
 def look(epoch, probabilities, memory):
     return types.SimpleNamespace(epoch=epoch, probabilities=lambda: probabilities[None], memory=lambda: memory)
 

@@ -9,7 +9,7 @@ import pytest
 from small_step import CLASSES, make, make_batch
 
 from ieg_jax.methods.parts import losses, mixup
-from ieg_jax.methods.parts.mixtures import beta_mixture, normalised
+from ieg_jax.methods.parts.mixtures import large_losses
 
 KEY = jax.random.key(3)
 
@@ -18,7 +18,7 @@ def test_the_loss_by_hand():
     context, method, state, _ = make("m_correction", groups=2, **{"method.bootstrap_balance": 0.7})
     batch = make_batch()
     wrong = np.random.default_rng(1).random(50).astype(np.float32)
-    state = state.replace(method={"wrong": jnp.zeros(1024).at[:50].set(wrong)})
+    state = state.replace(method={"wrong": jnp.zeros(1024).at[:50].set(wrong), "begun": jnp.ones(())})
     supervision = method.supervise(state, batch, KEY)
     target, pairs = supervision.prepared
     predicted = np.argmax(context.forward(state.params, state.batch_stats, batch["image"])[0], -1)
@@ -37,10 +37,13 @@ def test_the_loss_by_hand():
     assert float(aux.terms["balance"]) == pytest.approx(balance, rel=1e-4)
 
 
-def test_without_suspicion_labels_are_as_given():
+def test_until_the_first_mixture_it_is_mixup():
     _, method, state, _ = make("m_correction")
-    target, _ = method.supervise(state, make_batch(), KEY).prepared
-    np.testing.assert_array_equal(target, np.eye(CLASSES)[make_batch()["label"]])
+    batch = make_batch()
+    supervision = method.supervise(state, batch, KEY)
+    np.testing.assert_array_equal(supervision.prepared[0], np.eye(CLASSES)[batch["label"]])
+    _, aux = method.loss(state.params, state, batch, supervision, None)
+    assert float(aux.terms["balance"]) == 0 < float(aux.terms["mixed"])
 
 
 def test_suspicion_comes_from_the_mixture():
@@ -52,7 +55,8 @@ def test_suspicion_comes_from_the_mixture():
     look.epoch = 3
     changed, rows = method.on_epoch(state, look)
     ce = -np.log(p[0][np.arange(50), labels])
-    np.testing.assert_allclose(changed.method["wrong"], beta_mixture(normalised(ce)), rtol=1e-5)
+    np.testing.assert_allclose(changed.method["wrong"], large_losses(ce), rtol=1e-5)
+    assert changed.method["begun"] == 1
     assert rows is None and np.corrcoef(changed.method["wrong"], ce)[0, 1] > 0.5
 
 

@@ -10,10 +10,21 @@ from ieg_jax.methods import ssr
 
 
 def test_all_neighbours_vote_for_the_majority():
+    """And by the size of the classes, all are alike: nobody is left out where k is more than there are examples."""
     rng = np.random.default_rng(0)
-    label = np.array([0] * 12 + [1] * 20 + [2] * 8)
-    found = ssr.votes(rng.standard_normal((40, 5)), label, 3, 40)
-    np.testing.assert_allclose(found, np.tile([12 / 20, 1, 8 / 20], (40, 1)))
+    label = np.array([0] * 51 + [1] * 50 + [2] * 49)
+    features = rng.standard_normal((150, 5))
+    found = ssr.counted(features, label, 3, 150)
+    np.testing.assert_array_equal(found, np.tile([51, 50, 49], (150, 1)))
+    assert (found.argmax(1) == 0).all()
+    np.testing.assert_array_equal(ssr.votes(features, label, 3, 200), 1)
+
+
+def test_equal_votes_are_equal_numbers():
+    """Of 149 neighbours one is missing, which is of the voter's own class or not; 49 · (1/49) is not 1."""
+    label = np.array([0] * 51 + [1] * 50 + [2] * 49)
+    found = ssr.votes(np.random.default_rng(0).standard_normal((150, 5)), label, 3, 149)
+    assert ((found == 1).sum(1) == 2).all(), "the two classes of which all vote"
 
 
 def test_votes_by_hand():
