@@ -128,3 +128,13 @@ def test_a_round_selects_right_labels(tiny_config, tmp_path, noise, epochs, sele
     chosen = part == S
     assert chosen.mean() > selected
     assert (data.labels == data.clean_labels)[chosen].mean() >= right
+
+
+@pytest.mark.parametrize("discard, count", [(True, 13), (False, 11)])
+def test_co_teaching_leaves_out_what_is_left_of_the_noise(discard, count):
+    """ε = 0.4, K = 4: τ = 0.16 / (0.16 + 3 · 0.36) = 0.13 of 16, and within pairs 0.16 / (0.16 + 0.36) = 0.31."""
+    _, method, state, _ = make("incv", **{"method.discard": discard, "method.selection_rounds": 2})
+    memory = state.method | {"rounds": jnp.int32(2), "noise": jnp.float32(0.4)}
+    state = state.replace(method=memory, step=jnp.int32(10_000))
+    chosen = method.supervise(state, make_batch(), None).prepared
+    np.testing.assert_array_equal(chosen.sum(1), count)
