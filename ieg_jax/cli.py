@@ -1,6 +1,7 @@
 """Holds what the commands share: the flag of the configuration file, and errors that are printed as one clear line."""
 
 import functools
+import gc
 import io
 import os
 import runpy
@@ -26,6 +27,10 @@ CONFIG_HELP = (
 
 STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
 COMPILATION_CACHE = "~/.cache/ieg_jax/xla"  # where runs keep compiled programs unless told otherwise
+# Of Python's garbage collector: how many new objects, and how many collections of a generation, before the next one.
+# With the usual 700, 10 and 10 it looks at the million objects of the libraries again and again while jax traces: 3 %
+# of the processor time of the quickstart, 10 % of that of some tests.
+GARBAGE_THRESHOLDS = (50_000, 20, 100)
 UNENDING = "unending"  # the name of a thread that would keep a program from ending
 
 
@@ -54,6 +59,7 @@ def run(main: Callable[[list[str]], None], interrupted: str = "", positional: in
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # ω, where the terminal knows no Greek
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     try:
         app.run(main, flags_parser=functools.partial(_parse, positional=positional))
     except (UserError, NonFiniteError) as error:

@@ -14,13 +14,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import gc
 import pathlib
 
 import jax
 import pytest
 
 from configs import default
+from ieg_jax import cli
 
+gc.set_threshold(*cli.GARBAGE_THRESHOLDS)
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

@@ -498,7 +498,7 @@ def test_the_final_classifier_of_features(digits, capsys):
 
 def test_images_are_trained_on_anew_where_their_labels_are_cleaned(digits, tmp_path, monkeypatch):
     """As the supervised method on what the audit is sure of, and on the trusted examples; it predicts, also pickled."""
-    clf = quick(method="ieg", final="retrained", steps=60, batch_size=64, workdir=str(tmp_path / "run"))
+    clf = quick(method="l2r", final="retrained", steps=60, batch_size=64, workdir=str(tmp_path / "run"))
     data = (digits.X, digits.given, digits.X_trusted, digits.y_trusted)
     clf.fit(*data)
     labels, sure = final.cleaned(clf.quality_, np.searchsorted(clf.classes_, digits.given))
@@ -511,8 +511,8 @@ def test_images_are_trained_on_anew_where_their_labels_are_cleaned(digits, tmp_p
     np.testing.assert_array_equal(clf.predict_proba(digits.X_test), inference.predict(plain, split))
     again = pickle.loads(pickle.dumps(clf))
     np.testing.assert_array_equal(again.predict_proba(digits.X_test), clf.predict_proba(digits.X_test))
-    assert clf.final_ == "retrained" and clf.config_.method.name == "ieg"
-    assert [(one.name, one.labels) for one in clf.comparison_] == [("network", "ieg"), ("retrained", "cleaned")]
+    assert clf.final_ == "retrained" and clf.config_.method.name == "l2r"
+    assert [(one.name, one.labels) for one in clf.comparison_] == [("network", "l2r"), ("retrained", "cleaned")]
 
     # By itself it is final unless what was there before is clearly better. What is finished is not trained again.
     monkeypatch.setattr(final, "possible", lambda split: False)

@@ -86,7 +86,7 @@ def make_tiny(config):
 PUBLISHED = {"cifar10.py", "cifar100.py", "webvision_mini.py", "webvision.py"}
 FURTHER_BELOW = ("cifar10n.py", "cifar10_small.py")
 IN_PROCESS = [name for name in FILES if name not in (*PUBLISHED, *FURTHER_BELOW)]
-LIKE_OTHERS = ("default.py", "fashion_mnist.py")  # whose parts others have too
+LIKE_OTHERS = ("default.py", "digits.py", "fashion_mnist.py", "features.py")  # whose parts others have too
 
 
 @pytest.mark.parametrize(

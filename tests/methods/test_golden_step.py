@@ -120,7 +120,10 @@ def test_forward_and_pseudo_labels(golden):
         pytest.param(
             (True, "onednn"),
             id="through pseudo labels, by oneDNN",
-            marks=pytest.mark.skipif(bool(onednn.missing()), reason=f"oneDNN: {onednn.missing()}"),
+            marks=[
+                pytest.mark.slow,  # its whole step is that of lax in tests/models/test_convolution.py
+                pytest.mark.skipif(bool(onednn.missing()), reason=f"oneDNN: {onednn.missing()}"),
+            ],
         ),
     ],
 )

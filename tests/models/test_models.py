@@ -333,10 +333,10 @@ def test_gradients_of_a_densenet_that_is_computed_anew():
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet50",
+        pytest.param("resnet50", marks=pytest.mark.slow),
         "preact_resnet18",
         "vgg13",
-        "densenet100",
+        pytest.param("densenet100", marks=pytest.mark.slow),
         pytest.param("inception_resnet_v2", marks=pytest.mark.slow),
     ],
 )

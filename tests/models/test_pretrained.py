@@ -359,7 +359,10 @@ def test_a_run_starts_from_the_weights_of_another(tiny_config, tmp_path, capsys)
         np.testing.assert_array_equal(whole[name], again[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name, conventions", [("tf_efficientnet_lite0", "own"), ("efficientnet_lite0", "torch")])
+@pytest.mark.parametrize(
+    "name, conventions",
+    [("tf_efficientnet_lite0", "own"), pytest.param("efficientnet_lite0", "torch", marks=pytest.mark.slow)],
+)
 def test_efficientnet_lite0_answers_as_in_timm(name, conventions, tmp_path):
     """Which of the two it is does not show in the names of the arrays."""
     state, images, expected = torch_networks.golden(name)

@@ -320,6 +320,7 @@ def test_features_of_a_tower(tmp_path, monkeypatch):
     np.testing.assert_allclose(backbone.features(images), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_of_ieg():
     """Lookahead and meta-gradient go through attention, without moving averages of batch norm; every weight moves."""
     size = vit.Size(patch=4, features=8, depth=1, heads=2, hidden=8)

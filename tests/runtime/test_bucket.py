@@ -108,6 +108,7 @@ def test_a_killed_run_goes_on_there_as_if_nothing_had_happened(bucket, environme
     assert not (runs.ROOT / "gs:").exists()
 
 
+@pytest.mark.slow
 def test_audit_and_predictions_there(bucket, environment, killed_and_resumed):
     told = call(
         environment, "ieg_jax.audit", "--workdir=gs://bucket/run", "--out=gs://bucket/audit", "--force", "--views=1"

@@ -44,9 +44,9 @@ def test_processes_agree_and_fail_together(tmp_path):
 @pytest.mark.parametrize(
     "count, method",
     [
-        (2, "ieg"),
+        (2, "l2r"),
         pytest.param(4, "ieg", marks=pytest.mark.slow),
-        *(pytest.param(2, method, marks=pytest.mark.slow) for method in methods.REGISTRY if method != "ieg"),
+        *(pytest.param(2, method, marks=pytest.mark.slow) for method in methods.REGISTRY if method != "l2r"),
     ],
 )
 def test_several_processes_do_what_one_does(tmp_path, monkeypatch, count, method):

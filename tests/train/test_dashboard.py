@@ -135,6 +135,7 @@ def run(tiny_config, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_real_tensorboard(run):
     """Its server reads the layout, finds the charts' data, and has one row of hyperparameters.
 

@@ -112,7 +112,7 @@ def plain():
                 "ssr_plus",
             )
         ),
-        ("co_teaching", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}),
+        pytest.param("co_teaching", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}, marks=pytest.mark.slow),
         pytest.param("ssr_plus", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}, marks=pytest.mark.slow),
         pytest.param("promix", {"mesh.data": 2, "mesh.fsdp": 2, "microbatches": 2}, marks=pytest.mark.slow),
         pytest.param("ieg", {"model.remat": True}, marks=pytest.mark.slow),

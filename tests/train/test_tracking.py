@@ -208,6 +208,7 @@ def history(folder):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 def test_with_the_package_offline(tiny_config, tmp_path, monkeypatch):
     """What is in its files is what is in metrics.jsonl; a second start goes on under the same id."""

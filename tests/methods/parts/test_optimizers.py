@@ -82,6 +82,7 @@ def test_weights_decay_once(name, share):
         np.testing.assert_allclose(moved, -0.1 * 0.02 * (1 - share) * np.asarray(weight), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_meta_gradient_of_ieg_with_adamw():
     """ω* of a step against differences of the trusted loss after an update written out here."""
     decay, rate = 0.02, 0.01
