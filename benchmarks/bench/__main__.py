@@ -22,7 +22,7 @@ from benchmarks.bench import children, growth, options, pipeline, report, steps,
 from configs import default
 from ieg_jax import methods
 from ieg_jax.errors import UserError
-from ieg_jax.runtime import watch
+from ieg_jax.runtime import allocation, watch
 
 PARTS = {
     "steps": steps.measure_networks,
@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--methods", default="all", help="all, or names: all of them on the small network")
     found.add_argument("--networks", default="", help="of the steps: WRN-28-2,ResNet29,ResNet-50,WRN-10-1")
     found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for every step")
+    found.add_argument("--keep_memory", action="store_true", help="as the flag of that name of ieg_jax.main")
     found.add_argument("--torch_python", default="", help="a Python that has torch (default: this one)")
     found.add_argument("--out", default="", help="file, or folder; '' = benchmarks/results, of --quick nowhere")
     found.add_argument("--compare", default="", metavar="OLD.json", help="print ratios to an earlier file too")
@@ -66,6 +67,8 @@ def measured(values: argparse.Namespace, console: Console) -> report.Report:
         torch_python=values.torch_python,
         say=lambda text: console.print(f"[dim]{time.strftime('%H:%M:%S')} {text}[/dim]", highlight=False),
     )
+    if values.keep_memory:
+        allocation.prepare()
     watch.enable_compilation_cache(values.cache)
     rows, seconds, notes = {}, {}, []
     asked = {part for part in PARTS if part in chosen.parts or (part == "steps" and "peers" in chosen.parts)}
@@ -76,7 +79,7 @@ def measured(values: argparse.Namespace, console: Console) -> report.Report:
             rows, notes, seconds[part] = rows | found, notes + said, time.perf_counter() - began
     except KeyboardInterrupt:  # what was measured before is not lost
         notes.append(f"stopped in the part {part}")
-    shown = ("part", "rounds", "quick", "methods", "networks", "set")
+    shown = ("part", "rounds", "quick", "methods", "networks", "set", "keep_memory")
     arguments = {name: getattr(values, name) for name in shown} | {"rounds": chosen.rounds}
     return report.make(rows, seconds, notes, arguments)
 
