@@ -29,8 +29,8 @@ STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same 
 COMPILATION_CACHE = "~/.cache/ieg_jax/xla"  # where runs keep compiled programs unless told otherwise
 # Of Python's garbage collector: how many new objects, and how many collections of a generation, before the next one.
 # With the usual 700, 10 and 10 it looks at the million objects of the libraries again and again while jax traces: 3 %
-# of the processor time of the quickstart, 10 % of that of some tests.
-GARBAGE_THRESHOLDS = (50_000, 20, 100)
+# of the processor time of the quickstart, 10 % of that of some tests. Cycles still go, after five million objects.
+GARBAGE_THRESHOLDS = (50_000, 10, 10)
 UNENDING = "unending"  # the name of a thread that would keep a program from ending
 
 

@@ -1,3 +1,4 @@
+import gc
 import importlib
 import pkgutil
 import subprocess
@@ -77,6 +78,18 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
             with pytest.raises(SystemExit) as end:
                 cli.run(main, **keys)
             assert (end.value.code, capsys.readouterr().err) == (status, message)
+
+
+def test_a_command_collects_garbage_seldom(monkeypatch):
+    before, seen = gc.get_threshold(), []
+    monkeypatch.setattr(sys, "argv", ["command"])
+    gc.set_threshold(700, 10, 10)
+    try:
+        with pytest.raises(SystemExit):
+            cli.run(lambda argv: seen.append(gc.get_threshold()))
+    finally:
+        gc.set_threshold(*before)
+    assert seen == [cli.GARBAGE_THRESHOLDS]
 
 
 @pytest.mark.parametrize(

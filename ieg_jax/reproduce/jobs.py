@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import gc
 import os
 import shlex
 import signal
@@ -208,6 +209,7 @@ def _run_in_process(
             what = _in_words(experiment, seed, store.keep(experiment, seed))
         console.print(f"[{number}/{len(pending)}] {what}", highlight=False, markup=False)
         jax.clear_caches()  # the next run has other programs
+        gc.collect()  # and needs the memory of this one; commands collect seldom by themselves
     return failed
 
 
