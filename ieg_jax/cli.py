@@ -63,7 +63,7 @@ def run(main: Callable[[list[str]], None], interrupted: str = "", positional: in
     try:
         app.run(main, flags_parser=functools.partial(_parse, positional=positional))
     except (UserError, NonFiniteError) as error:
-        sys.exit(f"error: {error}")
+        _leave(f"error: {error}", 1)
     except StorageError as error:
         end_at_once(error)
     except BrokenPipeError:
@@ -80,12 +80,17 @@ def run(main: Callable[[list[str]], None], interrupted: str = "", positional: in
 
 
 def _leave(message: str, status: int) -> NoReturn:
-    """Ends the program with a message and a status, at once where a thread would keep it from ending."""
+    """Ends the program with a message and a status, at once where a thread would keep it from ending.
+
+    To be called where the error is handled, whose frames hold what is being computed.
+    """
     print(message, file=sys.stderr)
     if any(thread.name == UNENDING for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    if onednn := sys.modules.get("ieg_jax.models.onednn"):
+        onednn.finish()
     sys.exit(status)
 
 

@@ -8,6 +8,8 @@ in `xla/ffi/api/c_api.h` of jaxlib (0.1 and later ones, which only add to it).
 Results are the same bits at each call, and in another process, as long as the number of threads is the same.
 """
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import json
@@ -64,7 +66,19 @@ def missing() -> str:
         if policy is None:
             del os.environ["OMP_WAIT_POLICY"]
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(_HANDLER), platform="cpu")
+    atexit.register(finish)
     return ""
+
+
+def finish() -> None:
+    """Waits for the programs that are running, as far as there are arrays that they write.
+
+    A process that ends while a program computes a convolution would never end: Python is what XLA calls, Python lets no
+    thread in at its end, and XLA waits for that thread.
+    """
+    for array in jax.live_arrays():
+        with contextlib.suppress(Exception):  # of the program, which nobody waits for any more
+            array.block_until_ready()
 
 
 class _Argument(Structure):

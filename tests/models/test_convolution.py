@@ -288,6 +288,43 @@ def in_a_process(cache, library="there", threads="2"):
     return ran.stdout.split()
 
 
+LEAVE = """
+import sys
+import jax, jax.numpy as jnp
+from ieg_jax import cli
+from ieg_jax.errors import UserError
+from ieg_jax.models import convolution, onednn
+
+def main(argv):
+    x, w = jnp.ones((32, 32, 32, 32)), jnp.full((3, 3, 32, 32), 1e-3)
+
+    def program(x):
+        for _ in range(40):
+            x = convolution.convolve(x, w, (1, 1), "SAME") @ jnp.eye(32)  # with the products it is no quick program
+        return x
+
+    program = jax.jit(program)
+    program(x).block_until_ready()
+    y = program(x)
+    print(y.is_ready())
+    raise {"error": UserError, "defect": KeyError}[sys.argv[1]]("in between")
+
+assert not onednn.missing()
+cli.run(main, positional=None)
+"""
+
+
+@here
+@pytest.mark.parametrize("kind, said", [("error", "error: in between"), ("defect", "KeyError: 'in between'")])
+def test_a_process_ends_while_a_program_runs(kind, said):
+    """XLA waits for its threads at the end, and Python lets none in."""
+    ran = subprocess.run(
+        [sys.executable, "-c", LEAVE, kind], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (ran.stdout.split(), ran.returncode) == (["False"], 1), ran.stderr
+    assert said in ran.stderr
+
+
 @here
 def test_another_process_gives_the_same_bits_and_no_kept_program_needs_what_is_absent(tmp_path):
     first = in_a_process(tmp_path)
