@@ -43,9 +43,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.eval_batch_size = 500
     methods.tune(config, unlabeled_weight=1.0, consistency_weight=2.0)
     config.schedule.base_lr = 0.05
-    # Four cycles of 250, 375, 562 and 843 steps: 20 epochs.
+    # Four cycles of 250, 375, 563 and 843 steps: 20 epochs.
     config.schedule.first_cycle_epochs, config.schedule.first_cycle_steps = 0.0, 250
-    config.num_train_epochs, config.num_train_steps = 0.0, 2_030
+    config.num_train_epochs, config.num_train_steps = 0.0, 2_031
     config.eval_every_epochs, config.eval_every_steps = 0.0, 290
     config.checkpoint_every_epochs, config.checkpoint_every_steps = 0.0, 500
     return config

@@ -23,7 +23,7 @@ from ieg_jax.data.sources import cifar
 from ieg_jax.errors import UserError
 from ieg_jax.models import pretrained
 from ieg_jax.reproduce import catalogue, results
-from ieg_jax.train import check
+from ieg_jax.train import check, schedules
 from ieg_jax.train.loop import train_and_evaluate
 
 FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
@@ -87,6 +87,14 @@ PUBLISHED = {"cifar10.py", "cifar100.py", "webvision_mini.py", "webvision.py"}
 FURTHER_BELOW = ("cifar10n.py", "cifar10_small.py")
 IN_PROCESS = [name for name in FILES if name not in (*PUBLISHED, *FURTHER_BELOW)]
 LIKE_OTHERS = ("default.py", "digits.py", "fashion_mnist.py", "features.py")  # whose parts others have too
+
+
+@pytest.mark.parametrize("name", ["quickstart.py", "digits.py", "fashion_mnist.py", "cifar10_small.py"])
+def test_a_short_run_ends_with_a_cycle_of_the_learning_rate(name):
+    """Else the accuracy that counts is that of the end of an earlier cycle."""
+    config = cli.load_config(str(ROOT / "configs" / name))
+    ends = schedules.cycle_ends(config.schedule.first_cycle_steps, config.schedule.cycle_mult, config.num_train_steps)
+    assert ends[-1] == config.num_train_steps
 
 
 @pytest.mark.parametrize(
