@@ -118,8 +118,8 @@ class Data:
       methods: which take part.
       tuned_by: the noises that settings are chosen by; () = they are those of `settings_of`.
       validation: examples that the search takes out of the training set.
-      settings_of: another data set.
-      pace: what the epochs in GRID are multiplied by.
+      settings_of: another data set, whose settings are taken over.
+      pace: what the epochs in GRID, or in the settings that are taken over, are multiplied by.
     """
 
     title: str
@@ -132,9 +132,11 @@ class Data:
     pace: float = 1.0
 
 
-# On Fashion-MNIST, whose runs take longest, eight that were among the strongest on digits at 80 %, and plain training.
-# `eg` is in the table `fashion`; `mixmatch`, `ssr` and `gold_loss_correction` are as strong on digits and missing.
-_STRONGEST = ("supervised", "ieg", "l2r", "l2b", "emlc", "ssr_plus", "promix", "dividemix", "mentornet_dd")
+# On Fashion-MNIST, whose runs take longest: the strongest on digits at 80 %, and plain training.
+_STRONGEST = (
+    *("supervised", "ieg", "eg", "mixmatch", "l2r", "l2b", "emlc", "gold_loss_correction"),
+    *("ssr", "ssr_plus", "promix", "dividemix", "mentornet_dd"),
+)
 DATA = {
     "digits": Data(
         "Digits, 1,267 images, three trusted ones per class",
@@ -157,17 +159,18 @@ DATA = {
         {"uniform 0.8": {"rate": 0.8}},
         methods=_STRONGEST,
         settings_of="digits",
+        pace=0.5,  # twelve epochs
     ),
 }
 
 
 def settings(data: str, method: str) -> tuple[dict[str, Any], ...]:
     """The TRIALS settings of a method, those that it comes with first: keys of the configuration."""
+    return ({}, *(_paced(keys, DATA[data].pace) for keys in GRID[method]))
 
-    def suited(keys):
-        return {key: DATA[data].pace * value if key.endswith("_epochs") else value for key, value in keys.items()}
 
-    return ({}, *map(suited, GRID[method]))
+def _paced(keys: dict[str, Any], pace: float) -> dict[str, Any]:
+    return {key: pace * value if key.endswith("_epochs") else value for key, value in keys.items()}
 
 
 @functools.cache
@@ -183,8 +186,14 @@ def searched(data: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def chosen(data: str, method: str) -> dict[str, Any]:
-    """The best settings of a method, by the mean of their accuracies, of equal ones the first; {} without a search."""
-    trials = searched(DATA[data].settings_of or data).get(method, [])
+    """The best settings of a method, by the mean of their accuracies, of equal ones the first; {} without a search.
+
+    Of another data set they are taken over with the lengths of all phases of the method in proportion.
+    """
+    if source := DATA[data].settings_of:
+        phases = {name: key.default for name, key in methods.get(method).keys.items() if name.endswith("_epochs")}
+        return _paced(phases | chosen(source, method), DATA[data].pace)
+    trials = searched(data).get(method, [])
     return max(trials, key=lambda trial: statistics.mean(trial["accuracy"]))["settings"] if trials else {}
 
 
@@ -313,6 +322,11 @@ def page(store: results.Store, seeds: int) -> str:
         if shown and not searched(data.settings_of or name):
             parts.append(
                 "No search has been run: each method has the settings that it comes with in this configuration."
+            )
+        if shown and data.settings_of:
+            parts.append(
+                f"No search of its own: a star stands for settings that were found on {data.settings_of}, or phases of "
+                f"{data.pace:g} times as many epochs as there."
             )
         parts += [f"### {noise}\n\n{tables.markdown(lines)}".rstrip() for noise, lines in shown.items()]
         if searched(name):

@@ -62,6 +62,7 @@ def test_the_best_mean_is_chosen_and_of_equal_ones_the_first(tmp_path, monkeypat
     monkeypatch.setattr(leaderboard, "searched", lambda data: found["trials"])
     assert leaderboard.chosen("digits", "elr") == {"method.early_learning_weight": 1.0}
     assert leaderboard.chosen("fashion", "elr") == leaderboard.chosen("digits", "elr"), "settings of digits"
+    assert leaderboard.chosen("fashion", "dividemix") == {"method.divide_epochs": 5.0}, "half as many epochs as digits"
     assert leaderboard.chosen("digits", "gce") == {} == leaderboard.chosen("digits", "sop")
     assert leaderboard.entry("digits", "elr", "uniform 0.8").name == "digits-elr-0.8-tuned"
     assert leaderboard.entry("digits", "gce", "uniform 0.8").name == "digits-gce-0.8"
