@@ -32,6 +32,7 @@ def define_flags() -> None:
         "scale", "full", ["full", "tiny"], "tiny: small networks, few steps, to see that all is in place; never kept."
     )
     flags.DEFINE_integer("jobs", 1, "How many runs at a time; 0 = in this process, one after the other.", lower_bound=0)
+    flags.DEFINE_bool("keep_memory", False, "Run: as the flag of that name of ieg_jax.main.")
     flags.DEFINE_bool("dry-run", False, "Print the commands of the runs, scripts or manifests; run nothing.")
     submit.define_flags()
     flags.DEFINE_multi_string("set", [], "key=value for every run, such as data.dir=/data/cifar; repeatable.")
@@ -77,8 +78,8 @@ def main(argv: list[str]) -> None:
     ((table, named),) = chosen
     jobs.check_places(changes, named.values())
     if command == "run":
-        wanted = map(changes.of, named.values())
-        jobs.run(wanted, store, values.seeds, values.jobs, values["dry-run"].value, console, cluster)
+        wanted, dry_run = map(changes.of, named.values()), values["dry-run"].value
+        jobs.run(wanted, store, values.seeds, values.jobs, dry_run, console, cluster, values.keep_memory)
     else:
         tables.show_table(table, store, values.seeds, changes, values.wide, values.format, console, values.published)
 

@@ -22,7 +22,7 @@ from ieg_jax import cli, models
 from ieg_jax.errors import NonFiniteError, UserError
 from ieg_jax.reproduce import results, submit
 from ieg_jax.reproduce.experiments import Experiment
-from ieg_jax.runtime import watch
+from ieg_jax.runtime import allocation, watch
 
 # The keys that --scale=tiny sets. Networks whose size can be chosen become small.
 TINY = {
@@ -99,11 +99,12 @@ def check_places(changes: Changes, wanted: Iterable[Experiment]) -> None:
             raise UserError(f"--set={pair}: nothing here reads it; the experiments need {', '.join(sorted(needed))}")
 
 
-def command_line(experiment: Experiment, seed: int, folder: epath.Path) -> list[str]:
+def command_line(experiment: Experiment, seed: int, folder: epath.Path, keep_memory: bool = False) -> list[str]:
     """Returns the command of one run."""
     keys = [f"--config.{key}={value}" for key, value in experiment.keys.items()]
     config = f"--config={experiment.specification(seed)}"
-    return ["python", "-m", "ieg_jax.main", config, *keys, f"--workdir={folder}"]
+    flags = ["--keep_memory"] if keep_memory else []
+    return ["python", "-m", "ieg_jax.main", config, *keys, f"--workdir={folder}", *flags]
 
 
 def run(
@@ -114,6 +115,7 @@ def run(
     dry_run: bool,
     console: Console,
     cluster: submit.Cluster | None = None,
+    keep_memory: bool = False,
 ) -> None:
     """Runs every experiment with every seed, except for runs that are finished already or under way.
 
@@ -128,6 +130,7 @@ def run(
       dry_run: whether the commands are only printed.
       console: where to print what happens.
       cluster: where the runs are submitted to, and nothing waits for them; None = they take place here.
+      keep_memory: whether the runs keep the temporary arrays of a step, as the flag of `ieg_jax.main` says.
 
     Raises:
       UserError: before anything is run, for a configuration or a key that is wrong, and for a finished run with other
@@ -154,7 +157,7 @@ def run(
         for experiment, seed in unkept:
             kept = store.keep(experiment, seed)
             console.print(f"kept: {_in_words(experiment, seed, kept)}", highlight=False, markup=False)
-    cells = [_cell(experiment, seed, store) for experiment, seed in pending]
+    cells = [_cell(experiment, seed, store, keep_memory) for experiment, seed in pending]
     if cluster:
         if cells:
             submit.submit(cluster, cells, dry_run, console)
@@ -162,15 +165,18 @@ def run(
         for cell in cells:
             console.print(shlex.join(cell.command), soft_wrap=True, highlight=False)
     elif pending:
-        failed = _run_here(pending, store, jobs, console) if jobs else _run_in_process(pending, store, console)
+        if jobs:
+            failed = _run_here(pending, [cell.command for cell in cells], store, jobs, console)
+        else:
+            failed = _run_in_process(pending, store, console, keep_memory)
         if failed:
             names = "; ".join(f"{name}, seed {seed}" for name, seed in sorted(failed))
             raise UserError(f"{len(failed)} of {len(pending)} runs failed: {names}")
 
 
-def _cell(experiment: Experiment, seed: int, store: results.Store) -> submit.Cell:
+def _cell(experiment: Experiment, seed: int, store: results.Store, keep_memory: bool) -> submit.Cell:
     folder = store.work_folder(experiment, seed)
-    return submit.Cell(experiment.name, seed, command_line(experiment, seed, folder), folder)
+    return submit.Cell(experiment.name, seed, command_line(experiment, seed, folder, keep_memory), folder)
 
 
 def _in_words(experiment: Experiment, seed: int, finished: dict[str, Any]) -> str:
@@ -179,7 +185,7 @@ def _in_words(experiment: Experiment, seed: int, finished: dict[str, Any]) -> st
 
 
 def _run_in_process(
-    pending: Sequence[tuple[Experiment, int]], store: results.Store, console: Console
+    pending: Sequence[tuple[Experiment, int]], store: results.Store, console: Console, keep_memory: bool
 ) -> set[tuple[str, int]]:
     """Runs experiments, each with a seed, in this process, which loads libraries and data once.
 
@@ -192,6 +198,8 @@ def _run_in_process(
     from ieg_jax.train.loop import train_and_evaluate
 
     load = LoadOnce()
+    if keep_memory:
+        allocation.prepare()
     watch.enable_compilation_cache(cli.COMPILATION_CACHE)
     failed = set()
     for number, (experiment, seed) in enumerate(pending, start=1):
@@ -214,9 +222,13 @@ def _run_in_process(
 
 
 def _run_here(
-    pending: Sequence[tuple[Experiment, int]], store: results.Store, jobs: int, console: Console
+    pending: Sequence[tuple[Experiment, int]],
+    commands: Sequence[Sequence[str]],
+    store: results.Store,
+    jobs: int,
+    console: Console,
 ) -> set[tuple[str, int]]:
-    """Runs experiments, each with a seed, on this machine, several at a time; returns those that failed.
+    """Runs experiments, each with a seed and a command, on this machine, several at a time; returns those that failed.
 
     A run that fails does not stop the others; the last lines that it printed are shown.
     """
@@ -225,7 +237,7 @@ def _run_here(
     failed = set()
     processes = Processes(min(jobs, len(pending)))
     with concurrent.futures.ThreadPoolExecutor(processes.count) as pool:
-        futures = {pool.submit(processes.run, command_line(e, s, store.work_folder(e, s))): (e, s) for e, s in pending}
+        futures = {pool.submit(processes.run, command): run for command, run in zip(commands, pending, strict=True)}
         try:
             for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
                 experiment, seed = futures[future]
@@ -259,7 +271,7 @@ class Processes:
         self._running: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
 
-    def run(self, command: list[str]) -> tuple[int, str]:
+    def run(self, command: Sequence[str]) -> tuple[int, str]:
         """Runs a command to its end. At most `count` threads may do so at a time.
 
         Returns:

@@ -98,6 +98,23 @@ def test_a_run_that_another_command_took_at_the_same_moment_has_not_failed(after
         jobs.run([one], store, 1, 0, False, console)
 
 
+@pytest.mark.parametrize("keep_memory", [True, False])
+def test_runs_keep_their_memory_where_it_is_asked_for(keep_memory, tmp_path, monkeypatch):
+    """As a flag of each command, and in one process before any of the runs."""
+    monkeypatch.setattr("ieg_jax.cli.COMPILATION_CACHE", "")
+    happened = []
+    monkeypatch.setattr("ieg_jax.runtime.allocation.prepare", lambda: happened.append("prepared"))
+    monkeypatch.setattr("ieg_jax.train.loop.train_and_evaluate", lambda *_, **__: happened.append("trained"))
+    result = {"test_accuracy": 0.5, "best_chosen_on": "test", "wall_seconds": 1.0}
+    monkeypatch.setattr(results.Store, "keep", lambda *_: {"result": result})
+    (one,) = catalogue.find("digits-sweep.digits-supervised-0.4")[1].values()
+    store, console = results.Store(epath.Path(tmp_path), None), Console(file=io.StringIO(), width=400)
+    jobs.run([one], store, 1, 1, True, console, keep_memory=keep_memory)
+    assert ("--keep_memory" in console.file.getvalue()) == keep_memory
+    jobs.run([one], store, 1, 0, False, console, keep_memory=keep_memory)
+    assert happened == ["prepared"] * keep_memory + ["trained"]
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_shown(tmp_path):
     arguments = ("fashion.fashion-supervised-uniform-0.4", f"--workdir={tmp_path / 'work'}", "--scale=tiny")
