@@ -89,7 +89,9 @@ IN_PROCESS = [name for name in FILES if name not in (*PUBLISHED, *FURTHER_BELOW)
 LIKE_OTHERS = ("default.py", "digits.py", "fashion_mnist.py", "features.py")  # whose parts others have too
 
 
-@pytest.mark.parametrize("name", ["quickstart.py", "digits.py", "fashion_mnist.py", "cifar10_small.py"])
+@pytest.mark.parametrize(
+    "name", ["quickstart.py", "digits.py", "fashion_mnist.py", "fashion_mnist.py:model=mlp", "cifar10_small.py"]
+)
 def test_a_short_run_ends_with_a_cycle_of_the_learning_rate(name):
     """Else the accuracy that counts is that of the end of an earlier cycle."""
     config = cli.load_config(str(ROOT / "configs" / name))

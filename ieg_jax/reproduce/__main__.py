@@ -6,9 +6,9 @@
     python -m ieg_jax.reproduce figure NAME             draws our curves beside the paper's, as PNG and SVG
     python -m ieg_jax.reproduce leaderboard [tune-DATA] prints docs/leaderboard.md, or what a search for settings found
 
-The tables are the paper's, those of its figures (figure-1, ...), fashion, cifar10-small, cifar10n, digits-sweep,
-digits-ablation and quick, and of every method leaderboard-DATA and tune-DATA. Finished runs are also kept in --results,
-as small files.
+The tables are the paper's, those of its figures (figure-1, ...), fashion, fashion-mlp, cifar10-small, cifar10n,
+digits-sweep, digits-ablation and quick, and of every method leaderboard-DATA and tune-DATA. Finished runs are also
+kept in --results, as small files.
 """
 
 import sys

@@ -194,6 +194,19 @@ def _fashion(finished: Finished) -> plt.Figure:
     return _panels_of_curves(finished, panels, truth, "Fashion-MNIST, 14×14, 10 trusted images per class", (50, 92))
 
 
+def _fashion_mlp(finished: Finished) -> plt.Figure:
+    panels = {
+        f"{rate:.0%} {noise} noise": {
+            method: experiments.fashion_mlp(method, *(() if method in WITHOUT_LABELS else (noise, rate)))
+            for method in ("supervised", "trusted_only", "l2r", "ieg")
+        }
+        for noise, rate in experiments.FASHION_MLP_NOISE
+    }
+    truth = experiments.fashion_mlp("supervised")
+    title = "Fashion-MNIST, 60,000 images, 10 trusted images per class"
+    return _panels_of_curves(finished, panels, truth, title, (30, 95))
+
+
 def _cifar10_small(finished: Finished) -> plt.Figure:
     names = ("40 % uniform noise", "80 % uniform noise", "CIFAR-10N, worse (40 %)")
     panels = {
@@ -247,6 +260,7 @@ FIGURES: dict[str, Callable[[Finished], plt.Figure]] = {
     "A2": _figure_a2,
     "digits": _digits,
     "fashion": _fashion,
+    "fashion-mlp": _fashion_mlp,
     "cifar10-small": _cifar10_small,
 }
 
