@@ -54,7 +54,7 @@ def call(environment, module, *arguments, status=0):
 
 
 def train(workdir, keys=KEYS):
-    return runs.main_arguments("configs/quickstart.py", workdir, keys)
+    return runs.main_arguments("configs/quickstart.py:method=l2r", workdir, keys)
 
 
 def rows(bucket, name):
