@@ -217,7 +217,7 @@ def _cifar10_small(finished: Finished) -> plt.Figure:
         for name, noise in zip(names, experiments.CIFAR10_SMALL_NOISE, strict=True)
     }
     truth = experiments.cifar10_small("supervised")
-    return _panels_of_curves(finished, panels, truth, "CIFAR-10, 10,000 images, 10 trusted images per class", (10, 85))
+    return _panels_of_curves(finished, panels, truth, "CIFAR-10, 10,000 images, 10 trusted images per class", (0, 72))
 
 
 def _panels_of_curves(
